@@ -1,0 +1,62 @@
+"""Dynamic int8 and int4 quantisation on the CPU: exact, NumPy in, NumPy out."""
+
+from ._calibrate import CalibStats
+from ._isa import simd_info
+from ._linear import w8a8_matvec
+from ._metrics import quantization_mae
+from ._quantize import (
+    compute_scale,
+    dynamic_quantize,
+    dynamic_quantize_int4,
+    dynamic_quantize_int8,
+    dynamic_quantize_int8_per_row,
+)
+from ._smooth import SmoothQuantConfig, compute_smooth_factors, smooth_activations, smooth_weights
+from ._tensor import DynamicScaleMode, DynQuantFormat, DynQuantTensor, MaxAbs, Percentile
+from .errors import (
+    DTypeError,
+    DynQuantError,
+    EmptyInputError,
+    FeatureDimMismatchError,
+    InvalidAlphaError,
+    InvalidPercentileError,
+    IsaError,
+    LayoutError,
+    NonFiniteError,
+    ParameterError,
+    ShapeMismatchError,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CalibStats",
+    "DTypeError",
+    "DynQuantError",
+    "DynQuantFormat",
+    "DynQuantTensor",
+    "DynamicScaleMode",
+    "EmptyInputError",
+    "FeatureDimMismatchError",
+    "InvalidAlphaError",
+    "InvalidPercentileError",
+    "IsaError",
+    "LayoutError",
+    "MaxAbs",
+    "NonFiniteError",
+    "ParameterError",
+    "Percentile",
+    "ShapeMismatchError",
+    "SmoothQuantConfig",
+    "compute_scale",
+    "compute_smooth_factors",
+    "dynamic_quantize",
+    "dynamic_quantize_int4",
+    "dynamic_quantize_int8",
+    "dynamic_quantize_int8_per_row",
+    "quantization_mae",
+    "simd_info",
+    "smooth_activations",
+    "smooth_weights",
+    "w8a8_matvec",
+]

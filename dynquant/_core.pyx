@@ -1,0 +1,494 @@
+"""Entries from Python to the row kernels, on typed memoryviews."""
+
+# Design
+# ------
+# The facade has validated every argument: shapes agree, results are C-contiguous, writable and overlap no
+# input except where an entry allows it. Nothing here checks again.
+#
+# An entry goes over rows and, within a row, over blocks of BLOCK floats. A block of float32 is read where it
+# lies; a block of float16 or bfloat16 is widened into a scratch array on the stack. So every row kernel sees
+# float32, and no entry allocates in proportion to its input.
+#
+# `kernels` points to the table of the instruction set that _isa.py picked. It is set while the package is
+# imported, and then only by tests and benchmarks that compare instruction sets.
+#
+# Entries that look for NaN and infinity return whether the input is finite; the facade finds the element and
+# raises.
+
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from libc.math cimport pow
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t
+from libc.string cimport memset
+
+from dynquant._table cimport Kernels
+
+
+cdef extern from "cpu.h" nogil:
+    bint dq_cpu_has_avx2()
+    bint dq_cpu_has_avx512()
+    enum: DQ_HAS_AVX2_BUILD
+    enum: DQ_HAS_AVX512_BUILD
+
+
+cdef extern from "kernels/simd.h" nogil:
+    float dq_float(int32_t b)
+
+
+cdef enum:
+    F32 = 0
+    F16 = 1
+    BF16 = 2
+    NON_FINITE = 0x7F800000
+    BLOCK = 4096
+    RUN = 64 * BLOCK
+    STREAM_BYTES = 1 << 25
+
+
+cdef Kernels* kernels = NULL
+
+
+def set_table(table not None):
+    """Use the row kernels in the capsule `table` from now on."""
+    global kernels
+    kernels = <Kernels*> PyCapsule_GetPointer(table, "dynquant._table.Kernels")
+
+
+def isas_built():
+    """Names of the instruction sets that this build has, weakest first."""
+    return ("baseline",) + ("avx2",) * DQ_HAS_AVX2_BUILD + ("avx512",) * DQ_HAS_AVX512_BUILD
+
+
+def isas_supported():
+    """Names of the instruction sets that this CPU and operating system run, weakest first."""
+    return ("baseline",) + ("avx2",) * dq_cpu_has_avx2() + ("avx512",) * dq_cpu_has_avx512()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Input
+
+
+cdef class FloatRows:
+    """A C-contiguous (m, k) array of float32, or of 16-bit floats seen as uint16, for the time of a call."""
+
+    def __cinit__(self, x not None, int kind):
+        self.kind = kind
+        if kind == F32:
+            self.f32 = x
+            self.m, self.k = self.f32.shape[0], self.f32.shape[1]
+        else:
+            self.half = x
+            self.m, self.k = self.half.shape[0], self.half.shape[1]
+
+    cdef Floats row(self, Py_ssize_t r) noexcept nogil:
+        cdef Floats x = self.flat()
+        x.n = self.k
+        x.data += r * self.k * (4 if self.kind == F32 else 2)
+        return x
+
+    cdef Floats flat(self) noexcept nogil:
+        cdef Floats x
+        x.kind = self.kind
+        x.n = self.m * self.k
+        x.data = NULL
+        if x.n:
+            x.data = <const char*> &self.f32[0, 0] if self.kind == F32 else <const char*> &self.half[0, 0]
+        return x
+
+
+# Floats start .. start + n of x, n <= BLOCK: where they lie, or widened into scratch.
+cdef inline const float* block_of(const Floats* x, Py_ssize_t start, Py_ssize_t n,
+                                  float* scratch) noexcept nogil:
+    if x.kind == F32:
+        return <const float*> x.data + start
+    if x.kind == F16:
+        kernels.widen_f16_f32(<const uint16_t*> x.data + start, scratch, n)
+    else:
+        kernels.widen_bf16_f32(<const uint16_t*> x.data + start, scratch, n)
+    return scratch
+
+
+cdef inline Py_ssize_t block_len(Py_ssize_t start, Py_ssize_t n) noexcept nogil:
+    return n - start if n - start < BLOCK else BLOCK
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Scales
+
+
+cdef int32_t amax_bits(const Floats* x) noexcept nogil:
+    cdef float scratch[BLOCK]
+    cdef Py_ssize_t start = 0, n
+    cdef int32_t b, most = 0
+    while start < x.n:
+        n = block_len(start, x.n)
+        b = kernels.amax_bits_f32(block_of(x, start, n, scratch), n)
+        most = b if b > most else most
+        start += n
+    return most
+
+
+# Bits of the magnitude at place `rank`, 0 the smallest, of all the parts' magnitudes together; at least
+# NON_FINITE if any of them is not finite.
+# A radix selection: the 31 magnitude bits are fixed from the top in steps of 11, 10 and 10, each by counting
+# over the parts as they lie. Three passes whatever the values are, and 32 KiB of scratch.
+cdef int32_t ranked_bits(const Floats* parts, Py_ssize_t n_parts, Py_ssize_t rank) noexcept nogil:
+    cdef Py_ssize_t counts[2 * 2048]
+    cdef Py_ssize_t b
+    cdef int32_t prefix = 0
+    cdef int shift = 20
+    while shift >= 0:
+        memset(counts, 0, sizeof(counts))
+        count_parts(parts, n_parts, prefix, shift, counts)
+        if shift == 20:
+            for b in range(2048):
+                counts[b] += counts[2048 + b]
+            for b in range(NON_FINITE >> 20, 2048):
+                if counts[b]:
+                    return NON_FINITE
+        b = 0
+        while rank >= counts[b]:
+            rank -= counts[b]
+            b += 1
+        prefix = <int32_t> ((prefix << 10) | b)
+        shift -= 10
+    return prefix
+
+
+# The same for at most BLOCK floats: the bits are fixed one at a time, from the top, by counting how many
+# magnitudes lie below. 31 vectorised passes over L1 cost less than one pass that increments counters.
+cdef int32_t ranked_bits_of_block(const Floats* x, Py_ssize_t rank) noexcept nogil:
+    cdef float scratch[BLOCK]
+    cdef const float* block = block_of(x, 0, x.n, scratch)
+    cdef int32_t prefix = 0, bit = 1 << 30
+    if kernels.amax_bits_f32(block, x.n) >= NON_FINITE:
+        return NON_FINITE
+    while bit:
+        if kernels.count_below_f32(block, prefix | bit, x.n) <= rank:
+            prefix |= bit
+        bit >>= 1
+    return prefix
+
+
+cdef void count_parts(const Floats* parts, Py_ssize_t n_parts, int32_t prefix, int shift,
+                      Py_ssize_t* counts) noexcept nogil:
+    cdef float scratch[BLOCK]
+    cdef const float* x
+    cdef Py_ssize_t p, start, n
+    for p in range(n_parts):
+        start = 0
+        while start < parts[p].n:
+            n = block_len(start, parts[p].n)
+            x = block_of(&parts[p], start, n, scratch)
+            if shift == 20:
+                kernels.count_top_bits_f32(x, counts, n)
+            else:
+                kernels.count_next_bits_f32(x, prefix, shift, counts, n)
+            start += n
+
+
+# scale[0] = that of one row: its largest magnitude, or the one at `rank` when that is >= 0, over clip.
+# Returns False, with scale untouched, if the row is not finite.
+cdef bint scale_of(const Floats* x, float clip, Py_ssize_t rank, float* scale) noexcept nogil:
+    cdef int32_t bits
+    if rank < 0:
+        bits = amax_bits(x)
+    elif x.n <= BLOCK:
+        bits = ranked_bits_of_block(x, rank)
+    else:
+        bits = ranked_bits(x, 1, rank)
+    if bits >= NON_FINITE:
+        return False
+    scale[0] = dq_float(bits) / clip
+    return True
+
+
+def scale_rows(FloatRows x not None, float[::1] scales not None, float clip, Py_ssize_t rank,
+               Py_ssize_t first, Py_ssize_t end):
+    """The scales of rows first .. end; returns whether they are finite, and stops at a row that is not."""
+    cdef Py_ssize_t r
+    cdef Floats row
+    cdef bint finite = True
+    with nogil:
+        for r in range(first, end):
+            row = x.row(r)
+            finite = scale_of(&row, clip, rank, &scales[r])
+            if not finite:
+                break
+    return finite
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Codes
+
+
+# Codes of floats start .. end of one row. `codes` takes a byte an element, or when packed a nibble.
+cdef void code_run(const Floats* x, Py_ssize_t start, Py_ssize_t end, float scale, int32_t clip, bint packed,
+                   bint stream, int8_t* codes) noexcept nogil:
+    cdef float scratch[BLOCK]
+    cdef int8_t block[BLOCK]
+    cdef int8_t* target
+    cdef Py_ssize_t n
+    while start < end:
+        n = block_len(start, end)
+        target = &block[0] if packed or stream else codes + start
+        if scale == 0:
+            memset(target, 0, n)
+        else:
+            kernels.quantize_row_f32_s8(block_of(x, start, n, scratch), scale, clip, target, n)
+        if packed:
+            kernels.pack_row_s8_s4(block, <uint8_t*> codes + start // 2, n)
+        elif stream:
+            kernels.stream_copy(block, codes + start, n)
+        start += n
+
+
+# Codes of one row, its last run of a megabyte first: what the pass for the scale read last is still in
+# cache. Shorter runs would undo the hardware's prefetching.
+cdef void code_row(const Floats* x, float scale, int32_t clip, bint packed, bint stream,
+                   int8_t* codes) noexcept nogil:
+    cdef Py_ssize_t start = x.n - x.n % RUN
+    while start >= 0:
+        code_run(x, start, x.n if x.n - start < RUN else start + RUN, scale, clip, packed, stream, codes)
+        start -= RUN
+
+
+# Whether a result of m rows of `row_bytes` is written past the caches: not if it and what it is computed
+# from may fit there, nor if its rows are so short that most cache lines would be written in two parts.
+cdef inline bint streams(Py_ssize_t m, Py_ssize_t row_bytes, Py_ssize_t source_bytes) noexcept nogil:
+    return row_bytes >= BLOCK and m * (row_bytes + source_bytes) > STREAM_BYTES
+
+
+def code_rows(FloatRows x not None, const float[::1] scales not None, int clip, bint packed,
+              int8_t[:, ::1] codes not None, Py_ssize_t first, Py_ssize_t end):
+    """Codes of rows first .. end, each by its own scale."""
+    cdef Py_ssize_t r
+    cdef Floats row
+    cdef bint stream = streams(x.m, x.k, 4 * x.k)
+    if x.k == 0:
+        return
+    with nogil:
+        for r in range(first, end):
+            row = x.row(r)
+            code_row(&row, scales[r], clip, packed, stream, &codes[r, 0])
+
+
+def quantize_rows(FloatRows x not None, float[::1] scales not None, int clip, Py_ssize_t rank, bint packed,
+                  int8_t[:, ::1] codes not None, Py_ssize_t first, Py_ssize_t end):
+    """Scales and codes of rows first .. end; a row's second pass reads from cache.
+
+    Returns whether they are finite; stops at a row that is not, with the rows before it written.
+    """
+    cdef Py_ssize_t r
+    cdef Floats row
+    cdef bint finite = True, stream = streams(x.m, x.k, 4 * x.k)
+    with nogil:
+        for r in range(first, end):
+            row = x.row(r)
+            finite = scale_of(&row, clip, rank, &scales[r])
+            if not finite:
+                break
+            if x.k:
+                code_row(&row, scales[r], clip, packed, stream, &codes[r, 0])
+    return finite
+
+
+# Values start .. start + n of one row of codes, n <= BLOCK.
+cdef inline void value_block(const int8_t* codes, float scale, bint packed, Py_ssize_t start, float* out,
+                             Py_ssize_t n) noexcept nogil:
+    cdef int8_t unpacked[BLOCK]
+    cdef const int8_t* source = codes + start
+    if packed:
+        kernels.unpack_row_s4_s8(<const uint8_t*> codes + start // 2, unpacked, n)
+        source = unpacked
+    kernels.dequantize_row_s8_f32(source, scale, out, n)
+
+
+def dequantize_rows(const int8_t[:, ::1] codes not None, const float[::1] scales not None, bint packed,
+                    float[:, ::1] out not None):
+    """out[r] = codes[r] * scales[r]."""
+    cdef float block[BLOCK]
+    cdef float* target
+    cdef Py_ssize_t r, start, n, k = out.shape[1]
+    cdef bint stream = streams(out.shape[0], 4 * k, k)
+    if k == 0:
+        return
+    with nogil:
+        for r in range(out.shape[0]):
+            start = 0
+            while start < k:
+                n = block_len(start, k)
+                target = &block[0] if stream else &out[r, start]
+                value_block(&codes[r, 0], scales[r], packed, start, target, n)
+                if stream:
+                    kernels.stream_copy(block, &out[r, start], n * sizeof(float))
+                start += n
+
+
+def sum_abs_error(FloatRows x not None, const int8_t[:, ::1] codes not None, const float[::1] scales not None,
+                  bint packed):
+    """Sum of |x - codes * scales| over all elements, in double."""
+    cdef float value[BLOCK]
+    cdef float scratch[BLOCK]
+    cdef Py_ssize_t r, start, n
+    cdef Floats row
+    cdef double total = 0
+    if x.k == 0:
+        return total
+    with nogil:
+        for r in range(x.m):
+            row = x.row(r)
+            start = 0
+            while start < x.k:
+                n = block_len(start, x.k)
+                value_block(&codes[r, 0], scales[r], packed, start, value, n)
+                total += kernels.abs_error_row_f32_f64(block_of(&row, start, n, scratch), value, n)
+                start += n
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Smoothing
+
+
+def column_amax(FloatRows x not None, int32_t[::1] amax_bits not None):
+    """Fold the rows of x into the columns' largest magnitudes, given and kept as float bits."""
+    cdef float scratch[BLOCK]
+    cdef Py_ssize_t r, start, n
+    cdef Floats row
+    if x.k == 0:
+        return
+    with nogil:
+        for r in range(x.m):
+            row = x.row(r)
+            start = 0
+            while start < x.k:
+                n = block_len(start, x.k)
+                kernels.column_amax_row_f32(block_of(&row, start, n, scratch), &amax_bits[start], n)
+                start += n
+
+
+def smooth_factors(const float[::1] act_amax not None, const float[::1] weight_amax not None, double alpha,
+                   float epsilon, float[::1] factors not None):
+    """max((act_amax + eps)**alpha / (weight_amax + eps)**(1 - alpha), eps) for each column.
+
+    The powers are taken in double and rounded to float32 once: float powers differ between C libraries.
+    """
+    cdef Py_ssize_t j
+    cdef float numerator, denominator
+    with nogil:
+        for j in range(factors.shape[0]):
+            numerator = <float> pow(act_amax[j] + epsilon, alpha)
+            denominator = <float> pow(weight_amax[j] + epsilon, 1.0 - alpha)
+            numerator /= denominator
+            factors[j] = numerator if numerator > epsilon else epsilon
+
+
+def scale_columns(FloatRows x not None, const float[::1] factors not None, bint divide,
+                  float[:, ::1] out not None):
+    """out = x / factors or x * factors, row by row; out may be x itself.
+
+    The last row is first, because the facade's search for NaN has just read it.
+    """
+    cdef float scratch[BLOCK]
+    cdef float block[BLOCK]
+    cdef float* target
+    cdef const float* source
+    cdef Py_ssize_t r, start, n
+    cdef Floats row
+    cdef bint stream
+    if x.k == 0 or x.m == 0:
+        return
+    stream = x.flat().data != <const char*> &out[0, 0] and streams(x.m, 4 * x.k, 4 * x.k)
+    with nogil:
+        for r in range(x.m - 1, -1, -1):
+            row = x.row(r)
+            start = 0
+            while start < x.k:
+                n = block_len(start, x.k)
+                source = block_of(&row, start, n, scratch)
+                target = &block[0] if stream else &out[r, start]
+                if divide:
+                    kernels.divide_row_f32(source, &factors[start], target, n)
+                else:
+                    kernels.multiply_row_f32(source, &factors[start], target, n)
+                if stream:
+                    kernels.stream_copy(block, &out[r, start], n * sizeof(float))
+                start += n
+
+
+def all_finite(FloatRows x not None):
+    """Whether no element is NaN or infinite."""
+    cdef Floats flat = x.flat()
+    cdef int32_t bits
+    with nogil:
+        bits = amax_bits(&flat)
+    return bits < NON_FINITE
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Integer products
+
+
+def w8a8_matvec(const int8_t[:, ::1] weight not None, const float[::1] weight_scales not None,
+                const int8_t[::1] activation not None, float activation_scale, float[::1] out not None):
+    """out[r] = float32(weight[r] . activation) * weight_scales[r] * activation_scale."""
+    cdef int64_t sums[64]
+    cdef Py_ssize_t r, start = 0, rows, m = weight.shape[0], k = weight.shape[1]
+    if k == 0:
+        return
+    with nogil:
+        while start < m:
+            rows = m - start if m - start < 64 else 64
+            kernels.dot_rows_s8s8_s64(&weight[start, 0], &activation[0], sums, rows, k)
+            for r in range(rows):
+                out[start + r] = <float> sums[r] * weight_scales[start + r] * activation_scale
+            start += rows
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Calibration
+
+
+def moments(FloatRows x not None):
+    """(n, min, max, mean, sum of squared deviations) of all elements, which are finite; n > 0.
+
+    Within a block the deviations are taken from the block's own mean; blocks are merged by the formula of
+    Chan, Golub and LeVeque (1979), which keeps the variance accurate however large the mean is.
+    """
+    cdef float scratch[BLOCK]
+    cdef const float* block
+    cdef Py_ssize_t start = 0, n
+    cdef Floats flat
+    cdef float least, most
+    cdef double mean = 0, m2 = 0, delta, block_mean
+    with nogil:
+        flat = x.flat()
+        block = block_of(&flat, 0, 1, scratch)
+        least = most = block[0]
+        while start < flat.n:
+            n = block_len(start, flat.n)
+            block = block_of(&flat, start, n, scratch)
+            kernels.min_max_row_f32(block, &least, &most, n)
+            block_mean = kernels.sum_row_f32_f64(block, n) / n
+            m2 += kernels.square_deviation_row_f32_f64(block, block_mean, n)
+            delta = block_mean - mean
+            m2 += delta * delta * (<double> start * n / (start + n))
+            mean += delta * n / (start + n)
+            start += n
+    return flat.n, least, most, mean, m2
+
+
+def ranked_magnitude(list batches not None, Py_ssize_t rank):
+    """The magnitude at place `rank` among all elements of a list of FloatRows, which are finite."""
+    cdef Py_ssize_t i, n = len(batches)
+    cdef int32_t bits
+    cdef Floats* parts = <Floats*> PyMem_Malloc(n * sizeof(Floats))
+    if parts == NULL:
+        raise MemoryError
+    for i in range(n):
+        parts[i] = (<FloatRows> batches[i]).flat()
+    with nogil:
+        bits = ranked_bits(parts, n, rank)
+    PyMem_Free(parts)
+    return dq_float(bits)

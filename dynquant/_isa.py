@@ -1,0 +1,76 @@
+"""Picks the instruction set whose row kernels are used; once, while the package is imported."""
+
+from __future__ import annotations
+
+import os
+from typing import TypedDict
+
+from . import _core
+from .errors import IsaError
+
+_VARIABLE = "DYNQUANT_ISA"
+
+
+class SimdInfo(TypedDict):
+    selected: str
+    built: tuple[str, ...]
+    supported: tuple[str, ...]
+
+
+_selected = ""
+
+
+def _table(isa: str) -> object:
+    # Literal imports, so that freezers see them. A module compiled for an instruction set is imported only
+    # after its check: even its initialisation may use that set.
+    if isa == "avx512":
+        from ._isa_avx512 import table  # type: ignore[import-not-found, unused-ignore]
+    elif isa == "avx2":
+        from ._isa_avx2 import table  # type: ignore[import-not-found, unused-ignore]
+    else:
+        from ._isa_baseline import table  # type: ignore[import-not-found, unused-ignore]
+    return table
+
+
+def select(isa: str | None = None) -> None:
+    """Use the kernels of `isa`, or of the best instruction set built and supported.
+
+    Raises
+    ------
+    IsaError
+        If `isa` is not the name of one that this build has and this CPU and operating system run.
+    """
+    global _selected
+    built, supported = _core.isas_built(), _core.isas_supported()
+    usable = [name for name in built if name in supported]
+    if isa is None:
+        isa = usable[-1]
+    elif isa not in usable:
+        raise IsaError(
+            f"{_VARIABLE}={isa!r} cannot be had: this build has {', '.join(built)}; "
+            f"this CPU and operating system run {', '.join(supported)}"
+        )
+    _core.set_table(_table(isa))
+    _selected = isa
+
+
+def simd_info() -> SimdInfo:
+    """Tell which instruction set the kernels use.
+
+    Returns
+    -------
+    dict
+        ``selected``, the name of the one in use; ``built``, the names that this build has; ``supported``,
+        the names that this CPU and operating system run. The names are ``"baseline"``, ``"avx2"``
+        (x86-64-v3) and ``"avx512"`` (x86-64-v4), weakest first.
+
+    Notes
+    -----
+    The best one in both lists is selected when dynquant is imported. The environment variable
+    ``DYNQUANT_ISA``, set before that, selects one by name, and importing dynquant raises `IsaError` when it
+    cannot be had. Results do not depend on the choice in any bit.
+    """
+    return {"selected": _selected, "built": _core.isas_built(), "supported": _core.isas_supported()}
+
+
+select(os.environ.get(_VARIABLE) or None)

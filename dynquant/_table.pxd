@@ -1,0 +1,36 @@
+# The table of row kernels that one instruction set hands to _core. Pointers, lengths and plain numbers only.
+# What each kernel promises stands above it in kernels/*.pxi.
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t
+
+
+ctypedef struct Kernels:
+    # copy.pxi
+    void (*stream_copy)(const void* x, void* out, Py_ssize_t n) noexcept nogil
+    # convert.pxi
+    void (*widen_f16_f32)(const uint16_t* x, float* out, Py_ssize_t n) noexcept nogil
+    void (*widen_bf16_f32)(const uint16_t* x, float* out, Py_ssize_t n) noexcept nogil
+    # scale.pxi
+    int32_t (*amax_bits_f32)(const float* x, Py_ssize_t n) noexcept nogil
+    Py_ssize_t (*count_below_f32)(const float* x, int32_t bits, Py_ssize_t n) noexcept nogil
+    void (*count_top_bits_f32)(const float* x, Py_ssize_t* counts, Py_ssize_t n) noexcept nogil
+    void (*count_next_bits_f32)(const float* x, int32_t prefix, int shift, Py_ssize_t* counts,
+                                Py_ssize_t n) noexcept nogil
+    # quantize.pxi
+    void (*quantize_row_f32_s8)(const float* x, float scale, int32_t clip, int8_t* codes,
+                                Py_ssize_t n) noexcept nogil
+    void (*pack_row_s8_s4)(const int8_t* codes, uint8_t* packed, Py_ssize_t n) noexcept nogil
+    # dequantize.pxi
+    void (*dequantize_row_s8_f32)(const int8_t* codes, float scale, float* out, Py_ssize_t n) noexcept nogil
+    void (*unpack_row_s4_s8)(const uint8_t* packed, int8_t* codes, Py_ssize_t n) noexcept nogil
+    # smooth.pxi
+    void (*column_amax_row_f32)(const float* x, int32_t* amax_bits, Py_ssize_t n) noexcept nogil
+    void (*divide_row_f32)(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil
+    void (*multiply_row_f32)(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil
+    # dot.pxi
+    void (*dot_rows_s8s8_s64)(const int8_t* w, const int8_t* a, int64_t* sums, Py_ssize_t rows,
+                              Py_ssize_t k) noexcept nogil
+    # stats.pxi
+    void (*min_max_row_f32)(const float* x, float* least, float* most, Py_ssize_t n) noexcept nogil
+    double (*sum_row_f32_f64)(const float* x, Py_ssize_t n) noexcept nogil
+    double (*square_deviation_row_f32_f64)(const float* x, double mean, Py_ssize_t n) noexcept nogil
+    double (*abs_error_row_f32_f64)(const float* x, const float* value, Py_ssize_t n) noexcept nogil

@@ -1,0 +1,262 @@
+"""Scale modes, formats, and the quantised tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+from ._validate import F32, I8, U8, as_number, checked_out
+from .errors import DTypeError, InvalidPercentileError, ParameterError, ShapeMismatchError
+
+
+@dataclass(frozen=True)
+class MaxAbs:
+    """Scale by the largest magnitude: ``max|x| / clip``, so that nothing saturates."""
+
+
+@dataclass(frozen=True)
+class Percentile:
+    """Scale by a ranked magnitude: a share ``1 - p`` of the largest magnitudes saturates.
+
+    Parameters
+    ----------
+    p : float
+        0 < p <= 1. Of ``n`` magnitudes in ascending order the one at index ``max(ceil(p * n) - 1, 0)`` is
+        taken (nearest rank).
+
+    Raises
+    ------
+    InvalidPercentileError
+        If `p` is outside that range or not a number.
+    """
+
+    p: float
+
+    def __post_init__(self) -> None:
+        try:
+            p = as_number(self.p, "p")
+        except ParameterError as error:
+            raise InvalidPercentileError(self.p) from error
+        if not 0 < p <= 1:
+            raise InvalidPercentileError(self.p)
+
+    def rank(self, n: int) -> int:
+        """Index of the percentile among `n` > 0 ascending magnitudes.
+
+        ``p * n`` is a float32 product up to n = 2**24, beyond which float32 cannot tell neighbouring ranks
+        apart, and a float64 product above.
+        """
+        product = float(np.float32(self.p) * np.float32(n)) if n <= 2**24 else float(self.p) * n
+        return min(max(math.ceil(product) - 1, 0), n - 1)
+
+
+DynamicScaleMode: TypeAlias = MaxAbs | Percentile
+
+Granularity: TypeAlias = Literal["per_tensor", "per_row"]
+
+
+@dataclass(frozen=True)
+class DynQuantFormat:
+    """How codes and scales are laid out.
+
+    Parameters
+    ----------
+    bits : {8, 4}
+        Codes lie in [-127, 127] or [-7, 7].
+    granularity : {"per_tensor", "per_row"}
+        What shares one scale: everything, or what lies along the last axis.
+    group_size : None
+        No format of this version divides rows into groups.
+    packed : bool
+        Two 4-bit codes to a byte, the even element in the low nibble. Only with ``bits=4``.
+
+    Raises
+    ------
+    ParameterError
+        If a field has another value.
+    """
+
+    bits: int
+    granularity: Granularity
+    group_size: int | None = None
+    packed: bool = False
+
+    INT8_PER_TENSOR: ClassVar[DynQuantFormat]
+    INT8_PER_ROW: ClassVar[DynQuantFormat]
+    INT4_PER_TENSOR: ClassVar[DynQuantFormat]
+    INT4_PER_ROW: ClassVar[DynQuantFormat]
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ParameterError(f"bits: expected 4 or 8, got {self.bits!r}")
+        if self.granularity not in ("per_tensor", "per_row"):
+            raise ParameterError(f"granularity: expected 'per_tensor' or 'per_row', got {self.granularity!r}")
+        if self.group_size is not None:
+            raise ParameterError(f"group_size: expected None, got {self.group_size!r}")
+        if self.packed and self.bits != 4:
+            raise ParameterError(f"packed: expected False for {self.bits}-bit codes, got {self.packed!r}")
+
+    @property
+    def clip(self) -> int:
+        """The largest code: 127 or 7."""
+        return 127 if self.bits == 8 else 7
+
+    def rows_of(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """(m, k): how many scales a tensor of `shape` has, and how many elements share each."""
+        if self.granularity == "per_tensor":
+            return 1, math.prod(shape)
+        return math.prod(shape[:-1]), shape[-1]
+
+    def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scales of a tensor of `shape`."""
+        return (1,) if self.granularity == "per_tensor" else shape[:-1]
+
+    def data_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the codes of a tensor of `shape`: that shape, or rows of bytes when packed."""
+        if not self.packed:
+            return shape
+        _, k = self.rows_of(shape)
+        return (*(() if self.granularity == "per_tensor" else shape[:-1]), (k + 1) // 2)
+
+    @property
+    def data_dtype(self) -> np.dtype[Any]:
+        """int8, or uint8 when packed."""
+        return U8 if self.packed else I8
+
+
+DynQuantFormat.INT8_PER_TENSOR = DynQuantFormat(8, "per_tensor")
+DynQuantFormat.INT8_PER_ROW = DynQuantFormat(8, "per_row")
+DynQuantFormat.INT4_PER_TENSOR = DynQuantFormat(4, "per_tensor")
+DynQuantFormat.INT4_PER_ROW = DynQuantFormat(4, "per_row")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DynQuantTensor:
+    """Codes with what it takes to turn them back into floats.
+
+    Parameters
+    ----------
+    data : ndarray
+        int8, of `shape`; or, when ``format.packed``, uint8 with two codes a byte: one run of
+        ``ceil(n / 2)`` bytes per tensor, or per row a last axis of ``ceil(shape[-1] / 2)``.
+    scales : ndarray of float32
+        Shape (1,) per tensor, ``shape[:-1]`` per row.
+    zero_points : None
+        Every format of this version is symmetric.
+    shape : tuple of int
+        Shape of the tensor that was quantised.
+    format : DynQuantFormat
+
+    Raises
+    ------
+    DTypeError, ShapeMismatchError
+        If an array does not fit `shape` and `format`.
+    ParameterError
+        If `zero_points` is not None.
+    """
+
+    data: NDArray[Any]
+    scales: NDArray[np.float32]
+    zero_points: None
+    shape: tuple[int, ...]
+    format: DynQuantFormat
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if self.zero_points is not None:
+            raise ParameterError(f"zero_points: expected None, got {type(self.zero_points).__name__}")
+        if self.format.granularity == "per_row" and not self.shape:
+            raise ShapeMismatchError("(..., k)", self.shape, "shape")
+        _check_field(self.data, "data", self.format.data_shape(self.shape), self.format.data_dtype)
+        _check_field(self.scales, "scales", self.format.scales_shape(self.shape), F32)
+
+    @classmethod
+    def of_checked(
+        cls, data: NDArray[Any], scales: NDArray[np.float32], shape: tuple[int, ...], format: DynQuantFormat
+    ) -> DynQuantTensor:
+        """A tensor of arrays that are known to fit; skips the checks, which cost more than a small call."""
+        tensor = object.__new__(cls)
+        tensor.__dict__.update(data=data, scales=scales, zero_points=None, shape=shape, format=format)
+        return tensor
+
+    @property
+    def element_count(self) -> int:
+        """How many elements were quantised."""
+        return math.prod(self.shape)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of codes and scales together."""
+        return self.data.nbytes + self.scales.nbytes
+
+    @property
+    def compression_ratio(self) -> float:
+        """Bytes of the float32 tensor over `memory_bytes`; 0.0 when there is nothing to compress."""
+        return 4 * self.element_count / self.memory_bytes if self.element_count else 0.0
+
+    def dequantize(self, *, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """The values that the codes stand for: ``code * scale`` in float32.
+
+        Parameters
+        ----------
+        out : ndarray of float32, optional
+            Of shape `shape`, C-contiguous, apart from this tensor's arrays. Allocated if not given.
+
+        Returns
+        -------
+        ndarray of float32, shape `shape`
+            `out` if it was given.
+
+        Raises
+        ------
+        DTypeError, ShapeMismatchError, LayoutError
+            If `out` cannot take the result; it is then as it was.
+        """
+        if out is None:
+            out = np.empty(self.shape, F32)
+        else:
+            checked_out(out, self.shape, F32, self.data, self.scales)
+        m, k = self.format.rows_of(self.shape)
+        codes, scales, packed = self.kernel_arrays()
+        _core.dequantize_rows(codes, scales, packed, out.reshape(m, k))
+        return out
+
+    def kernel_arrays(self) -> tuple[NDArray[np.int8], NDArray[np.float32], bool]:
+        """Codes (m, bytes of a row), scales (m,), and whether codes are packed, as the kernels take them."""
+        m, k = self.format.rows_of(self.shape)
+        data, scales = self.data, self.scales
+        packed = self.format.packed
+        if packed:
+            data, k = np.ascontiguousarray(data).view(I8), (k + 1) // 2
+        return (
+            data if data.shape == (m, k) and data.flags.c_contiguous else np.ascontiguousarray(data).reshape(m, k),
+            scales if scales.shape == (m,) and scales.flags.c_contiguous else np.ascontiguousarray(scales).reshape(m),
+            packed,
+        )
+
+    def __repr__(self) -> str:
+        fmt = self.format
+        packed = ", packed" if fmt.packed else ""
+        return (
+            f"DynQuantTensor(shape={self.shape}, int{fmt.bits} {fmt.granularity}{packed}, "
+            f"{self.memory_bytes} bytes)"
+        )
+
+
+def _check_field(array: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    if not isinstance(array, np.ndarray) or array.dtype != dtype:
+        got = f"dtype {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise DTypeError(f"{name}: expected an ndarray of {dtype}, got {got}")
+    if array.shape != shape:
+        raise ShapeMismatchError(shape, array.shape, name)
+
+
+def packed_format(format: DynQuantFormat, packed: bool) -> DynQuantFormat:
+    """`format`, packed if either it or `packed` says so."""
+    return dataclasses.replace(format, packed=True) if packed and not format.packed else format

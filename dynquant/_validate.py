@@ -1,0 +1,167 @@
+"""Coercion of inputs and every check of an argument. The only module that raises for what a caller passed."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._core import FloatRows, all_finite
+from .errors import DTypeError, EmptyInputError, LayoutError, NonFiniteError, ParameterError, ShapeMismatchError
+
+F32 = np.dtype(np.float32)
+F16 = np.dtype(np.float16)
+I8 = np.dtype(np.int8)
+U8 = np.dtype(np.uint8)
+U16 = np.dtype(np.uint16)
+
+# Numbers of the input formats in _core.pyx.
+_KIND_F32, _KIND_F16, _KIND_BF16 = 0, 1, 2
+
+
+def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    # ml_dtypes' type, recognised without importing it.
+    return dtype.kind == "V" and dtype.name == "bfloat16"
+
+
+def as_array(x: Any, name: str) -> NDArray[Any]:
+    """`x` as an ndarray that shares its memory where it has any."""
+    if type(x) is np.ndarray:
+        return x
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise DTypeError(f"{name}: expected a float array, got {type(x).__name__} ({error})") from error
+
+
+def as_floats(x: Any, name: str) -> NDArray[Any]:
+    """`x` as a C-contiguous array of float32, float16 or bfloat16, a copy only where it is none of these.
+
+    Lists, tuples and Python numbers stand for float32 whatever numbers they hold; an array keeps its dtype,
+    and integer, complex, bool and object arrays are refused.
+    """
+    array = as_array(x, name)
+    dtype = array.dtype
+    if dtype is F32 and array.flags.c_contiguous:
+        return array
+    if dtype == F32 or dtype == F16 or _is_bfloat16(dtype):
+        # "=": also swaps bytes. "C" and not "K": rows must be contiguous.
+        return array if array.flags.c_contiguous and dtype.isnative else array.astype(dtype.newbyteorder("="), "C")
+    literal = isinstance(x, (list, tuple, int, float)) and dtype.kind in "iu"
+    if not (dtype.kind == "f" or literal):
+        raise DTypeError(f"{name}: expected a float array, got dtype {dtype}")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+        return array.astype(F32, "C")
+
+
+def float_rows(array: NDArray[Any], m: int, k: int) -> FloatRows:
+    """The array that `as_floats` gave, seen by the kernels as (m, k)."""
+    dtype = array.dtype
+    if dtype == F32:
+        return FloatRows(array if array.shape == (m, k) else array.reshape(m, k), _KIND_F32)
+    return FloatRows(array.view(U16).reshape(m, k), _KIND_F16 if dtype == F16 else _KIND_BF16)
+
+
+def raise_non_finite(array: NDArray[Any], name: str) -> None:
+    """Raise for the first element of `array` that is NaN or infinite."""
+    flat = array.reshape(-1)
+    index = int(np.argmin(np.isfinite(flat)))
+    raise NonFiniteError(index, float(flat[index]), name)
+
+
+def check_finite(array: NDArray[Any], name: str) -> None:
+    if not all_finite(float_rows(array, 1, array.size)):
+        raise_non_finite(array, name)
+
+
+def as_finite_vector(x: Any, name: str) -> NDArray[Any]:
+    """`x` as a contiguous, finite float32 vector."""
+    vector = as_floats(x, name).astype(F32, copy=False)
+    if vector.ndim != 1:
+        raise ShapeMismatchError("(n,)", vector.shape, name)
+    check_finite(vector, name)
+    return vector
+
+
+def as_matrix(x: Any, name: str, shape: str) -> NDArray[Any]:
+    """`x` as floats with two axes, neither empty."""
+    matrix = as_floats(x, name)
+    if matrix.ndim != 2:
+        raise ShapeMismatchError(shape, matrix.shape, name)
+    if matrix.size == 0:
+        raise EmptyInputError(f"{name}: expected at least one element, got shape {matrix.shape}")
+    return matrix
+
+
+def as_int8_matrix(x: Any, name: str) -> NDArray[np.int8]:
+    """`x` as a C-contiguous int8 array with two axes."""
+    matrix = as_array(x, name)
+    if matrix.dtype != I8:
+        raise DTypeError(f"{name}: expected dtype int8, got {matrix.dtype}")
+    if matrix.ndim != 2:
+        raise ShapeMismatchError("(out_features, in_features)", matrix.shape, name)
+    return np.ascontiguousarray(matrix)
+
+
+def checked_out(
+    out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], *inputs: Any, in_place: Any = None
+) -> NDArray[Any]:
+    """`out`, if it can take the result.
+
+    It may not share memory with `inputs`; with `in_place` only by being the very same elements.
+    """
+    if not isinstance(out, np.ndarray):
+        raise DTypeError(f"out: expected a numpy.ndarray, got {type(out).__name__}")
+    if out.dtype != dtype:
+        raise DTypeError(f"out: expected dtype {dtype}, got {out.dtype}")
+    if out.shape != shape:
+        raise ShapeMismatchError(shape, out.shape, "out")
+    flags = out.flags
+    if not flags.c_contiguous:
+        raise LayoutError(f"out: expected a C-contiguous array, got strides {out.strides}")
+    if not flags.writeable:
+        raise LayoutError("out: expected a writable array, got a read-only one")
+    for x in inputs:
+        if np.may_share_memory(out, as_array(x, "input")):
+            raise LayoutError("out: expected memory apart from every input, got memory that overlaps one")
+    if in_place is not None and not _apart_or_same(out, as_array(in_place, "input")):
+        raise LayoutError("out: expected the input itself or memory apart from it, got a partial overlap")
+    return out
+
+
+def _apart_or_same(out: NDArray[Any], x: NDArray[Any]) -> bool:
+    if out is x or not np.may_share_memory(out, x):
+        return True
+    return out.ctypes.data == x.ctypes.data and out.dtype == x.dtype and x.flags.c_contiguous
+
+
+def as_number(value: Any, name: str) -> float:
+    """`value` as a float; NaN passes, since it fails every range check that follows."""
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__float__"):
+        raise ParameterError(f"{name}: expected a real number, got {value!r}")
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ParameterError(f"{name}: expected a real number, got {value!r}") from error
+
+
+def as_thread_count(value: Any) -> int:
+    """`value` as a number of threads, at least 1."""
+    try:
+        count = operator.index(value)
+    except TypeError as error:
+        raise ParameterError(f"num_threads: expected an int >= 1, got {value!r}") from error
+    if count < 1 or isinstance(value, bool):
+        raise ParameterError(f"num_threads: expected an int >= 1, got {value!r}")
+    return count
+
+
+def as_clip(value: Any) -> float:
+    """`value` as the code that the largest magnitude maps to: finite, above zero, in float32."""
+    clip = float(np.float32(as_number(value, "clip_val")))
+    if not (clip > 0 and math.isfinite(clip)):
+        raise ParameterError(f"clip_val: expected a finite number above 0, got {value!r}")
+    return clip

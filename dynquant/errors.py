@@ -1,0 +1,142 @@
+"""The exceptions that dynquant raises. Each is also the built-in exception that a caller would expect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = [
+    "DTypeError",
+    "DynQuantError",
+    "EmptyInputError",
+    "FeatureDimMismatchError",
+    "InvalidAlphaError",
+    "InvalidPercentileError",
+    "IsaError",
+    "LayoutError",
+    "NonFiniteError",
+    "ParameterError",
+    "ShapeMismatchError",
+]
+
+
+class DynQuantError(Exception):
+    """Base of every exception that dynquant raises by itself."""
+
+
+class ShapeMismatchError(DynQuantError, ValueError):
+    """An array has not the shape that the call needs.
+
+    Attributes
+    ----------
+    expected : tuple of int, or str where several shapes would do
+    actual : tuple of int
+    argument : str
+        Name of the argument.
+    """
+
+    def __init__(self, expected: Any, actual: Any, argument: str = "array") -> None:
+        super().__init__(expected, actual, argument)
+        self.expected = expected
+        self.actual = actual
+        self.argument = argument
+
+    def __str__(self) -> str:
+        return f"{self.argument}: expected shape {self.expected}, got {self.actual}"
+
+
+class FeatureDimMismatchError(ShapeMismatchError):
+    """Two arrays that share the feature axis disagree in its length.
+
+    Attributes
+    ----------
+    in_features : int
+        Length of the feature axis.
+    factors_len : int
+        Length of what should match it.
+    expected, actual, argument
+        As in `ShapeMismatchError`.
+    """
+
+    def __init__(self, in_features: int, factors_len: int, argument: str = "factors") -> None:
+        super().__init__((in_features,), (factors_len,), argument)
+        self.args = (in_features, factors_len, argument)
+        self.in_features = in_features
+        self.factors_len = factors_len
+
+    def __str__(self) -> str:
+        return f"{self.argument}: expected {self.in_features} in_features, got {self.factors_len}"
+
+
+class EmptyInputError(DynQuantError, ValueError):
+    """An array without elements was given where the result would be undefined."""
+
+
+class InvalidAlphaError(DynQuantError, ValueError):
+    """A migration strength outside [0, 1].
+
+    Attributes
+    ----------
+    alpha : float
+    """
+
+    def __init__(self, alpha: Any) -> None:
+        super().__init__(alpha)
+        self.alpha = alpha
+
+    def __str__(self) -> str:
+        return f"alpha: expected a number in [0, 1], got {self.alpha!r}"
+
+
+class InvalidPercentileError(DynQuantError, ValueError):
+    """A percentile outside (0, 1].
+
+    Attributes
+    ----------
+    p : float
+    """
+
+    def __init__(self, p: Any) -> None:
+        super().__init__(p)
+        self.p = p
+
+    def __str__(self) -> str:
+        return f"p: expected a number in (0, 1], got {self.p!r}"
+
+
+class NonFiniteError(DynQuantError, ValueError):
+    """An input holds NaN or infinity.
+
+    Attributes
+    ----------
+    index : int
+        Place of the first such element, counted in C order.
+    value : float
+        What stands there.
+    argument : str
+        Name of the argument.
+    """
+
+    def __init__(self, index: int, value: float, argument: str = "x") -> None:
+        super().__init__(index, value, argument)
+        self.index = index
+        self.value = value
+        self.argument = argument
+
+    def __str__(self) -> str:
+        return f"{self.argument}: expected finite values, got {self.value} at flat index {self.index}"
+
+
+class ParameterError(DynQuantError, ValueError):
+    """An option has a value that it cannot take."""
+
+
+class DTypeError(DynQuantError, TypeError):
+    """An array has a dtype that the call does not take."""
+
+
+class LayoutError(DynQuantError, ValueError):
+    """A result array is read-only, overlaps an input, or is not C-contiguous."""
+
+
+class IsaError(DynQuantError, ImportError):
+    """The instruction set asked for by ``DYNQUANT_ISA`` cannot be had."""

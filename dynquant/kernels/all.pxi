@@ -1,0 +1,65 @@
+# The row kernels of one instruction set: which one is decided by the flags that the including module is
+# compiled with. Nothing here allocates, touches a Python object or fails.
+from cpython.pycapsule cimport PyCapsule_New
+from libc.math cimport copysignf, fabs
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
+from libc.string cimport memset
+
+from dynquant._table cimport Kernels
+
+
+cdef extern from "kernels/simd.h" nogil:
+    enum: DQ_STEP
+    enum: DQ_DOT_STEP
+    enum: DQ_WIDEN_STEP
+    ctypedef struct dq_acc:
+        pass
+    int32_t dq_bits(float x)
+    float dq_float(int32_t b)
+    int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, int8_t* codes)
+    float dq_widen(uint16_t h)
+    void dq_widen_step(const uint16_t* x, float* out)
+    void dq_stream_copy(void* out, const void* x, Py_ssize_t n)
+    dq_acc dq_acc_zero()
+    dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a)
+    int64_t dq_acc_sum(dq_acc acc)
+
+
+cdef enum:
+    TABLES = 2
+    LANES = 8
+    DOT_BLOCK = 1 << 16
+
+
+include "copy.pxi"
+include "convert.pxi"
+include "scale.pxi"
+include "quantize.pxi"
+include "dequantize.pxi"
+include "smooth.pxi"
+include "dot.pxi"
+include "stats.pxi"
+
+
+cdef Kernels kernels
+kernels.stream_copy = stream_copy
+kernels.widen_f16_f32 = widen_f16_f32
+kernels.widen_bf16_f32 = widen_bf16_f32
+kernels.amax_bits_f32 = amax_bits_f32
+kernels.count_below_f32 = count_below_f32
+kernels.count_top_bits_f32 = count_top_bits_f32
+kernels.count_next_bits_f32 = count_next_bits_f32
+kernels.quantize_row_f32_s8 = quantize_row_f32_s8
+kernels.pack_row_s8_s4 = pack_row_s8_s4
+kernels.dequantize_row_s8_f32 = dequantize_row_s8_f32
+kernels.unpack_row_s4_s8 = unpack_row_s4_s8
+kernels.column_amax_row_f32 = column_amax_row_f32
+kernels.divide_row_f32 = divide_row_f32
+kernels.multiply_row_f32 = multiply_row_f32
+kernels.dot_rows_s8s8_s64 = dot_rows_s8s8_s64
+kernels.min_max_row_f32 = min_max_row_f32
+kernels.sum_row_f32_f64 = sum_row_f32_f64
+kernels.square_deviation_row_f32_f64 = square_deviation_row_f32_f64
+kernels.abs_error_row_f32_f64 = abs_error_row_f32_f64
+
+table = PyCapsule_New(&kernels, "dynquant._table.Kernels", NULL)

@@ -1,0 +1,18 @@
+# Codes to floats, and nibbles to codes.
+
+
+# out[i] = codes[i] * scale, one rounding.
+cdef void dequantize_row_s8_f32(const int8_t* codes, float scale, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        out[i] = <float> codes[i] * scale
+
+
+# packed (ceil(n / 2),) -> codes (n,), each nibble sign-extended, the low one first.
+cdef void unpack_row_s4_s8(const uint8_t* packed, int8_t* codes, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n // 2):
+        codes[2 * i] = <int8_t> (((packed[i] & 0x0F) ^ 8) - 8)
+        codes[2 * i + 1] = <int8_t> (((packed[i] >> 4) ^ 8) - 8)
+    if n % 2:
+        codes[n - 1] = <int8_t> (((packed[n // 2] & 0x0F) ^ 8) - 8)

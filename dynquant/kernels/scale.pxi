@@ -1,0 +1,57 @@
+# What a scale is computed from: the largest magnitude, or a ranked one.
+
+
+# x (n,) -> the largest |x[i]| as float bits; 0 when n == 0.
+# Without the sign bit IEEE-754 order is integer order, and an integer maximum may be reassociated, so this
+# vectorises without fast-math. Infinity and NaN lie at and above 0x7F800000, beyond every finite value: the
+# caller's check for them is one compare.
+cdef int32_t amax_bits_f32(const float* x, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int32_t b, most = 0
+    for i in range(n):
+        b = dq_bits(x[i]) & 0x7FFFFFFF
+        most = b if b > most else most
+    return most
+
+
+# How many |x[i]| have float bits below `bits`, n < 2**31.
+cdef Py_ssize_t count_below_f32(const float* x, int32_t bits, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int32_t below = 0
+    for i in range(n):
+        below += (dq_bits(x[i]) & 0x7FFFFFFF) < bits
+    return below
+
+
+# counts[t][b] += how often the top 11 of the 31 magnitude bits are b; counts is TABLES tables of 2**11.
+# Neighbours often fall into one bin, where each increment would wait for the last one's store: consecutive
+# elements go to different tables, which the caller adds up.
+cdef void count_top_bits_f32(const float* x, Py_ssize_t* counts, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i = 0
+    while i + TABLES <= n:
+        counts[(dq_bits(x[i]) & 0x7FFFFFFF) >> 20] += 1
+        counts[((dq_bits(x[i + 1]) & 0x7FFFFFFF) >> 20) + 2048] += 1
+        i += TABLES
+    while i < n:
+        counts[(dq_bits(x[i]) & 0x7FFFFFFF) >> 20] += 1
+        i += 1
+
+
+# counts[b] += how often the 10 magnitude bits from `shift` up are b, among the elements whose bits above
+# those equal prefix. Few elements match as a rule, so a block is first searched for a match in a loop that
+# vectorises, and most blocks end there.
+cdef void count_next_bits_f32(const float* x, int32_t prefix, int shift, Py_ssize_t* counts,
+                              Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, start = 0, stop
+    cdef int32_t b, found
+    while start < n:
+        stop = start + 32 if start + 32 < n else n
+        found = 0
+        for i in range(start, stop):
+            found |= ((dq_bits(x[i]) & 0x7FFFFFFF) >> (shift + 10)) == prefix
+        if found:
+            for i in range(start, stop):
+                b = (dq_bits(x[i]) & 0x7FFFFFFF) >> shift
+                if b >> 10 == prefix:
+                    counts[b & 1023] += 1
+        start = stop

@@ -1,0 +1,205 @@
+/* The vector steps that the compiler does not reach from a plain loop. The loops are in the .pxi files.
+
+   quantize step   DQ_STEP floats to int8 codes. Left to itself gcc narrows int32 to int8 with twice the
+                   shuffles, and half the speed.
+   widen step      DQ_WIDEN_STEP binary16 to float32. gcc 12 does not use the conversion instruction.
+   dot step        DQ_DOT_STEP products of int8 added to a vector of int32 sums. Left to itself gcc widens
+                   to int16 and multiplies without adding pairs.
+
+   Each has a form in plain C that every compiler takes, and one for AVX2; the quantize step also one for
+   AVX-512. A stream copy writes past the caches. A form may differ from another in speed only, never in a bit of any result. */
+#ifndef DQ_SIMD_H
+#define DQ_SIMD_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX2__) || defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+static inline int32_t dq_bits(float x) {
+    int32_t b;
+    memcpy(&b, &x, sizeof b);
+    return b;
+}
+
+static inline float dq_float(int32_t b) {
+    float x;
+    memcpy(&x, &b, sizeof x);
+    return x;
+}
+
+/* 1.5 * 2**23: added to y, |y| < 2**22, it leaves the integer nearest y (half to even) in the low bits of
+   the sum, in two's complement. The bits of the sum rise with y over the whole range of float, so that
+   clamping them as integers clamps y. */
+#define DQ_MAGIC 12582912.0f
+#define DQ_MAGIC_BITS 0x4B400000
+
+/* Bits of x * r + DQ_MAGIC. Fused or not is free to differ between builds: quantize.pxi uses the answer
+   only where both of its bounds give the same integer. */
+static inline int32_t dq_biased(float x, float r) {
+#if defined(__AVX2__)
+    return dq_bits(fmaf(x, r, DQ_MAGIC));
+#else
+    return dq_bits(x * r + DQ_MAGIC);
+#endif
+}
+
+/* codes[i] = clamp(integer nearest x[i] * lo, -clip, clip) for DQ_STEP floats.
+   Returns nonzero when x[i] * lo and x[i] * hi do not round to the same integer for some i. */
+#if defined(__AVX512BW__)
+
+#define DQ_STEP 64
+static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, int8_t* codes) {
+    const __m512 vlo = _mm512_set1_ps(lo), vhi = _mm512_set1_ps(hi), magic = _mm512_set1_ps(DQ_MAGIC);
+    const __m512i least = _mm512_set1_epi32(DQ_MAGIC_BITS - clip);
+    const __m512i most = _mm512_set1_epi32(DQ_MAGIC_BITS + clip);
+    __m512i differ = _mm512_setzero_si512();
+    for (int j = 0; j < 4; j++) {
+        const __m512 v = _mm512_loadu_ps(x + 16 * j);
+        __m512i a = _mm512_castps_si512(_mm512_fmadd_ps(v, vlo, magic));
+        const __m512i b = _mm512_castps_si512(_mm512_fmadd_ps(v, vhi, magic));
+        differ = _mm512_ternarylogic_epi32(differ, a, b, 0xF6); /* differ | (a ^ b) */
+        a = _mm512_min_epi32(_mm512_max_epi32(a, least), most);
+        _mm_storeu_si128((__m128i*)(codes + 16 * j), _mm512_cvtepi32_epi8(a));
+    }
+    return _mm512_test_epi32_mask(differ, differ) != 0;
+}
+
+#elif defined(__AVX2__)
+
+#define DQ_STEP 32
+static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, int8_t* codes) {
+    const __m256 vlo = _mm256_set1_ps(lo), vhi = _mm256_set1_ps(hi), magic = _mm256_set1_ps(DQ_MAGIC);
+    const __m256i least = _mm256_set1_epi32(DQ_MAGIC_BITS - clip);
+    const __m256i most = _mm256_set1_epi32(DQ_MAGIC_BITS + clip);
+    __m256i differ = _mm256_setzero_si256(), a[4];
+    for (int j = 0; j < 4; j++) {
+        const __m256 v = _mm256_loadu_ps(x + 8 * j);
+        a[j] = _mm256_castps_si256(_mm256_fmadd_ps(v, vlo, magic));
+        const __m256i b = _mm256_castps_si256(_mm256_fmadd_ps(v, vhi, magic));
+        differ = _mm256_or_si256(differ, _mm256_xor_si256(a[j], b));
+        a[j] = _mm256_min_epi32(_mm256_max_epi32(a[j], least), most);
+    }
+    /* The low 16 bits of a[0] and a[1] alternate in one register, those of a[2] and a[3] in the next; then
+       one saturating pack to bytes, and two shuffles that put them in order. */
+    const __m256i p = _mm256_blend_epi16(a[0], _mm256_slli_epi32(a[1], 16), 0xAA);
+    const __m256i q = _mm256_blend_epi16(a[2], _mm256_slli_epi32(a[3], 16), 0xAA);
+    const __m256i even_odd = _mm256_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15,
+                                              0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i bytes = _mm256_shuffle_epi8(_mm256_packs_epi16(p, q), even_odd);
+    _mm256_storeu_si256((__m256i*)codes, _mm256_permutevar8x32_epi32(bytes, lanes));
+    return !_mm256_testz_si256(differ, differ);
+}
+
+#else
+
+#define DQ_STEP 16
+static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, int8_t* codes) {
+    int32_t differ = 0;
+    for (int j = 0; j < DQ_STEP; j++) {
+        int32_t a = dq_biased(x[j], lo);
+        differ |= a ^ dq_biased(x[j], hi);
+        a = a < DQ_MAGIC_BITS - clip ? DQ_MAGIC_BITS - clip : a;
+        a = a > DQ_MAGIC_BITS + clip ? DQ_MAGIC_BITS + clip : a;
+        codes[j] = (int8_t)(a & 0xFF);
+    }
+    return differ != 0;
+}
+
+#endif
+
+/* One binary16 number. Exponent and fraction move to float32's places, which leaves a value 2**112 too small
+   (the biases are 15 and 127); the product with 2**112 is exact and also normalises subnormals. Infinity and
+   NaN would come out as 2**16 and above, so they get float32's top exponent by hand. */
+static inline float dq_widen(uint16_t h) {
+    int32_t b = dq_bits(dq_float((int32_t)(h & 0x7FFF) << 13) * 0x1p112f);
+    b |= (h & 0x7C00) == 0x7C00 ? 0x7F800000 : 0;
+    return dq_float(b | (int32_t)((uint32_t)(h & 0x8000) << 16));
+}
+
+#define DQ_WIDEN_STEP 8
+static inline void dq_widen_step(const uint16_t* x, float* out) {
+#if defined(__F16C__)
+    _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)x)));
+#else
+    for (int j = 0; j < DQ_WIDEN_STEP; j++) out[j] = dq_widen(x[j]);
+#endif
+}
+
+/* Copy n bytes to memory that will not be read soon: whole cache lines are written without being read
+   first, which spares a third of the traffic of writing. */
+static inline void dq_stream_copy(void* out, const void* x, ptrdiff_t n) {
+#if defined(__AVX2__)
+    char* to = (char*)out;
+    const char* from = (const char*)x;
+    ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)to & 31);
+    if (head > n) head = n;
+    memcpy(to, from, (size_t)head);
+    for (; head + 32 <= n; head += 32)
+        _mm256_stream_si256((__m256i*)(to + head), _mm256_loadu_si256((const __m256i*)(from + head)));
+    memcpy(to + head, from + head, (size_t)(n - head));
+    _mm_sfence();
+#else
+    memcpy(out, x, (size_t)n);
+#endif
+}
+
+/* acc += w[i] * a[i] over DQ_DOT_STEP elements, w in [-128, 127], a in [-127, 127].
+   Exact: four products, at most 4 * 128 * 127 = 65,024, are added to an int32 lane in one step, so a lane
+   holds 2**31 / 65,024 = 33,026 steps. */
+#if defined(__AVX2__)
+
+#define DQ_DOT_STEP 32
+typedef __m256i dq_acc;
+static inline dq_acc dq_acc_zero(void) { return _mm256_setzero_si256(); }
+static inline dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a) {
+    /* The sign goes to a, which is never -128 and so can be negated; |-128| is 128 as an unsigned byte.
+       A pair is then at most 2 * 128 * 127 = 32,512 and vpmaddubsw cannot saturate. */
+    const __m256i vw = _mm256_loadu_si256((const __m256i*)w);
+    const __m256i va = _mm256_sign_epi8(_mm256_loadu_si256((const __m256i*)a), vw);
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(vw), va);
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+static inline int64_t dq_acc_sum(dq_acc acc) {
+    int32_t lane[8];
+    int64_t sum = 0;
+    _mm256_storeu_si256((__m256i*)lane, acc);
+    for (int j = 0; j < 8; j++) sum += lane[j];
+    return sum;
+}
+
+#elif defined(__SSE2__)
+
+#define DQ_DOT_STEP 16
+typedef __m128i dq_acc;
+static inline dq_acc dq_acc_zero(void) { return _mm_setzero_si128(); }
+static inline dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a) {
+    const __m128i vw = _mm_loadu_si128((const __m128i*)w), va = _mm_loadu_si128((const __m128i*)a);
+    const __m128i w0 = _mm_srai_epi16(_mm_unpacklo_epi8(vw, vw), 8), w1 = _mm_srai_epi16(_mm_unpackhi_epi8(vw, vw), 8);
+    const __m128i a0 = _mm_srai_epi16(_mm_unpacklo_epi8(va, va), 8), a1 = _mm_srai_epi16(_mm_unpackhi_epi8(va, va), 8);
+    return _mm_add_epi32(acc, _mm_add_epi32(_mm_madd_epi16(w0, a0), _mm_madd_epi16(w1, a1)));
+}
+static inline int64_t dq_acc_sum(dq_acc acc) {
+    int32_t lane[4];
+    _mm_storeu_si128((__m128i*)lane, acc);
+    return (int64_t)lane[0] + lane[1] + lane[2] + lane[3];
+}
+
+#else
+
+#define DQ_DOT_STEP 4
+typedef int32_t dq_acc;
+static inline dq_acc dq_acc_zero(void) { return 0; }
+static inline dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a) {
+    return acc + w[0] * a[0] + w[1] * a[1] + w[2] * a[2] + w[3] * a[3];
+}
+static inline int64_t dq_acc_sum(dq_acc acc) { return acc; }
+
+#endif
+
+#endif

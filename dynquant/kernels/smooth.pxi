@@ -1,0 +1,34 @@
+# Per-column magnitudes, and the two products with per-column factors.
+
+
+# amax_bits[j] = max(amax_bits[j], bits of |x[j]|): one row folded into the columns' maxima, which stay in L1
+# while the matrix streams past once.
+cdef void column_amax_row_f32(const float* x, int32_t* amax_bits, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int32_t b
+    for i in range(n):
+        b = dq_bits(x[i]) & 0x7FFFFFFF
+        amax_bits[i] = b if b > amax_bits[i] else amax_bits[i]
+
+
+# out[j] = x[j] / factors[j]. out may be x itself, which has a loop of its own: between two pointers that
+# may be equal the compiler's overlap check falls back to scalar code.
+cdef void divide_row_f32(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    if x == out:
+        for i in range(n):
+            out[i] = out[i] / factors[i]
+    else:
+        for i in range(n):
+            out[i] = x[i] / factors[i]
+
+
+# out[j] = x[j] * factors[j], as divide_row_f32.
+cdef void multiply_row_f32(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    if x == out:
+        for i in range(n):
+            out[i] = out[i] * factors[i]
+    else:
+        for i in range(n):
+            out[i] = x[i] * factors[i]

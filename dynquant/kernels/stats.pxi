@@ -1,0 +1,67 @@
+# Sums in double. Element i always goes to lane i % LANES, and the lanes are added up pairwise in one order,
+# so that every instruction set rounds alike. n is a block's length, a few thousand: the partial sums lose
+# under n / LANES ulp of a double.
+
+
+cdef inline double add_lanes(const double* lane) noexcept nogil:
+    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]))
+
+
+# least, most = the smallest and the largest of themselves and x; x is free of NaN.
+cdef void min_max_row_f32(const float* x, float* least, float* most, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int32_t b, low = ordered(dq_bits(least[0])), high = ordered(dq_bits(most[0]))
+    for i in range(n):
+        b = ordered(dq_bits(x[i]))
+        low = b if b < low else low
+        high = b if b > high else high
+    least[0], most[0] = dq_float(ordered(low)), dq_float(ordered(high))
+
+
+# Float bits to an integer of the same order, and back: negative floats have their magnitude flipped. A
+# minimum of floats does not vectorise without fast-math, one of integers does.
+cdef inline int32_t ordered(int32_t b) noexcept nogil:
+    return b ^ ((b >> 31) & 0x7FFFFFFF)
+
+
+cdef double sum_row_f32_f64(const float* x, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i = 0, j
+    cdef double lane[LANES]
+    memset(lane, 0, sizeof(lane))
+    while i + LANES <= n:
+        for j in range(LANES):
+            lane[j] += x[i + j]
+        i += LANES
+    for j in range(n - i):
+        lane[j] += x[i + j]
+    return add_lanes(lane)
+
+
+cdef double square_deviation_row_f32_f64(const float* x, double mean, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i = 0, j
+    cdef double lane[LANES]
+    cdef double d
+    memset(lane, 0, sizeof(lane))
+    while i + LANES <= n:
+        for j in range(LANES):
+            d = x[i + j] - mean
+            lane[j] += d * d
+        i += LANES
+    for j in range(n - i):
+        d = x[i + j] - mean
+        lane[j] += d * d
+    return add_lanes(lane)
+
+
+# Sum of |x[i] - value[i]|, the difference taken in double.
+cdef double abs_error_row_f32_f64(const float* x, const float* value, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i = 0, j
+    cdef double lane[LANES]
+    memset(lane, 0, sizeof(lane))
+    while i + LANES <= n:
+        for j in range(LANES):
+            lane[j] += fabs(<double> x[i + j] - value[i + j])
+        i += LANES
+    for j in range(n - i):
+        lane[j] += fabs(<double> x[i + j] - value[i + j])
+    return add_lanes(lane)
