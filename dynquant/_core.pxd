@@ -1,3 +1,6 @@
+from libc.stdint cimport uint16_t
+
+
 # Float input of one call: float32, or one of the 16-bit formats, which are widened block by block.
 cdef struct Floats:
     const char* data
@@ -6,8 +9,8 @@ cdef struct Floats:
 
 
 cdef class FloatRows:
-    cdef const float[:, ::1] f32
-    cdef const unsigned short[:, ::1] half
+    cdef const float[::1] f32
+    cdef const uint16_t[::1] half
     cdef int kind
     cdef readonly Py_ssize_t m, k
     cdef Floats row(self, Py_ssize_t r) noexcept nogil

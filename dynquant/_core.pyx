@@ -15,10 +15,12 @@
 # Entries that look for NaN and infinity return whether the input is finite; the facade finds the element and
 # raises.
 
+cimport cython
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.pycapsule cimport PyCapsule_GetPointer
+from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.math cimport pow
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t
+from libc.stdint cimport int8_t, int32_t, uint8_t, uint16_t
 from libc.string cimport memset
 
 from dynquant._table cimport Kernels
@@ -68,17 +70,19 @@ def isas_supported():
 # Input
 
 
+# One is made in every call, and can be part of no reference cycle.
+@cython.final
+@cython.no_gc
+@cython.freelist(8)
 cdef class FloatRows:
-    """A C-contiguous (m, k) array of float32, or of 16-bit floats seen as uint16, for the time of a call."""
+    """m rows of k floats that follow each other in `x`: float32, or a 16-bit format seen as uint16."""
 
-    def __cinit__(self, x not None, int kind):
-        self.kind = kind
+    def __cinit__(self, x not None, int kind, Py_ssize_t m, Py_ssize_t k):
+        self.kind, self.m, self.k = kind, m, k
         if kind == F32:
             self.f32 = x
-            self.m, self.k = self.f32.shape[0], self.f32.shape[1]
         else:
             self.half = x
-            self.m, self.k = self.half.shape[0], self.half.shape[1]
 
     cdef Floats row(self, Py_ssize_t r) noexcept nogil:
         cdef Floats x = self.flat()
@@ -92,7 +96,7 @@ cdef class FloatRows:
         x.n = self.m * self.k
         x.data = NULL
         if x.n:
-            x.data = <const char*> &self.f32[0, 0] if self.kind == F32 else <const char*> &self.half[0, 0]
+            x.data = <const char*> &self.f32[0] if self.kind == F32 else <const char*> &self.half[0]
         return x
 
 
@@ -204,13 +208,13 @@ cdef bint scale_of(const Floats* x, float clip, Py_ssize_t rank, float* scale) n
 
 
 def scale_rows(FloatRows x not None, float[::1] scales not None, float clip, Py_ssize_t rank,
-               Py_ssize_t first, Py_ssize_t end):
+               Py_ssize_t first=0, Py_ssize_t end=PY_SSIZE_T_MAX):
     """The scales of rows first .. end; returns whether they are finite, and stops at a row that is not."""
     cdef Py_ssize_t r
     cdef Floats row
     cdef bint finite = True
     with nogil:
-        for r in range(first, end):
+        for r in range(first, end if end < x.m else x.m):
             row = x.row(r)
             finite = scale_of(&row, clip, rank, &scales[r])
             if not finite:
@@ -220,6 +224,11 @@ def scale_rows(FloatRows x not None, float[::1] scales not None, float clip, Py_
 
 # ---------------------------------------------------------------------------------------------------------
 # Codes
+
+
+# Codes come as one run of bytes, row after row.
+cdef inline Py_ssize_t bytes_of_row(Py_ssize_t k, bint packed) noexcept nogil:
+    return (k + 1) // 2 if packed else k
 
 
 # Codes of floats start .. end of one row. `codes` takes a byte an element, or when packed a nibble.
@@ -260,36 +269,37 @@ cdef inline bint streams(Py_ssize_t m, Py_ssize_t row_bytes, Py_ssize_t source_b
 
 
 def code_rows(FloatRows x not None, const float[::1] scales not None, int clip, bint packed,
-              int8_t[:, ::1] codes not None, Py_ssize_t first, Py_ssize_t end):
-    """Codes of rows first .. end, each by its own scale."""
-    cdef Py_ssize_t r
+              int8_t[::1] codes not None, Py_ssize_t first=0, Py_ssize_t end=PY_SSIZE_T_MAX):
+    """Codes of rows first .. end, each by its own scale; returns True."""
+    cdef Py_ssize_t r, row_bytes = bytes_of_row(x.k, packed)
     cdef Floats row
     cdef bint stream = streams(x.m, x.k, 4 * x.k)
     if x.k == 0:
-        return
+        return True
     with nogil:
-        for r in range(first, end):
+        for r in range(first, end if end < x.m else x.m):
             row = x.row(r)
-            code_row(&row, scales[r], clip, packed, stream, &codes[r, 0])
+            code_row(&row, scales[r], clip, packed, stream, &codes[r * row_bytes])
+    return True
 
 
 def quantize_rows(FloatRows x not None, float[::1] scales not None, int clip, Py_ssize_t rank, bint packed,
-                  int8_t[:, ::1] codes not None, Py_ssize_t first, Py_ssize_t end):
+                  int8_t[::1] codes not None, Py_ssize_t first=0, Py_ssize_t end=PY_SSIZE_T_MAX):
     """Scales and codes of rows first .. end; a row's second pass reads from cache.
 
     Returns whether they are finite; stops at a row that is not, with the rows before it written.
     """
-    cdef Py_ssize_t r
+    cdef Py_ssize_t r, row_bytes = bytes_of_row(x.k, packed)
     cdef Floats row
     cdef bint finite = True, stream = streams(x.m, x.k, 4 * x.k)
     with nogil:
-        for r in range(first, end):
+        for r in range(first, end if end < x.m else x.m):
             row = x.row(r)
             finite = scale_of(&row, clip, rank, &scales[r])
             if not finite:
                 break
             if x.k:
-                code_row(&row, scales[r], clip, packed, stream, &codes[r, 0])
+                code_row(&row, scales[r], clip, packed, stream, &codes[r * row_bytes])
     return finite
 
 
@@ -304,12 +314,12 @@ cdef inline void value_block(const int8_t* codes, float scale, bint packed, Py_s
     kernels.dequantize_row_s8_f32(source, scale, out, n)
 
 
-def dequantize_rows(const int8_t[:, ::1] codes not None, const float[::1] scales not None, bint packed,
+def dequantize_rows(const int8_t[::1] codes not None, const float[::1] scales not None, bint packed,
                     float[:, ::1] out not None):
     """out[r] = codes[r] * scales[r]."""
     cdef float block[BLOCK]
     cdef float* target
-    cdef Py_ssize_t r, start, n, k = out.shape[1]
+    cdef Py_ssize_t r, start, n, k = out.shape[1], row_bytes = bytes_of_row(k, packed)
     cdef bint stream = streams(out.shape[0], 4 * k, k)
     if k == 0:
         return
@@ -319,18 +329,18 @@ def dequantize_rows(const int8_t[:, ::1] codes not None, const float[::1] scales
             while start < k:
                 n = block_len(start, k)
                 target = &block[0] if stream else &out[r, start]
-                value_block(&codes[r, 0], scales[r], packed, start, target, n)
+                value_block(&codes[r * row_bytes], scales[r], packed, start, target, n)
                 if stream:
                     kernels.stream_copy(block, &out[r, start], n * sizeof(float))
                 start += n
 
 
-def sum_abs_error(FloatRows x not None, const int8_t[:, ::1] codes not None, const float[::1] scales not None,
+def sum_abs_error(FloatRows x not None, const int8_t[::1] codes not None, const float[::1] scales not None,
                   bint packed):
     """Sum of |x - codes * scales| over all elements, in double."""
     cdef float value[BLOCK]
     cdef float scratch[BLOCK]
-    cdef Py_ssize_t r, start, n
+    cdef Py_ssize_t r, start, n, row_bytes = bytes_of_row(x.k, packed)
     cdef Floats row
     cdef double total = 0
     if x.k == 0:
@@ -341,7 +351,7 @@ def sum_abs_error(FloatRows x not None, const int8_t[:, ::1] codes not None, con
             start = 0
             while start < x.k:
                 n = block_len(start, x.k)
-                value_block(&codes[r, 0], scales[r], packed, start, value, n)
+                value_block(&codes[r * row_bytes], scales[r], packed, start, value, n)
                 total += kernels.abs_error_row_f32_f64(block_of(&row, start, n, scratch), value, n)
                 start += n
     return total
@@ -433,17 +443,13 @@ def all_finite(FloatRows x not None):
 def w8a8_matvec(const int8_t[:, ::1] weight not None, const float[::1] weight_scales not None,
                 const int8_t[::1] activation not None, float activation_scale, float[::1] out not None):
     """out[r] = float32(weight[r] . activation) * weight_scales[r] * activation_scale."""
-    cdef int64_t sums[64]
-    cdef Py_ssize_t r, start = 0, rows, m = weight.shape[0], k = weight.shape[1]
+    cdef Py_ssize_t r, k = weight.shape[1]
     if k == 0:
         return
     with nogil:
-        while start < m:
-            rows = m - start if m - start < 64 else 64
-            kernels.dot_rows_s8s8_s64(&weight[start, 0], &activation[0], sums, rows, k)
-            for r in range(rows):
-                out[start + r] = <float> sums[r] * weight_scales[start + r] * activation_scale
-            start += rows
+        for r in range(weight.shape[0]):
+            out[r] = (<float> kernels.dot_s8s8_s64(&weight[r, 0], &activation[0], k) * weight_scales[r]
+                      * activation_scale)
 
 
 # ---------------------------------------------------------------------------------------------------------

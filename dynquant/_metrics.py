@@ -5,7 +5,7 @@ from __future__ import annotations
 from numpy.typing import ArrayLike
 
 from . import _core
-from ._tensor import DynQuantTensor
+from ._tensor import DynQuantTensor, as_run
 from ._validate import as_floats, check_finite, float_rows
 from .errors import ParameterError, ShapeMismatchError
 
@@ -55,5 +55,5 @@ def quantization_mae(original: ArrayLike, quantized: DynQuantTensor) -> float:
         return 0.0
     check_finite(array, "original")
     m, k = quantized.format.rows_of(quantized.shape)
-    codes, scales, packed = quantized.kernel_arrays()
-    return _core.sum_abs_error(float_rows(array, m, k), codes, scales, packed) / array.size
+    codes, scales = as_run(quantized.data), as_run(quantized.scales)
+    return _core.sum_abs_error(float_rows(array, m, k), codes, scales, quantized.format.packed) / array.size

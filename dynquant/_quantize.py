@@ -5,13 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy import empty
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core
-from ._tensor import DynamicScaleMode, DynQuantFormat, DynQuantTensor, MaxAbs, Percentile, packed_format
-from ._threads import map_rows
+from ._tensor import (
+    DynamicScaleMode,
+    DynQuantFormat,
+    DynQuantTensor,
+    MaxAbs,
+    Percentile,
+    as_run,
+    packed_format,
+    tensor_of_checked,
+)
+from ._threads import over_rows
 from ._validate import (
     F32,
+    I8,
+    U8,
     as_clip,
     as_floats,
     as_thread_count,
@@ -65,7 +77,7 @@ def compute_scale(x: ArrayLike, clip_val: float, mode: DynamicScaleMode = _MAX_A
     array = as_floats(x, "x")
     clip = as_clip(clip_val)
     scale = np.empty(1, F32)
-    if not _core.scale_rows(float_rows(array, 1, array.size), scale, clip, _rank(mode, array.size), 0, 1):
+    if not _core.scale_rows(float_rows(array, 1, array.size), scale, clip, _rank(mode, array.size)):
         raise_non_finite(array, "x")
     return float(scale[0])
 
@@ -198,27 +210,27 @@ def _quantize(
 ) -> DynQuantTensor:
     array = as_floats(x, "x")
     shape = array.shape
-    if fmt.granularity == "per_row" and len(shape) < 2:
+    if len(shape) < 2 and fmt.granularity == "per_row":
         raise ShapeMismatchError("(..., k) with at least two axes", shape, "x")
     m, k = fmt.rows_of(shape)
-    rank = _rank(mode, k)
+    clip, packed, rank = fmt.clip, fmt.packed, _rank(mode, k)
     threads = as_thread_count(num_threads)
-    data = np.empty(fmt.data_shape(shape), fmt.data_dtype) if out is None else checked_out(
-        out, fmt.data_shape(shape), fmt.data_dtype, x
-    )
-    scales = np.empty(fmt.scales_shape(shape), F32)
-    tensor = DynQuantTensor.of_checked(data, scales, shape, fmt)
-    codes, row_scales, packed = tensor.kernel_arrays()
+    data_shape, dtype = (fmt.data_shape(shape), U8) if packed else (shape, I8)
+    data = empty(data_shape, dtype) if out is None else checked_out(out, data_shape, dtype, x)
+    scales = empty(m, F32)
     rows = float_rows(array, m, k)
-    clip = fmt.clip
+    codes = data if data.ndim == 1 and not packed else as_run(data)
 
     # A new array may be given up half written; the caller's may not.
-    if out is None or m == 1:
-        finite = map_rows(_core.quantize_rows, m, threads, rows, row_scales, clip, rank, packed, codes)
+    check_first = out is not None and m > 1
+    if check_first:
+        finite = over_rows(_core.scale_rows, (rows, scales, clip, rank), m, threads)
     else:
-        finite = map_rows(_core.scale_rows, m, threads, rows, row_scales, clip, rank)
-    if not all(finite):
+        finite = over_rows(_core.quantize_rows, (rows, scales, clip, rank, packed, codes), m, threads)
+    if not finite:
         raise_non_finite(array, "x")
-    if not (out is None or m == 1):
-        map_rows(_core.code_rows, m, threads, rows, row_scales, clip, packed, codes)
-    return tensor
+    if check_first:
+        over_rows(_core.code_rows, (rows, scales, clip, packed, codes), m, threads)
+    if len(shape) > 2:
+        scales = scales.reshape(fmt.scales_shape(shape))
+    return tensor_of_checked(data, scales, shape, fmt)

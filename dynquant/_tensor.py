@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -76,6 +76,11 @@ class DynQuantFormat:
     packed : bool
         Two 4-bit codes to a byte, the even element in the low nibble. Only with ``bits=4``.
 
+    Attributes
+    ----------
+    clip : int
+        The largest code: 127 or 7.
+
     Raises
     ------
     ParameterError
@@ -86,6 +91,9 @@ class DynQuantFormat:
     granularity: Granularity
     group_size: int | None = None
     packed: bool = False
+
+    # The largest code; an attribute and not a property because every call asks for it.
+    clip: int = field(init=False, repr=False, compare=False)
 
     INT8_PER_TENSOR: ClassVar[DynQuantFormat]
     INT8_PER_ROW: ClassVar[DynQuantFormat]
@@ -101,11 +109,7 @@ class DynQuantFormat:
             raise ParameterError(f"group_size: expected None, got {self.group_size!r}")
         if self.packed and self.bits != 4:
             raise ParameterError(f"packed: expected False for {self.bits}-bit codes, got {self.packed!r}")
-
-    @property
-    def clip(self) -> int:
-        """The largest code: 127 or 7."""
-        return 127 if self.bits == 8 else 7
+        object.__setattr__(self, "clip", 127 if self.bits == 8 else 7)
 
     def rows_of(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """(m, k): how many scales a tensor of `shape` has, and how many elements share each."""
@@ -136,7 +140,7 @@ DynQuantFormat.INT4_PER_TENSOR = DynQuantFormat(4, "per_tensor")
 DynQuantFormat.INT4_PER_ROW = DynQuantFormat(4, "per_row")
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, slots=True)
 class DynQuantTensor:
     """Codes with what it takes to turn them back into floats.
 
@@ -176,15 +180,6 @@ class DynQuantTensor:
         _check_field(self.data, "data", self.format.data_shape(self.shape), self.format.data_dtype)
         _check_field(self.scales, "scales", self.format.scales_shape(self.shape), F32)
 
-    @classmethod
-    def of_checked(
-        cls, data: NDArray[Any], scales: NDArray[np.float32], shape: tuple[int, ...], format: DynQuantFormat
-    ) -> DynQuantTensor:
-        """A tensor of arrays that are known to fit; skips the checks, which cost more than a small call."""
-        tensor = object.__new__(cls)
-        tensor.__dict__.update(data=data, scales=scales, zero_points=None, shape=shape, format=format)
-        return tensor
-
     @property
     def element_count(self) -> int:
         """How many elements were quantised."""
@@ -223,22 +218,8 @@ class DynQuantTensor:
         else:
             checked_out(out, self.shape, F32, self.data, self.scales)
         m, k = self.format.rows_of(self.shape)
-        codes, scales, packed = self.kernel_arrays()
-        _core.dequantize_rows(codes, scales, packed, out.reshape(m, k))
+        _core.dequantize_rows(as_run(self.data), as_run(self.scales), self.format.packed, out.reshape(m, k))
         return out
-
-    def kernel_arrays(self) -> tuple[NDArray[np.int8], NDArray[np.float32], bool]:
-        """Codes (m, bytes of a row), scales (m,), and whether codes are packed, as the kernels take them."""
-        m, k = self.format.rows_of(self.shape)
-        data, scales = self.data, self.scales
-        packed = self.format.packed
-        if packed:
-            data, k = np.ascontiguousarray(data).view(I8), (k + 1) // 2
-        return (
-            data if data.shape == (m, k) and data.flags.c_contiguous else np.ascontiguousarray(data).reshape(m, k),
-            scales if scales.shape == (m,) and scales.flags.c_contiguous else np.ascontiguousarray(scales).reshape(m),
-            packed,
-        )
 
     def __repr__(self) -> str:
         fmt = self.format
@@ -249,12 +230,38 @@ class DynQuantTensor:
         )
 
 
+# The slots' own setters: a frozen dataclass is set through object.__setattr__ otherwise, twice as slowly.
+_new_object = object.__new__
+_set_data, _set_scales, _set_zero_points, _set_shape, _set_format = (
+    getattr(DynQuantTensor, f.name).__set__ for f in dataclasses.fields(DynQuantTensor)
+)
+
+
+def tensor_of_checked(
+    data: NDArray[Any], scales: NDArray[np.float32], shape: tuple[int, ...], format: DynQuantFormat
+) -> DynQuantTensor:
+    """A tensor of arrays that are known to fit; skips the checks, which cost more than a small call."""
+    tensor = _new_object(DynQuantTensor)
+    _set_data(tensor, data)
+    _set_scales(tensor, scales)
+    _set_zero_points(tensor, None)
+    _set_shape(tensor, shape)
+    _set_format(tensor, format)
+    return tensor
+
+
 def _check_field(array: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     if not isinstance(array, np.ndarray) or array.dtype != dtype:
         got = f"dtype {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
         raise DTypeError(f"{name}: expected an ndarray of {dtype}, got {got}")
     if array.shape != shape:
         raise ShapeMismatchError(shape, array.shape, name)
+
+
+def as_run(array: NDArray[Any]) -> NDArray[Any]:
+    """Codes or scales in one run, as the kernels take them: int8 for packed codes, a view where it can be."""
+    run = np.ascontiguousarray(array).reshape(-1)
+    return run.view(I8) if run.dtype == U8 else run
 
 
 def packed_format(format: DynQuantFormat, packed: bool) -> DynQuantFormat:

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 
-def map_rows(work: Callable[..., T], m: int, num_threads: int, *args: Any) -> list[T]:
-    """``work(*args, first, end)`` for `num_threads` runs of nearly equal length that cover ``range(m)``.
+def over_rows(work: Callable[..., bool], args: tuple[Any, ...], m: int, num_threads: int) -> bool:
+    """Call ``work(*args, first, end)`` for `num_threads` runs of nearly equal length that cover ``range(m)``.
 
-    The caller's thread takes the first run; the others get a thread each, which has ended on return. Nothing
-    outlives the call, so there is nothing to survive a fork or to compete with other pools. Starting and
-    joining a thread costs about 50 us.
+    `work` without ``first, end`` covers all of it. The caller's thread takes the first run; the others get a
+    thread each, which has ended on return. Nothing outlives the call, so there is nothing to survive a fork
+    or to compete with other pools. Starting and joining a thread costs about 50 us.
 
     Returns
     -------
-    list
-        What `work` returned, in the order of the rows. If it raised, the first run's exception is raised
-        after every thread has ended.
+    bool
+        Whether every call returned true. If any raised, the first run's exception is raised after every
+        thread has ended.
     """
     if num_threads == 1 or m <= 1:
-        return [work(*args, 0, m)]
-    num_threads = min(num_threads, m)
-    results: dict[int, T] = {}
+        return work(*args)
+    return _over_runs(work, args, m, min(num_threads, m))
+
+
+def _over_runs(work: Callable[..., bool], args: tuple[Any, ...], m: int, num_threads: int) -> bool:
+    results: dict[int, bool] = {}
     errors: dict[int, BaseException] = {}
 
     def run(i: int) -> None:
@@ -46,4 +47,4 @@ def map_rows(work: Callable[..., T], m: int, num_threads: int, *args: Any) -> li
             thread.join()
     if errors:
         raise errors[min(errors)]
-    return [results[i] for i in range(num_threads)]
+    return all(results.values())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+from numpy import may_share_memory, ndarray
 from numpy.typing import NDArray
 
 from ._core import FloatRows, all_finite
@@ -43,13 +44,14 @@ def as_floats(x: Any, name: str) -> NDArray[Any]:
     Lists, tuples and Python numbers stand for float32 whatever numbers they hold; an array keeps its dtype,
     and integer, complex, bool and object arrays are refused.
     """
-    array = as_array(x, name)
-    dtype = array.dtype
-    if dtype is F32 and array.flags.c_contiguous:
+    array = x if type(x) is ndarray else as_array(x, name)
+    dtype, flags = array.dtype, array.flags
+    ready = flags.c_contiguous and flags.aligned
+    if ready and dtype is F32:
         return array
     if dtype == F32 or dtype == F16 or _is_bfloat16(dtype):
-        # "=": also swaps bytes. "C" and not "K": rows must be contiguous.
-        return array if array.flags.c_contiguous and dtype.isnative else array.astype(dtype.newbyteorder("="), "C")
+        # "=" also swaps bytes; "C" and not "K": rows must be contiguous.
+        return array if ready and dtype.isnative else array.astype(dtype.newbyteorder("="), "C")
     literal = isinstance(x, (list, tuple, int, float)) and dtype.kind in "iu"
     if not (dtype.kind == "f" or literal):
         raise DTypeError(f"{name}: expected a float array, got dtype {dtype}")
@@ -58,14 +60,14 @@ def as_floats(x: Any, name: str) -> NDArray[Any]:
 
 
 def float_rows(array: NDArray[Any], m: int, k: int) -> FloatRows:
-    """The array that `as_floats` gave, seen by the kernels as (m, k)."""
-    dtype = array.dtype
-    if dtype == F32:
-        return FloatRows(array if array.shape == (m, k) else array.reshape(m, k), _KIND_F32)
-    return FloatRows(array.view(U16).reshape(m, k), _KIND_F16 if dtype == F16 else _KIND_BF16)
+    """The array that `as_floats` gave, seen by the kernels as m rows of k."""
+    flat = array if array.ndim == 1 else array.reshape(-1)
+    if array.dtype == F32:
+        return FloatRows(flat, _KIND_F32, m, k)
+    return FloatRows(flat.view(U16), _KIND_F16 if array.dtype == F16 else _KIND_BF16, m, k)
 
 
-def raise_non_finite(array: NDArray[Any], name: str) -> None:
+def raise_non_finite(array: NDArray[Any], name: str) -> NoReturn:
     """Raise for the first element of `array` that is NaN or infinite."""
     flat = array.reshape(-1)
     index = int(np.argmin(np.isfinite(flat)))
@@ -119,21 +121,26 @@ def checked_out(
         raise DTypeError(f"out: expected dtype {dtype}, got {out.dtype}")
     if out.shape != shape:
         raise ShapeMismatchError(shape, out.shape, "out")
-    flags = out.flags
-    if not flags.c_contiguous:
-        raise LayoutError(f"out: expected a C-contiguous array, got strides {out.strides}")
-    if not flags.writeable:
-        raise LayoutError("out: expected a writable array, got a read-only one")
+    if not out.flags.carray:
+        _raise_layout(out)
     for x in inputs:
-        if np.may_share_memory(out, as_array(x, "input")):
+        if may_share_memory(out, as_array(x, "input")):
             raise LayoutError("out: expected memory apart from every input, got memory that overlaps one")
     if in_place is not None and not _apart_or_same(out, as_array(in_place, "input")):
         raise LayoutError("out: expected the input itself or memory apart from it, got a partial overlap")
     return out
 
 
+def _raise_layout(out: NDArray[Any]) -> NoReturn:
+    if not out.flags.writeable:
+        raise LayoutError("out: expected a writable array, got a read-only one")
+    if not out.flags.aligned:
+        raise LayoutError(f"out: expected an array aligned to {out.itemsize} bytes, got address {out.ctypes.data}")
+    raise LayoutError(f"out: expected a C-contiguous array, got strides {out.strides}")
+
+
 def _apart_or_same(out: NDArray[Any], x: NDArray[Any]) -> bool:
-    if out is x or not np.may_share_memory(out, x):
+    if out is x or not may_share_memory(out, x):
         return True
     return out.ctypes.data == x.ctypes.data and out.dtype == x.dtype and x.flags.c_contiguous
 
@@ -150,6 +157,8 @@ def as_number(value: Any, name: str) -> float:
 
 def as_thread_count(value: Any) -> int:
     """`value` as a number of threads, at least 1."""
+    if type(value) is int and value >= 1:
+        return value
     try:
         count = operator.index(value)
     except TypeError as error:

@@ -22,7 +22,8 @@ cdef extern from "kernels/simd.h" nogil:
     void dq_stream_copy(void* out, const void* x, Py_ssize_t n)
     dq_acc dq_acc_zero()
     dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a)
-    int64_t dq_acc_sum(dq_acc acc)
+    dq_acc dq_acc_add(dq_acc x, dq_acc y)
+    int32_t dq_acc_sum(dq_acc acc)
 
 
 cdef enum:
@@ -56,7 +57,7 @@ kernels.unpack_row_s4_s8 = unpack_row_s4_s8
 kernels.column_amax_row_f32 = column_amax_row_f32
 kernels.divide_row_f32 = divide_row_f32
 kernels.multiply_row_f32 = multiply_row_f32
-kernels.dot_rows_s8s8_s64 = dot_rows_s8s8_s64
+kernels.dot_s8s8_s64 = dot_s8s8_s64
 kernels.min_max_row_f32 = min_max_row_f32
 kernels.sum_row_f32_f64 = sum_row_f32_f64
 kernels.square_deviation_row_f32_f64 = square_deviation_row_f32_f64

@@ -149,14 +149,14 @@ static inline void dq_stream_copy(void* out, const void* x, ptrdiff_t n) {
 #endif
 }
 
-/* acc += w[i] * a[i] over DQ_DOT_STEP elements, w in [-128, 127], a in [-127, 127].
-   Exact: four products, at most 4 * 128 * 127 = 65,024, are added to an int32 lane in one step, so a lane
-   holds 2**31 / 65,024 = 33,026 steps. */
+/* acc += w[i] * a[i] over DQ_DOT_STEP elements, w in [-128, 127], a in [-127, 127]; exact as long as every
+   lane's sum fits int32. dq_acc_sum adds up the lanes, whose total must fit too. */
 #if defined(__AVX2__)
 
 #define DQ_DOT_STEP 32
 typedef __m256i dq_acc;
 static inline dq_acc dq_acc_zero(void) { return _mm256_setzero_si256(); }
+static inline dq_acc dq_acc_add(dq_acc x, dq_acc y) { return _mm256_add_epi32(x, y); }
 static inline dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a) {
     /* The sign goes to a, which is never -128 and so can be negated; |-128| is 128 as an unsigned byte.
        A pair is then at most 2 * 128 * 127 = 32,512 and vpmaddubsw cannot saturate. */
@@ -165,12 +165,10 @@ static inline dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a) {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(vw), va);
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-static inline int64_t dq_acc_sum(dq_acc acc) {
-    int32_t lane[8];
-    int64_t sum = 0;
-    _mm256_storeu_si256((__m256i*)lane, acc);
-    for (int j = 0; j < 8; j++) sum += lane[j];
-    return sum;
+static inline int32_t dq_acc_sum(dq_acc acc) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(acc), _mm256_extracti128_si256(acc, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
 }
 
 #elif defined(__SSE2__)
@@ -178,16 +176,19 @@ static inline int64_t dq_acc_sum(dq_acc acc) {
 #define DQ_DOT_STEP 16
 typedef __m128i dq_acc;
 static inline dq_acc dq_acc_zero(void) { return _mm_setzero_si128(); }
+static inline dq_acc dq_acc_add(dq_acc x, dq_acc y) { return _mm_add_epi32(x, y); }
 static inline dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a) {
+    /* Each byte is doubled into an int16 and shifted down, which extends its sign. */
     const __m128i vw = _mm_loadu_si128((const __m128i*)w), va = _mm_loadu_si128((const __m128i*)a);
-    const __m128i w0 = _mm_srai_epi16(_mm_unpacklo_epi8(vw, vw), 8), w1 = _mm_srai_epi16(_mm_unpackhi_epi8(vw, vw), 8);
-    const __m128i a0 = _mm_srai_epi16(_mm_unpacklo_epi8(va, va), 8), a1 = _mm_srai_epi16(_mm_unpackhi_epi8(va, va), 8);
-    return _mm_add_epi32(acc, _mm_add_epi32(_mm_madd_epi16(w0, a0), _mm_madd_epi16(w1, a1)));
+    const __m128i low = _mm_madd_epi16(_mm_srai_epi16(_mm_unpacklo_epi8(vw, vw), 8),
+                                       _mm_srai_epi16(_mm_unpacklo_epi8(va, va), 8));
+    const __m128i high = _mm_madd_epi16(_mm_srai_epi16(_mm_unpackhi_epi8(vw, vw), 8),
+                                        _mm_srai_epi16(_mm_unpackhi_epi8(va, va), 8));
+    return _mm_add_epi32(acc, _mm_add_epi32(low, high));
 }
-static inline int64_t dq_acc_sum(dq_acc acc) {
-    int32_t lane[4];
-    _mm_storeu_si128((__m128i*)lane, acc);
-    return (int64_t)lane[0] + lane[1] + lane[2] + lane[3];
+static inline int32_t dq_acc_sum(dq_acc acc) {
+    acc = _mm_add_epi32(acc, _mm_shuffle_epi32(acc, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(acc, _mm_shuffle_epi32(acc, 0xB1)));
 }
 
 #else
@@ -195,10 +196,11 @@ static inline int64_t dq_acc_sum(dq_acc acc) {
 #define DQ_DOT_STEP 4
 typedef int32_t dq_acc;
 static inline dq_acc dq_acc_zero(void) { return 0; }
+static inline dq_acc dq_acc_add(dq_acc x, dq_acc y) { return x + y; }
 static inline dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a) {
     return acc + w[0] * a[0] + w[1] * a[1] + w[2] * a[2] + w[3] * a[3];
 }
-static inline int64_t dq_acc_sum(dq_acc acc) { return acc; }
+static inline int32_t dq_acc_sum(dq_acc acc) { return acc; }
 
 #endif
 
