@@ -364,18 +364,24 @@ def sum_abs_error(FloatRows x not None, const int8_t[::1] codes not None, const 
 def column_amax(FloatRows x not None, int32_t[::1] amax_bits not None):
     """Fold the rows of x into the columns' largest magnitudes, given and kept as float bits."""
     cdef float scratch[BLOCK]
-    cdef Py_ssize_t r, start, n
+    cdef Py_ssize_t r = 0, start, n
     cdef Floats row
+    cdef bint four
     if x.k == 0:
         return
     with nogil:
-        for r in range(x.m):
+        while r < x.m:
             row = x.row(r)
+            four = x.kind == F32 and r + 4 <= x.m
             start = 0
             while start < x.k:
                 n = block_len(start, x.k)
-                kernels.column_amax_row_f32(block_of(&row, start, n, scratch), &amax_bits[start], n)
+                if four:
+                    kernels.column_amax_4_rows_f32(<const float*> row.data + start, x.k, &amax_bits[start], n)
+                else:
+                    kernels.column_amax_row_f32(block_of(&row, start, n, scratch), &amax_bits[start], n)
                 start += n
+            r += 4 if four else 1
 
 
 def smooth_factors(const float[::1] act_amax not None, const float[::1] weight_amax not None, double alpha,

@@ -24,6 +24,8 @@ ctypedef struct Kernels:
     void (*unpack_row_s4_s8)(const uint8_t* packed, int8_t* codes, Py_ssize_t n) noexcept nogil
     # smooth.pxi
     void (*column_amax_row_f32)(const float* x, int32_t* amax_bits, Py_ssize_t n) noexcept nogil
+    void (*column_amax_4_rows_f32)(const float* x, Py_ssize_t stride, int32_t* amax_bits,
+                                   Py_ssize_t n) noexcept nogil
     void (*divide_row_f32)(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil
     void (*multiply_row_f32)(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil
     # dot.pxi

@@ -28,7 +28,7 @@ cdef extern from "kernels/simd.h" nogil:
 
 cdef enum:
     TABLES = 2
-    LANES = 8
+    LANES = 16
     DOT_BLOCK = 1 << 16
 
 
@@ -55,6 +55,7 @@ kernels.pack_row_s8_s4 = pack_row_s8_s4
 kernels.dequantize_row_s8_f32 = dequantize_row_s8_f32
 kernels.unpack_row_s4_s8 = unpack_row_s4_s8
 kernels.column_amax_row_f32 = column_amax_row_f32
+kernels.column_amax_4_rows_f32 = column_amax_4_rows_f32
 kernels.divide_row_f32 = divide_row_f32
 kernels.multiply_row_f32 = multiply_row_f32
 kernels.dot_s8s8_s64 = dot_s8s8_s64

@@ -1,13 +1,29 @@
 # Per-column magnitudes, and the two products with per-column factors.
 
 
-# amax_bits[j] = max(amax_bits[j], bits of |x[j]|): one row folded into the columns' maxima, which stay in L1
-# while the matrix streams past once.
+# amax_bits[j] = max(amax_bits[j], bits of |x[j]|): one row folded into the columns' maxima.
 cdef void column_amax_row_f32(const float* x, int32_t* amax_bits, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
     cdef int32_t b
     for i in range(n):
         b = dq_bits(x[i]) & 0x7FFFFFFF
+        amax_bits[i] = b if b > amax_bits[i] else amax_bits[i]
+
+
+# The same for four rows, `stride` apart. The maxima are loaded and stored once for all four, which takes
+# the pass from half the speed of memory to three quarters.
+cdef void column_amax_4_rows_f32(const float* x, Py_ssize_t stride, int32_t* amax_bits,
+                                 Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int32_t b, c, d, e
+    for i in range(n):
+        b = dq_bits(x[i]) & 0x7FFFFFFF
+        c = dq_bits(x[i + stride]) & 0x7FFFFFFF
+        d = dq_bits(x[i + 2 * stride]) & 0x7FFFFFFF
+        e = dq_bits(x[i + 3 * stride]) & 0x7FFFFFFF
+        b = b if b > c else c
+        d = d if d > e else e
+        b = b if b > d else d
         amax_bits[i] = b if b > amax_bits[i] else amax_bits[i]
 
 
