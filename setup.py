@@ -20,7 +20,7 @@ DEBUG = os.environ.get("DYNQUANT_DEBUG", "0") not in ("", "0")
 # Contraction to FMA would make instruction sets disagree. Trapping is off because no floating-point
 # exception flag is ever read here, and with it the compiler may not vectorise a compare. -g0: Python's own
 # flags may carry -g, which makes the modules five times larger.
-GNU_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fvisibility=hidden"]
+GNU_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden"]
 MSVC_FLAGS = ["/O2", "/fp:precise"]
 
 ISA_FLAGS = {

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._quantize import dynamic_quantize_int8
 from ._validate import F32, as_finite_vector, as_floats, as_int8_matrix, checked_out
 from .errors import EmptyInputError, ShapeMismatchError
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
 
 
 def w8a8_matvec(

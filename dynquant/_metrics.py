@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from numpy.typing import ArrayLike
+from typing import TYPE_CHECKING
 
 from . import _core
 from ._tensor import DynQuantTensor, as_run
 from ._validate import as_floats, check_finite, float_rows
 from .errors import ParameterError, ShapeMismatchError
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 
 def quantization_mae(original: ArrayLike, quantized: DynQuantTensor) -> float:

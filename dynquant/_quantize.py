@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy import empty
-from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._tensor import (
@@ -32,6 +31,9 @@ from ._validate import (
     raise_non_finite,
 )
 from .errors import ParameterError, ShapeMismatchError
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
 
 _MAX_ABS = MaxAbs()
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from . import _core
 from ._validate import (
@@ -16,17 +15,19 @@ from ._validate import (
     as_matrix,
     as_number,
     check_finite,
+    checked_out,
     float_rows,
     raise_non_finite,
-    checked_out,
 )
 from .errors import (
     FeatureDimMismatchError,
     InvalidAlphaError,
-    NonFiniteError,
     ParameterError,
     ShapeMismatchError,
 )
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
 
 _NON_FINITE_BITS = 0x7F800000
 

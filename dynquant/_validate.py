@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy import may_share_memory, ndarray
-from numpy.typing import NDArray
 
 from ._core import FloatRows, all_finite
-from .errors import DTypeError, EmptyInputError, LayoutError, NonFiniteError, ParameterError, ShapeMismatchError
+from .errors import (
+    DTypeError,
+    EmptyInputError,
+    LayoutError,
+    NonFiniteError,
+    ParameterError,
+    ShapeMismatchError,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 F32 = np.dtype(np.float32)
 F16 = np.dtype(np.float16)
@@ -49,7 +58,7 @@ def as_floats(x: Any, name: str) -> NDArray[Any]:
     ready = flags.c_contiguous and flags.aligned
     if ready and dtype is F32:
         return array
-    if dtype == F32 or dtype == F16 or _is_bfloat16(dtype):
+    if dtype in (F32, F16) or _is_bfloat16(dtype):
         # "=" also swaps bytes; "C" and not "K": rows must be contiguous.
         return array if ready and dtype.isnative else array.astype(dtype.newbyteorder("="), "C")
     literal = isinstance(x, (list, tuple, int, float)) and dtype.kind in "iu"
@@ -135,7 +144,9 @@ def _raise_layout(out: NDArray[Any]) -> NoReturn:
     if not out.flags.writeable:
         raise LayoutError("out: expected a writable array, got a read-only one")
     if not out.flags.aligned:
-        raise LayoutError(f"out: expected an array aligned to {out.itemsize} bytes, got address {out.ctypes.data}")
+        raise LayoutError(
+            f"out: expected alignment to {out.itemsize} bytes, got address {out.ctypes.data:#x}"
+        )
     raise LayoutError(f"out: expected a C-contiguous array, got strides {out.strides}")
 
 
