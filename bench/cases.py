@@ -1,0 +1,356 @@
+"""What is measured: one table of cases.
+
+A case says what dynquant does, what a NumPy user would write in its place, and what any program would at
+least have to read, write and compute. Where dynquant is given `out`, the NumPy expression is given its result
+and a work array too, so that neither pays for memory that the other does not.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import oracle
+
+import dynquant as dq
+
+Arrays = dict[str, Any]
+Call = Callable[[Arrays], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One measurement.
+
+    `read` and `written` are bytes of distinct memory; `passes` is how often what is read has to be read,
+    2 where a scale over all of it must be known before the first code. `operation` names the peers'
+    equivalents in peers.py. `ours` must agree with `oracle` to `rtol`, 0 being bit for bit.
+    """
+
+    name: str
+    what: str
+    operation: str
+    setup: Callable[[], Arrays]
+    ours: Call
+    numpy: Call
+    oracle: Call
+    read: int
+    written: int
+    passes: int = 1
+    divides: int = 0
+    multiply_adds: int = 0
+    rtol: float = 0.0
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# NumPy's side
+
+
+def numpy_int8(a: Arrays, axis: int | None = None) -> Any:
+    """No clip: with the largest magnitude as the scale nothing can exceed it."""
+    x, work, out = a["x"], a["work"], a["out"]
+    scale = np.abs(x, out=work).max(axis=axis, keepdims=True) / np.float32(127)
+    np.divide(x, scale, out=work)
+    np.rint(work, out=work)
+    np.copyto(out, work, casting="unsafe")
+    return out, scale
+
+
+def numpy_int8_new(x: np.ndarray, axis: int | None = None, clip: int = 127) -> Any:
+    scale = np.abs(x).max(axis=axis, keepdims=True) / np.float32(clip)
+    return np.rint(x / scale).astype(np.int8), scale
+
+
+def numpy_int4_packed(a: Arrays) -> Any:
+    codes, scale = numpy_int8_new(a["x"], clip=7)
+    return (codes[0::2] & 0x0F) | (codes[1::2] << 4), scale
+
+
+def numpy_percentile_scale(a: Arrays) -> Any:
+    rank = oracle.rank(a["p"], a["x"].size)
+    return np.partition(np.abs(a["x"]), rank)[rank] / np.float32(127)
+
+
+def numpy_percentile_rows(a: Arrays) -> Any:
+    x, work, out = a["x"], a["work"], a["out"]
+    rank = oracle.rank(a["p"], x.shape[1])
+    np.abs(x, out=work).partition(rank, axis=1)
+    scale = work[:, rank, None] / np.float32(127)
+    np.divide(x, scale, out=work)
+    np.rint(work, out=work)
+    np.clip(work, -127, 127, out=work)
+    np.copyto(out, work, casting="unsafe")
+    return out, scale
+
+
+def numpy_column_maxima(a: Arrays) -> Any:
+    return np.abs(a["x"]).max(0), np.abs(a["w"]).max(0)
+
+
+def numpy_calibration(a: Arrays) -> Any:
+    x = np.concatenate(a["batches"])
+    rank = oracle.rank(0.99, x.size)
+    moments = x.min(), x.max(), x.mean(dtype=np.float64), x.std(dtype=np.float64)
+    return *moments, np.partition(np.abs(x), rank)[rank]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Families of cases
+
+
+def int8_per_tensor(n: int) -> Case:
+    return Case(
+        name=f"int8_tensor_{n}",
+        what=f"int8 per tensor, {n:,} floats, into out",
+        operation="int8_per_tensor",
+        setup=lambda: {"x": normal(n), "work": np.empty(n, np.float32), "out": np.empty(n, np.int8)},
+        ours=lambda a: dq.dynamic_quantize_int8(a["x"], out=a["out"]),
+        numpy=numpy_int8,
+        oracle=lambda a: oracle.quantized(a["x"], 127),
+        read=4 * n,
+        written=n,
+        passes=2,
+        multiply_adds=n,
+    )
+
+
+def int8_per_tensor_new(n: int, dtype: type) -> Case:
+    bits = 8 * np.dtype(dtype).itemsize
+    return Case(
+        name=f"int8_tensor_f{bits}_{n}_new",
+        what=f"int8 per tensor, {n:,} float{bits}, new arrays",
+        operation="int8_per_tensor" if bits == 32 else "int8_per_tensor_f16",
+        setup=lambda: {"x": normal(n).astype(dtype)},
+        ours=lambda a: dq.dynamic_quantize_int8(a["x"]),
+        numpy=lambda a: numpy_int8_new(a["x"].astype(np.float32, copy=False)),
+        oracle=lambda a: oracle.quantized(a["x"], 127),
+        read=n * bits // 8,
+        written=n,
+        passes=2,
+        multiply_adds=n,
+    )
+
+
+def int8_per_row(m: int, k: int, *, new: bool) -> Case:
+    work = {} if new else {"work": np.empty((m, k), np.float32), "out": np.empty((m, k), np.int8)}
+    return Case(
+        name=f"int8_row_{m}x{k}" + "_new" * new,
+        what=f"int8 per row, {m} x {k}, " + ("new arrays" if new else "into out"),
+        operation="int8_per_row",
+        setup=lambda: {"x": normal(m, k), **work},
+        ours=lambda a: dq.dynamic_quantize_int8_per_row(a["x"], out=a.get("out")),
+        numpy=(lambda a: numpy_int8_new(a["x"], axis=1)) if new else (lambda a: numpy_int8(a, axis=1)),
+        oracle=lambda a: oracle.quantized(a["x"], 127, axis=1),
+        read=4 * m * k,
+        written=m * k,
+        multiply_adds=m * k,
+    )
+
+
+def int4_packed(n: int) -> Case:
+    def expected(a: Arrays) -> Any:
+        codes, scale = oracle.quantized(a["x"], 7)
+        return oracle.packed(codes), scale
+
+    return Case(
+        name=f"int4_packed_{n}",
+        what=f"int4 packed, {n:,} floats, new arrays",
+        operation="int4_packed",
+        setup=lambda: {"x": normal(n)},
+        ours=lambda a: dq.dynamic_quantize_int4(a["x"], packed=True),
+        numpy=numpy_int4_packed,
+        oracle=expected,
+        read=4 * n,
+        written=n // 2,
+        passes=2,
+        multiply_adds=n,
+    )
+
+
+def percentile_scale(n: int, p: float) -> Case:
+    return Case(
+        name=f"percentile_{n}",
+        what=f"scale by percentile {p}, {n:,} floats",
+        operation="percentile_scale",
+        setup=lambda: {"x": normal(n), "p": p},
+        ours=lambda a: dq.compute_scale(a["x"], 127, dq.Percentile(p)),
+        numpy=numpy_percentile_scale,
+        oracle=lambda a: oracle.percentile(a["x"], p) / np.float32(127),
+        read=4 * n,
+        written=0,
+    )
+
+
+def percentile_rows(m: int, k: int, p: float) -> Case:
+    def expected(a: Arrays) -> Any:
+        scale = oracle.percentile(a["x"], p) / np.float32(127)
+        return oracle.codes(a["x"], scale[:, None], 127), scale
+
+    return Case(
+        name=f"percentile_row_{m}x{k}",
+        what=f"int8 per row, percentile {p}, {m} x {k}, into out",
+        operation="percentile_rows",
+        setup=lambda: {
+            "x": normal(m, k),
+            "p": p,
+            "work": np.empty((m, k), np.float32),
+            "out": np.empty((m, k), np.int8),
+        },
+        ours=lambda a: dq.dynamic_quantize_int8_per_row(a["x"], dq.Percentile(p), out=a["out"]),
+        numpy=numpy_percentile_rows,
+        oracle=expected,
+        read=4 * m * k,
+        written=m * k,
+        multiply_adds=m * k,
+    )
+
+
+def dequantize(n: int) -> Case:
+    def setup() -> Arrays:
+        q = dq.dynamic_quantize_int8(normal(n))
+        return {"q": q, "codes": q.data, "scale": q.scales[0], "out": np.empty(n, np.float32)}
+
+    return Case(
+        name=f"dequantize_{n}",
+        what=f"dequantize int8, {n:,} codes, into out",
+        operation="dequantize",
+        setup=setup,
+        ours=lambda a: a["q"].dequantize(out=a["out"]),
+        numpy=lambda a: np.multiply(a["codes"], a["scale"], out=a["out"]),
+        oracle=lambda a: a["codes"].astype(np.float32) * a["scale"],
+        read=n,
+        written=4 * n,
+        multiply_adds=n,
+    )
+
+
+def smooth(m: int, k: int, *, weights: bool, in_place: bool) -> Case:
+    """In place, every other call takes the inverse factors: x neither overflows nor vanishes."""
+    ours = dq.smooth_weights if weights else dq.smooth_activations
+    ufunc = np.multiply if weights else np.divide
+
+    def setup() -> Arrays:
+        x = normal(m, k)
+        factors = np.exp2(np.random.default_rng(1).uniform(-1, 1, k)).astype(np.float32)
+        turns = itertools.cycle((factors, 1 / factors) if in_place else (factors,))
+        return {"x": x, "factors": factors, "turns": turns, "out": x if in_place else np.empty_like(x)}
+
+    array = "weights" if weights else "activations"
+    return Case(
+        name=f"smooth_{array}_{m}x{k}" + "_in_place" * in_place,
+        what=f"smooth {array}, {m} x {k}, " + ("in place" if in_place else "into out"),
+        operation="smooth_weights" if weights else "smooth_activations",
+        setup=setup,
+        ours=lambda a: ours(a["x"], next(a["turns"]), out=a["out"]),
+        numpy=lambda a: ufunc(a["x"], next(a["turns"]), out=a["out"]),
+        oracle=lambda a: ufunc(a["x"], a["factors"]),
+        read=4 * m * k,
+        written=4 * m * k,
+        divides=0 if weights else m * k,
+        multiply_adds=m * k if weights else 0,
+    )
+
+
+def column_maxima(m: int, k: int) -> Case:
+    return Case(
+        name=f"smooth_factors_{m}x{k}",
+        what=f"smooth factors, 2 of {m} x {k}; others: maxima only",
+        operation="column_maxima",
+        setup=lambda: {"x": normal(m, k), "w": normal(m, k, seed=1)},
+        ours=lambda a: dq.compute_smooth_factors(a["x"], a["w"]),
+        numpy=numpy_column_maxima,
+        oracle=lambda a: oracle.smooth_factors(a["x"], a["w"]),
+        read=8 * m * k,
+        written=4 * k,
+        rtol=2.0**-22,
+    )
+
+
+def quantization_mae(n: int) -> Case:
+    def setup() -> Arrays:
+        x = normal(n)
+        q = dq.dynamic_quantize_int8(x)
+        return {"x": x, "q": q, "codes": q.data, "scale": q.scales[0]}
+
+    return Case(
+        name=f"mae_{n}",
+        what=f"mean absolute error of int8 codes, {n:,}",
+        operation="quantization_mae",
+        setup=setup,
+        ours=lambda a: dq.quantization_mae(a["x"], a["q"]),
+        numpy=lambda a: np.abs(a["x"] - a["codes"] * a["scale"]).mean(),
+        oracle=lambda a: oracle.mean_abs_error(a["x"], a["codes"], a["scale"]),
+        read=5 * n,
+        written=0,
+        rtol=1e-12,
+    )
+
+
+def w8a8_matvec(n: int, k: int) -> Case:
+    """NumPy's side is what W8A8 replaces: the float32 weights, four times the bytes."""
+
+    def setup() -> Arrays:
+        q = dq.dynamic_quantize_int8_per_row(normal(n, k))
+        return {
+            "w": q.data,
+            "w_scales": q.scales,
+            "w_f32": q.dequantize(),
+            "x": normal(k, seed=1),
+            "out": np.empty(n, np.float32),
+        }
+
+    return Case(
+        name=f"matvec_{n}x{k}",
+        what=f"W8A8 matvec, {n} x {k}; NumPy: float32",
+        operation="w8a8_matvec",
+        setup=setup,
+        ours=lambda a: dq.w8a8_matvec(a["w"], a["w_scales"], a["x"], out=a["out"]),
+        numpy=lambda a: np.matmul(a["w_f32"], a["x"], out=a["out"]),
+        oracle=lambda a: oracle.w8a8_matvec(a["w"], a["w_scales"], a["x"]),
+        read=n * k,
+        written=4 * n,
+    )
+
+
+def calibration(batches: int, n: int) -> Case:
+    return Case(
+        name=f"calibration_{batches}x{n}",
+        what=f"CalibStats of {batches} batches of {n:,} floats",
+        operation="calibration",
+        setup=lambda: {"batches": list(normal(batches, n))},
+        ours=lambda a: dq.CalibStats.collect(a["batches"]),
+        numpy=numpy_calibration,
+        oracle=lambda a: oracle.calibration(a["batches"]),
+        read=4 * batches * n,
+        written=0,
+        rtol=1e-6,
+    )
+
+
+CASES = [
+    *(int8_per_tensor(n) for n in (64, 2**16, 2**20, 2**24)),
+    int8_per_tensor_new(2**20, np.float32),
+    int8_per_tensor_new(2**20, np.float16),
+    int8_per_row(512, 4096, new=False),
+    int8_per_row(512, 4096, new=True),
+    int4_packed(2**20),
+    percentile_scale(2**20, 0.999),
+    percentile_rows(512, 384, 0.999),
+    dequantize(2**20),
+    dequantize(2**24),
+    smooth(512, 4096, weights=False, in_place=True),
+    smooth(512, 4096, weights=False, in_place=False),
+    smooth(512, 4096, weights=True, in_place=True),
+    column_maxima(4096, 4096),
+    quantization_mae(2**20),
+    w8a8_matvec(1024, 1024),
+    w8a8_matvec(4096, 4096),
+    calibration(64, 2**16),
+]

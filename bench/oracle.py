@@ -1,0 +1,57 @@
+"""What dynquant must answer, as plainly as NumPy can say it. Nothing here is timed."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def codes(x, scale, clip):
+    """A float32 division, then halves away from zero in float64, where adding one half is exact."""
+    v = (x / scale).astype(np.float64)
+    return np.clip(np.trunc(v + np.copysign(0.5, v)), -clip, clip).astype(np.int8)
+
+
+def quantized(x, clip, axis=None):
+    """(codes, scales) by the largest magnitude of all of `x`, or of each row with ``axis=1``."""
+    x = x.astype(np.float32)
+    scale = np.abs(x).max(axis=axis, keepdims=True) / np.float32(clip)
+    return codes(x, scale, clip), scale.reshape(-1)
+
+
+def packed(nibbles):
+    """Two codes to a byte, the even element in the low nibble."""
+    return ((nibbles[0::2] & 0x0F) | (nibbles[1::2] << 4)).view(np.uint8)
+
+
+def rank(p, n):
+    """Index of the nearest-rank percentile among `n` ascending magnitudes."""
+    return max(math.ceil(float(np.float32(p) * np.float32(n))) - 1, 0)
+
+
+def percentile(x, p):
+    """The ranked magnitude of each run along the last axis."""
+    return np.sort(np.abs(x))[..., rank(p, x.shape[-1])]
+
+
+def smooth_factors(x, w, alpha=0.5, epsilon=1e-5):
+    amax = [np.abs(m).max(0).astype(np.float64) + epsilon for m in (x, w)]
+    return np.maximum(amax[0] ** alpha / amax[1] ** (1 - alpha), epsilon)
+
+
+def mean_abs_error(x, q, scale):
+    return np.abs(x.astype(np.float64) - q * scale).mean()
+
+
+def w8a8_matvec(w, w_scales, x):
+    """Sums of at most 2**53, so that float64 holds them exactly."""
+    q, scale = quantized(x, 127)
+    sums = w.astype(np.float64) @ q.astype(np.float64)
+    return sums.astype(np.float32) * w_scales * scale
+
+
+def calibration(batches):
+    x = np.concatenate(batches).astype(np.float64)
+    p99 = percentile(np.concatenate(batches), 0.99)
+    return x.min(), x.max(), x.mean(), x.std(), p99, p99 / np.float32(127)

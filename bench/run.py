@@ -1,0 +1,270 @@
+"""Times every case on every instruction set, against NumPy and the peers.
+
+All contenders of a case take turns within one process: in each round each is sampled once, and the round
+starts with another one each time. A ratio is taken within a round and its median over the rounds reported, so
+that a machine that is slow for a while is slow for both sides of it.
+"""
+
+from __future__ import annotations
+
+import os
+
+# One thread for everybody; the libraries read these while they are imported.
+os.environ.update(OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", OMP_NUM_THREADS="1")
+
+import argparse
+import ctypes
+import dataclasses
+import datetime
+import gc
+import importlib.util
+import json
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import machine
+import numpy as np
+from cases import CASES, Case
+
+import dynquant as dq
+from dynquant import _isa
+
+Call = Callable[[], Any]
+SAMPLE_SECONDS = 1e-3
+
+# From glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> int:
+    args = _arguments()
+    cases = [case for case in CASES if re.search(args.cases, case.name)]
+    if not cases:
+        print(f"no case's name matches {args.cases!r}; there are: " + " ".join(case.name for case in CASES))
+        return 2
+    isas = [isa for isa in usable_isas() if not args.isa or isa in args.isa]
+    rounds = args.rounds or (3 if args.quick else 15)
+    keep_freed_memory()
+    print(f"dynquant {dq.__version__} from {Path(dq.__file__).parent}")
+    limits = machine.measure_limits(0.02 if args.quick else 0.2)
+    report = _header(limits, rounds, args.peers)
+    print(_limits_text(report["machine"], limits), flush=True)
+
+    for case in cases:
+        print(f"{case.name} ...", file=sys.stderr, flush=True)
+        report["rows"] += measure(case, isas, rounds, args.peers, limits)
+    for isa in isas:
+        print("\n" + table(isa, [row for row in report["rows"] if row["isa"] == isa]))
+    if out := args.out or _default_out(args):
+        save(report, out)
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--peers", action="store_true", help="also PyTorch and ONNX Runtime, where installed")
+    parser.add_argument("--cases", default="", metavar="PATTERN", help="regular expression to find in names")
+    parser.add_argument("--isa", nargs="+", choices=usable_isas(), help="instruction sets (default: all)")
+    parser.add_argument("--rounds", type=int, help="samples of each contender (default: 15; 3 when quick)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="save the results and a chart")
+    parser.add_argument("--quick", action="store_true", help="few rounds: a look, not a measurement")
+    return parser.parse_args()
+
+
+def _default_out(args: argparse.Namespace) -> Path | None:
+    """A measurement of everything is always saved; a part of it must not replace it."""
+    partial = args.cases or args.isa or args.quick or args.rounds
+    return None if partial else RESULTS / ("peers.json" if args.peers else "numpy.json")
+
+
+def save(report: dict[str, Any], out: Path) -> None:
+    """As JSON, and as a chart where matplotlib is installed."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\nsaved {out}")
+    if importlib.util.find_spec("matplotlib"):
+        import chart
+
+        chart.save(report, out.with_suffix(".svg"))
+
+
+def usable_isas() -> list[str]:
+    info = dq.simd_info()
+    return [isa for isa in info["built"] if isa in info["supported"]]
+
+
+def keep_freed_memory() -> None:
+    """Have malloc keep what is freed, where it is glibc's.
+
+    Otherwise large results come from new pages in some calls and from used ones in others, depending on what
+    ran before; and a page fault costs more than quantising the page. Who allocates a result, as most peers
+    do, is spared that here.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _header(limits: dict[str, Any], rounds: int, with_peers: bool) -> dict[str, Any]:
+    versions = {"dynquant": dq.__version__, "numpy": np.__version__}
+    if with_peers:
+        import peers
+
+        versions |= peers.versions()
+    return {
+        "schema": 1,
+        "date": datetime.date.today().isoformat(),
+        "machine": machine.describe(),
+        "versions": versions,
+        "limits": limits,
+        "rounds": rounds,
+        "rows": [],
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def measure(
+    case: Case, isas: list[str], rounds: int, with_peers: bool, limits: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """One row for each instruction set; all of them and the others take part in the same rounds."""
+    for isa in isas:
+        _isa.select(isa)
+        check(case, case.setup())
+    arrays = case.setup()
+    calls: dict[str, Call] = {isa: lambda: case.ours(arrays) for isa in isas}
+    calls["numpy"] = lambda: case.numpy(arrays)
+    if with_peers:
+        import peers
+
+        calls |= peers.contenders(case.operation, arrays)
+    samples = _sampled(calls, isas, rounds)
+    others = [name for name in calls if name not in isas]
+    return [_row(case, isa, samples, others, limits) for isa in isas]
+
+
+def check(case: Case, arrays: dict[str, Any]) -> None:
+    """Correct first: the oracle's answer is taken before a call that may work in place."""
+    expected = case.oracle(arrays)
+    result = case.ours(arrays)
+    for ours, theirs in zip(_parts(result), _parts(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=case.rtol, atol=0, err_msg=case.name)
+
+
+def _parts(result: Any) -> tuple[Any, ...]:
+    if isinstance(result, dq.DynQuantTensor):
+        return result.data, result.scales
+    if isinstance(result, dq.CalibStats):
+        return dataclasses.astuple(result)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _sampled(calls: dict[str, Call], isas: list[str], rounds: int) -> dict[str, list[float]]:
+    names = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    repeats = {name: _enough(calls[name]) for name in names}
+    for i in range(rounds):
+        shift = i % len(names)
+        for name in names[shift:] + names[:shift]:
+            if name in isas:
+                _isa.select(name)
+            samples[name].append(_sample(calls[name], repeats[name]))
+    gc.enable()
+    return samples
+
+
+def _enough(call: Call) -> int:
+    """How many calls make a sample; some first calls, which find and keep memory, are not looked at."""
+    for _ in range(10):
+        call()
+    repeats = 1
+    while repeats * _sample(call, repeats) < SAMPLE_SECONDS:
+        repeats *= 2
+    return repeats
+
+
+def _sample(call: Call, repeats: int) -> float:
+    """Seconds of one call. The first is not counted: it finds the caches as another contender left them."""
+    call()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _row(
+    case: Case, isa: str, samples: dict[str, list[float]], others: list[str], limits: dict[str, Any]
+) -> dict[str, Any]:
+    ours = samples[isa]
+    level = machine.level_of(case.read + case.written)
+    ratios = {
+        name: statistics.median(other / own for other, own in zip(samples[name], ours, strict=True))
+        for name in others
+    }
+    return {
+        "case": case.name,
+        "what": case.what,
+        "isa": isa,
+        "ratios": ratios,
+        "seconds": {name: statistics.median(samples[name]) for name in (isa, *others)},
+        "level": level,
+        "limit_share": least_seconds(case, limits, level) / min(ours),
+    }
+
+
+def least_seconds(case: Case, limits: dict[str, Any], level: str) -> float:
+    """What the machine needs at the least: reads, writes and arithmetic overlap, the longest one counts."""
+    return max(
+        case.read * case.passes / limits[level]["read"],
+        case.written / limits[level]["write"],
+        case.divides / limits["divides"],
+        case.multiply_adds / limits["multiply_adds"],
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Printing
+
+
+def table(isa: str, rows: list[dict[str, Any]]) -> str:
+    columns = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
+    lines = [[isa, *columns, "limit", "at", "time"]]
+    for row in rows:
+        ratios = [f"{row['ratios'][name]:.2f}x" if name in row["ratios"] else "" for name in columns]
+        share = f"{row['limit_share']:.0%}"
+        lines.append([row["case"], *ratios, share, row["level"], _duration(row["seconds"][isa])])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines
+    )
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("s ", 1), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def _limits_text(described: dict[str, Any], limits: dict[str, Any]) -> str:
+    lines = ["{cpu}, {cores} cores, {os}, Python {python}".format(**described)]
+    for level in machine.LEVELS:
+        rates = [f"{name} {limits[level][name] / 1e9:.0f} GB/s" for name in ("read", "write", "copy")]
+        lines.append(f"{level:5}{', '.join(rates)}  ({limits[level]['bytes'] >> 10:,} KiB)")
+    rates = [f"{limits[name] / 1e9:.1f} G {name}/s" for name in ("divides", "multiply_adds")]
+    return "\n".join([*lines, f"core {', '.join(rates)}"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
