@@ -44,7 +44,8 @@ cdef enum:
     NON_FINITE = 0x7F800000
     BLOCK = 4096
     RUN = 64 * BLOCK
-    STREAM_BYTES = 1 << 25
+    STREAM = 1 << 23
+    MAX_STEPS = 8
 
 
 cdef Kernels* kernels = NULL
@@ -159,19 +160,25 @@ cdef int32_t ranked_bits(const Floats* parts, Py_ssize_t n_parts, Py_ssize_t ran
     return prefix
 
 
-# The same for at most BLOCK floats: the bits are fixed one at a time, from the top, by counting how many
-# magnitudes lie below. 31 vectorised passes over L1 cost less than one pass that increments counters.
+# The same for at most BLOCK floats, in passes over L1 that vectorise, and so cost less than one pass that
+# increments counters. A rank close to the top is reached from the largest magnitude in steps to the next
+# lower one; otherwise the bits are fixed one at a time, from the top, by counting the magnitudes below.
 cdef int32_t ranked_bits_of_block(const Floats* x, Py_ssize_t rank) noexcept nogil:
     cdef float scratch[BLOCK]
     cdef const float* block = block_of(x, 0, x.n, scratch)
-    cdef int32_t prefix = 0, bit = 1 << 30
-    if kernels.amax_bits_f32(block, x.n) >= NON_FINITE:
-        return NON_FINITE
+    cdef int32_t bits = kernels.amax_bits_f32(block, x.n), bit = 1 << 30
+    if bits >= NON_FINITE or rank == x.n - 1:
+        return bits
+    if x.n - rank <= MAX_STEPS:
+        while kernels.count_below_f32(block, bits, x.n) > rank:
+            bits = kernels.amax_bits_below_f32(block, bits, x.n)
+        return bits
+    bits = 0
     while bit:
-        if kernels.count_below_f32(block, prefix | bit, x.n) <= rank:
-            prefix |= bit
+        if kernels.count_below_f32(block, bits | bit, x.n) <= rank:
+            bits |= bit
         bit >>= 1
-    return prefix
+    return bits
 
 
 cdef void count_parts(const Floats* parts, Py_ssize_t n_parts, int32_t prefix, int shift,
@@ -231,41 +238,34 @@ cdef inline Py_ssize_t bytes_of_row(Py_ssize_t k, bint packed) noexcept nogil:
     return (k + 1) // 2 if packed else k
 
 
-# Codes of floats start .. end of one row. `codes` takes a byte an element, or when packed a nibble.
+# Codes of floats start .. end of one row. `codes` takes a byte an element, or when packed a nibble. A row that
+# the caches cannot hold anyway has its codes written past them.
 cdef void code_run(const Floats* x, Py_ssize_t start, Py_ssize_t end, float scale, int32_t clip, bint packed,
-                   bint stream, int8_t* codes) noexcept nogil:
+                   int8_t* codes) noexcept nogil:
     cdef float scratch[BLOCK]
     cdef int8_t block[BLOCK]
     cdef int8_t* target
     cdef Py_ssize_t n
+    cdef bint stream = x.n >= STREAM and not packed
     while start < end:
         n = block_len(start, end)
-        target = &block[0] if packed or stream else codes + start
+        target = &block[0] if packed else codes + start
         if scale == 0:
             memset(target, 0, n)
         else:
-            kernels.quantize_row_f32_s8(block_of(x, start, n, scratch), scale, clip, target, n)
+            kernels.quantize_row_f32_s8(block_of(x, start, n, scratch), scale, clip, stream, target, n)
         if packed:
             kernels.pack_row_s8_s4(block, <uint8_t*> codes + start // 2, n)
-        elif stream:
-            kernels.stream_copy(block, codes + start, n)
         start += n
 
 
 # Codes of one row, its last run of a megabyte first: what the pass for the scale read last is still in
 # cache. Shorter runs would undo the hardware's prefetching.
-cdef void code_row(const Floats* x, float scale, int32_t clip, bint packed, bint stream,
-                   int8_t* codes) noexcept nogil:
+cdef void code_row(const Floats* x, float scale, int32_t clip, bint packed, int8_t* codes) noexcept nogil:
     cdef Py_ssize_t start = x.n - x.n % RUN
     while start >= 0:
-        code_run(x, start, x.n if x.n - start < RUN else start + RUN, scale, clip, packed, stream, codes)
+        code_run(x, start, x.n if x.n - start < RUN else start + RUN, scale, clip, packed, codes)
         start -= RUN
-
-
-# Whether a result of m rows of `row_bytes` is written past the caches: not if it and what it is computed
-# from may fit there, nor if its rows are so short that most cache lines would be written in two parts.
-cdef inline bint streams(Py_ssize_t m, Py_ssize_t row_bytes, Py_ssize_t source_bytes) noexcept nogil:
-    return row_bytes >= BLOCK and m * (row_bytes + source_bytes) > STREAM_BYTES
 
 
 def code_rows(FloatRows x not None, const float[::1] scales not None, int clip, bint packed,
@@ -273,13 +273,12 @@ def code_rows(FloatRows x not None, const float[::1] scales not None, int clip, 
     """Codes of rows first .. end, each by its own scale; returns True."""
     cdef Py_ssize_t r, row_bytes = bytes_of_row(x.k, packed)
     cdef Floats row
-    cdef bint stream = streams(x.m, x.k, 4 * x.k)
     if x.k == 0:
         return True
     with nogil:
         for r in range(first, end if end < x.m else x.m):
             row = x.row(r)
-            code_row(&row, scales[r], clip, packed, stream, &codes[r * row_bytes])
+            code_row(&row, scales[r], clip, packed, &codes[r * row_bytes])
     return True
 
 
@@ -291,7 +290,7 @@ def quantize_rows(FloatRows x not None, float[::1] scales not None, int clip, Py
     """
     cdef Py_ssize_t r, row_bytes = bytes_of_row(x.k, packed)
     cdef Floats row
-    cdef bint finite = True, stream = streams(x.m, x.k, 4 * x.k)
+    cdef bint finite = True
     with nogil:
         for r in range(first, end if end < x.m else x.m):
             row = x.row(r)
@@ -299,7 +298,7 @@ def quantize_rows(FloatRows x not None, float[::1] scales not None, int clip, Py
             if not finite:
                 break
             if x.k:
-                code_row(&row, scales[r], clip, packed, stream, &codes[r * row_bytes])
+                code_row(&row, scales[r], clip, packed, &codes[r * row_bytes])
     return finite
 
 
@@ -317,10 +316,7 @@ cdef inline void value_block(const int8_t* codes, float scale, bint packed, Py_s
 def dequantize_rows(const int8_t[::1] codes not None, const float[::1] scales not None, bint packed,
                     float[:, ::1] out not None):
     """out[r] = codes[r] * scales[r]."""
-    cdef float block[BLOCK]
-    cdef float* target
     cdef Py_ssize_t r, start, n, k = out.shape[1], row_bytes = bytes_of_row(k, packed)
-    cdef bint stream = streams(out.shape[0], 4 * k, k)
     if k == 0:
         return
     with nogil:
@@ -328,10 +324,7 @@ def dequantize_rows(const int8_t[::1] codes not None, const float[::1] scales no
             start = 0
             while start < k:
                 n = block_len(start, k)
-                target = &block[0] if stream else &out[r, start]
-                value_block(&codes[r * row_bytes], scales[r], packed, start, target, n)
-                if stream:
-                    kernels.stream_copy(block, &out[r, start], n * sizeof(float))
+                value_block(&codes[r * row_bytes], scales[r], packed, start, &out[r, start], n)
                 start += n
 
 
@@ -407,29 +400,22 @@ def scale_columns(FloatRows x not None, const float[::1] factors not None, bint 
     The last row is first, because the facade's search for NaN has just read it.
     """
     cdef float scratch[BLOCK]
-    cdef float block[BLOCK]
-    cdef float* target
-    cdef const float* source
+    cdef const float* block
     cdef Py_ssize_t r, start, n
     cdef Floats row
-    cdef bint stream
-    if x.k == 0 or x.m == 0:
+    if x.k == 0:
         return
-    stream = x.flat().data != <const char*> &out[0, 0] and streams(x.m, 4 * x.k, 4 * x.k)
     with nogil:
         for r in range(x.m - 1, -1, -1):
             row = x.row(r)
             start = 0
             while start < x.k:
                 n = block_len(start, x.k)
-                source = block_of(&row, start, n, scratch)
-                target = &block[0] if stream else &out[r, start]
+                block = block_of(&row, start, n, scratch)
                 if divide:
-                    kernels.divide_row_f32(source, &factors[start], target, n)
+                    kernels.divide_row_f32(block, &factors[start], &out[r, start], n)
                 else:
-                    kernels.multiply_row_f32(source, &factors[start], target, n)
-                if stream:
-                    kernels.stream_copy(block, &out[r, start], n * sizeof(float))
+                    kernels.multiply_row_f32(block, &factors[start], &out[r, start], n)
                 start += n
 
 

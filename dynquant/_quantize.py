@@ -115,7 +115,7 @@ def dynamic_quantize_int8_per_row(
     >>> t.data.tolist(), t.scales.shape
     ([[64, -127], [0, 0]], (2,))
     """
-    return _quantize(x, DynQuantFormat.INT8_PER_ROW, mode, out, num_threads)
+    return _quantize(x, DynQuantFormat.INT8_PER_ROW, mode, out, as_thread_count(num_threads))
 
 
 def dynamic_quantize_int4(
@@ -195,7 +195,7 @@ def dynamic_quantize(
     """
     if not isinstance(format, DynQuantFormat):
         raise ParameterError(f"format: expected a DynQuantFormat, got {format!r}")
-    return _quantize(x, packed_format(format, packed), mode, out, num_threads)
+    return _quantize(x, packed_format(format, packed), mode, out, as_thread_count(num_threads))
 
 
 def _rank(mode: DynamicScaleMode, n: int) -> int:
@@ -208,15 +208,17 @@ def _rank(mode: DynamicScaleMode, n: int) -> int:
 
 
 def _quantize(
-    x: ArrayLike, fmt: DynQuantFormat, mode: DynamicScaleMode, out: NDArray[Any] | None, num_threads: int
+    x: ArrayLike, fmt: DynQuantFormat, mode: DynamicScaleMode, out: NDArray[Any] | None, threads: int
 ) -> DynQuantTensor:
     array = as_floats(x, "x")
     shape = array.shape
-    if len(shape) < 2 and fmt.granularity == "per_row":
-        raise ShapeMismatchError("(..., k) with at least two axes", shape, "x")
-    m, k = fmt.rows_of(shape)
+    if fmt.granularity == "per_row":
+        if len(shape) < 2:
+            raise ShapeMismatchError("(..., k) with at least two axes", shape, "x")
+        m, k = fmt.rows_of(shape)
+    else:
+        m, k = 1, array.size
     clip, packed, rank = fmt.clip, fmt.packed, _rank(mode, k)
-    threads = as_thread_count(num_threads)
     data_shape, dtype = (fmt.data_shape(shape), U8) if packed else (shape, I8)
     data = empty(data_shape, dtype) if out is None else checked_out(out, data_shape, dtype, x)
     scales = empty(m, F32)

@@ -4,19 +4,18 @@ from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t
 
 
 ctypedef struct Kernels:
-    # copy.pxi
-    void (*stream_copy)(const void* x, void* out, Py_ssize_t n) noexcept nogil
     # convert.pxi
     void (*widen_f16_f32)(const uint16_t* x, float* out, Py_ssize_t n) noexcept nogil
     void (*widen_bf16_f32)(const uint16_t* x, float* out, Py_ssize_t n) noexcept nogil
     # scale.pxi
     int32_t (*amax_bits_f32)(const float* x, Py_ssize_t n) noexcept nogil
+    int32_t (*amax_bits_below_f32)(const float* x, int32_t bits, Py_ssize_t n) noexcept nogil
     Py_ssize_t (*count_below_f32)(const float* x, int32_t bits, Py_ssize_t n) noexcept nogil
     void (*count_top_bits_f32)(const float* x, Py_ssize_t* counts, Py_ssize_t n) noexcept nogil
     void (*count_next_bits_f32)(const float* x, int32_t prefix, int shift, Py_ssize_t* counts,
                                 Py_ssize_t n) noexcept nogil
     # quantize.pxi
-    void (*quantize_row_f32_s8)(const float* x, float scale, int32_t clip, int8_t* codes,
+    void (*quantize_row_f32_s8)(const float* x, float scale, int32_t clip, bint stream, int8_t* codes,
                                 Py_ssize_t n) noexcept nogil
     void (*pack_row_s8_s4)(const int8_t* codes, uint8_t* packed, Py_ssize_t n) noexcept nogil
     # dequantize.pxi

@@ -16,10 +16,10 @@ cdef extern from "kernels/simd.h" nogil:
         pass
     int32_t dq_bits(float x)
     float dq_float(int32_t b)
-    int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, int8_t* codes)
+    int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, bint stream, int8_t* codes)
+    void dq_stream_end()
     float dq_widen(uint16_t h)
     void dq_widen_step(const uint16_t* x, float* out)
-    void dq_stream_copy(void* out, const void* x, Py_ssize_t n)
     dq_acc dq_acc_zero()
     dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a)
     dq_acc dq_acc_add(dq_acc x, dq_acc y)
@@ -32,7 +32,6 @@ cdef enum:
     DOT_BLOCK = 1 << 16
 
 
-include "copy.pxi"
 include "convert.pxi"
 include "scale.pxi"
 include "quantize.pxi"
@@ -43,10 +42,10 @@ include "stats.pxi"
 
 
 cdef Kernels kernels
-kernels.stream_copy = stream_copy
 kernels.widen_f16_f32 = widen_f16_f32
 kernels.widen_bf16_f32 = widen_bf16_f32
 kernels.amax_bits_f32 = amax_bits_f32
+kernels.amax_bits_below_f32 = amax_bits_below_f32
 kernels.count_below_f32 = count_below_f32
 kernels.count_top_bits_f32 = count_top_bits_f32
 kernels.count_next_bits_f32 = count_next_bits_f32

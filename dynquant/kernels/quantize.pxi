@@ -15,6 +15,18 @@ cdef inline void divide_round_row(const float* x, float scale, int32_t clip, int
         codes[i] = <int8_t> <int32_t> (v + copysignf(<float> 0.499999970197677612, v))
 
 
+# Whole steps of the row; returns how many elements they covered. Called with a constant `stream` only, so
+# that each loop has one kind of store.
+cdef inline Py_ssize_t quantize_steps(const float* x, float scale, float lo, float hi, int32_t clip, bint stream,
+                                      int8_t* codes, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i = 0
+    while i + DQ_STEP <= n:
+        if dq_quantize_step(x + i, lo, hi, clip, stream, codes + i):
+            divide_round_row(x + i, scale, clip, codes + i, DQ_STEP)
+        i += DQ_STEP
+    return i
+
+
 # x (n,), scale > 0 -> codes (n,) in [-clip, clip], exactly those of divide_round_row.
 # A division costs as much as all the rest, so it is done only where it decides. With r = fl(1 / scale),
 # lo = fl(r * (1 - 2**-21)) and hi = fl(r * (1 + 2**-21)), and each rounding 2**-24 at most,
@@ -22,7 +34,8 @@ cdef inline void divide_round_row(const float* x, float scale, int32_t clip, int
 # Rounding is monotonic: where x * lo and x * hi round to one integer, fl(x / scale) rounds to it too, and it
 # is no tie, so the direction of ties does not matter. Of random floats about one in 10**4 fails that test;
 # its whole step is then divided. The bounds need normal r, lo and hi, hence the range of scale.
-cdef void quantize_row_f32_s8(const float* x, float scale, int32_t clip, int8_t* codes,
+# With `stream` the codes go past the caches.
+cdef void quantize_row_f32_s8(const float* x, float scale, int32_t clip, bint stream, int8_t* codes,
                               Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i = 0
     cdef float r, lo, hi
@@ -32,10 +45,14 @@ cdef void quantize_row_f32_s8(const float* x, float scale, int32_t clip, int8_t*
     r = <float> 1.0 / scale
     lo = r * <float> (1.0 - 4.76837158203125e-07)
     hi = r * <float> (1.0 + 4.76837158203125e-07)
-    while i + DQ_STEP <= n:
-        if dq_quantize_step(x + i, lo, hi, clip, codes + i):
-            divide_round_row(x + i, scale, clip, codes + i, DQ_STEP)
-        i += DQ_STEP
+    if stream:
+        i = -<Py_ssize_t> codes & (DQ_STEP - 1)
+        i = i if i < n else n
+        divide_round_row(x, scale, clip, codes, i)
+        i += quantize_steps(x + i, scale, lo, hi, clip, True, codes + i, n - i)
+        dq_stream_end()
+    else:
+        i = quantize_steps(x, scale, lo, hi, clip, False, codes, n)
     divide_round_row(x + i, scale, clip, codes + i, n - i)
 
 

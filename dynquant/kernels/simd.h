@@ -7,7 +7,7 @@
                    to int16 and multiplies without adding pairs.
 
    Each has a form in plain C that every compiler takes, and one for AVX2; the quantize step also one for
-   AVX-512. A stream copy writes past the caches. A form may differ from another in speed only, never in a bit of any result. */
+   AVX-512. A form may differ from another in speed only, never in a bit of any result. */
 #ifndef DQ_SIMD_H
 #define DQ_SIMD_H
 
@@ -49,58 +49,70 @@ static inline int32_t dq_biased(float x, float r) {
 }
 
 /* codes[i] = clamp(integer nearest x[i] * lo, -clip, clip) for DQ_STEP floats.
-   Returns nonzero when x[i] * lo and x[i] * hi do not round to the same integer for some i. */
+   Returns nonzero when x[i] * lo and x[i] * hi do not round to the same integer for some i; only where it
+   returns zero are the codes meant.
+   With `stream` the codes, then aligned to DQ_STEP, are written past the caches: a line that will not be
+   read soon need not be read before it is written. dq_stream_end() must follow the last such step.
+   The vector forms clamp late, by saturating packs and in bytes. Taking off DQ_MAGIC_BITS wraps only where
+   the sum is negative, below -1.5 * 2**23, and there x * lo and x * hi are integers apart. */
 #if defined(__AVX512BW__)
 
 #define DQ_STEP 64
-static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, int8_t* codes) {
+static inline void dq_stream_end(void) { _mm_sfence(); }
+static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, int stream,
+                                   int8_t* codes) {
     const __m512 vlo = _mm512_set1_ps(lo), vhi = _mm512_set1_ps(hi), magic = _mm512_set1_ps(DQ_MAGIC);
-    const __m512i least = _mm512_set1_epi32(DQ_MAGIC_BITS - clip);
-    const __m512i most = _mm512_set1_epi32(DQ_MAGIC_BITS + clip);
-    __m512i differ = _mm512_setzero_si512();
+    const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m512i differ = _mm512_setzero_si512(), a[4];
     for (int j = 0; j < 4; j++) {
         const __m512 v = _mm512_loadu_ps(x + 16 * j);
-        __m512i a = _mm512_castps_si512(_mm512_fmadd_ps(v, vlo, magic));
-        const __m512i b = _mm512_castps_si512(_mm512_fmadd_ps(v, vhi, magic));
-        differ = _mm512_ternarylogic_epi32(differ, a, b, 0xF6); /* differ | (a ^ b) */
-        a = _mm512_min_epi32(_mm512_max_epi32(a, least), most);
-        _mm_storeu_si128((__m128i*)(codes + 16 * j), _mm512_cvtepi32_epi8(a));
+        const __m512i low = _mm512_castps_si512(_mm512_fmadd_ps(v, vlo, magic));
+        const __m512i high = _mm512_castps_si512(_mm512_fmadd_ps(v, vhi, magic));
+        differ = _mm512_ternarylogic_epi32(differ, low, high, 0xF6); /* differ | (low ^ high) */
+        a[j] = _mm512_sub_epi32(low, _mm512_set1_epi32(DQ_MAGIC_BITS));
     }
+    __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(a[0], a[1]), _mm512_packs_epi32(a[2], a[3]));
+    bytes = _mm512_max_epi8(bytes, _mm512_set1_epi8((char)-clip));
+    bytes = _mm512_min_epi8(bytes, _mm512_set1_epi8((char)clip));
+    bytes = _mm512_permutexvar_epi32(lanes, bytes);
+    if (stream) _mm512_stream_si512((__m512i*)codes, bytes);
+    else _mm512_storeu_si512(codes, bytes);
     return _mm512_test_epi32_mask(differ, differ) != 0;
 }
 
 #elif defined(__AVX2__)
 
 #define DQ_STEP 32
-static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, int8_t* codes) {
+static inline void dq_stream_end(void) { _mm_sfence(); }
+static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, int stream,
+                                   int8_t* codes) {
     const __m256 vlo = _mm256_set1_ps(lo), vhi = _mm256_set1_ps(hi), magic = _mm256_set1_ps(DQ_MAGIC);
-    const __m256i least = _mm256_set1_epi32(DQ_MAGIC_BITS - clip);
-    const __m256i most = _mm256_set1_epi32(DQ_MAGIC_BITS + clip);
+    const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     __m256i differ = _mm256_setzero_si256(), a[4];
     for (int j = 0; j < 4; j++) {
         const __m256 v = _mm256_loadu_ps(x + 8 * j);
-        a[j] = _mm256_castps_si256(_mm256_fmadd_ps(v, vlo, magic));
-        const __m256i b = _mm256_castps_si256(_mm256_fmadd_ps(v, vhi, magic));
-        differ = _mm256_or_si256(differ, _mm256_xor_si256(a[j], b));
-        a[j] = _mm256_min_epi32(_mm256_max_epi32(a[j], least), most);
+        const __m256i low = _mm256_castps_si256(_mm256_fmadd_ps(v, vlo, magic));
+        const __m256i high = _mm256_castps_si256(_mm256_fmadd_ps(v, vhi, magic));
+        differ = _mm256_or_si256(differ, _mm256_xor_si256(low, high));
+        a[j] = _mm256_sub_epi32(low, _mm256_set1_epi32(DQ_MAGIC_BITS));
     }
-    /* The low 16 bits of a[0] and a[1] alternate in one register, those of a[2] and a[3] in the next; then
-       one saturating pack to bytes, and two shuffles that put them in order. */
-    const __m256i p = _mm256_blend_epi16(a[0], _mm256_slli_epi32(a[1], 16), 0xAA);
-    const __m256i q = _mm256_blend_epi16(a[2], _mm256_slli_epi32(a[3], 16), 0xAA);
-    const __m256i even_odd = _mm256_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15,
-                                              0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-    const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    const __m256i bytes = _mm256_shuffle_epi8(_mm256_packs_epi16(p, q), even_odd);
-    _mm256_storeu_si256((__m256i*)codes, _mm256_permutevar8x32_epi32(bytes, lanes));
+    __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a[0], a[1]), _mm256_packs_epi32(a[2], a[3]));
+    bytes = _mm256_max_epi8(bytes, _mm256_set1_epi8((char)-clip));
+    bytes = _mm256_min_epi8(bytes, _mm256_set1_epi8((char)clip));
+    bytes = _mm256_permutevar8x32_epi32(bytes, lanes);
+    if (stream) _mm256_stream_si256((__m256i*)codes, bytes);
+    else _mm256_storeu_si256((__m256i*)codes, bytes);
     return !_mm256_testz_si256(differ, differ);
 }
 
 #else
 
 #define DQ_STEP 16
-static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, int8_t* codes) {
+static inline void dq_stream_end(void) {}
+static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, int stream,
+                                   int8_t* codes) {
     int32_t differ = 0;
+    (void)stream;
     for (int j = 0; j < DQ_STEP; j++) {
         int32_t a = dq_biased(x[j], lo);
         differ |= a ^ dq_biased(x[j], hi);
@@ -128,24 +140,6 @@ static inline void dq_widen_step(const uint16_t* x, float* out) {
     _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)x)));
 #else
     for (int j = 0; j < DQ_WIDEN_STEP; j++) out[j] = dq_widen(x[j]);
-#endif
-}
-
-/* Copy n bytes to memory that will not be read soon: whole cache lines are written without being read
-   first, which spares a third of the traffic of writing. */
-static inline void dq_stream_copy(void* out, const void* x, ptrdiff_t n) {
-#if defined(__AVX2__)
-    char* to = (char*)out;
-    const char* from = (const char*)x;
-    ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)to & 31);
-    if (head > n) head = n;
-    memcpy(to, from, (size_t)head);
-    for (; head + 32 <= n; head += 32)
-        _mm256_stream_si256((__m256i*)(to + head), _mm256_loadu_si256((const __m256i*)(from + head)));
-    memcpy(to + head, from + head, (size_t)(n - head));
-    _mm_sfence();
-#else
-    memcpy(out, x, (size_t)n);
 #endif
 }
 

@@ -1,0 +1,66 @@
+"""What several test files share: instruction sets, bitwise comparison, and inputs worth trying."""
+
+import contextlib
+
+import numpy as np
+
+from dynquant import _isa, simd_info
+
+F32 = np.float32
+
+_INFO = simd_info()
+ISAS = [isa for isa in _INFO["built"] if isa in _INFO["supported"]]
+
+
+@contextlib.contextmanager
+def using(isa):
+    before = simd_info()["selected"]
+    _isa.select(isa)
+    try:
+        yield
+    finally:
+        _isa.select(before)
+
+
+def assert_same_bits(actual, expected, message=""):
+    """Equal in dtype, shape and every bit: 0.0 is not -0.0."""
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), message
+    if actual.tobytes() != expected.tobytes():
+        places = np.argwhere(actual.view(f"u{actual.itemsize}") != expected.view(f"u{actual.itemsize}"))
+        first = tuple(places[0])
+        found = f"{actual[first]!r}, expected {expected[first]!r}"
+        raise AssertionError(f"{message} {len(places)} differ, first at {first}: {found}")
+
+
+def memory(n_bytes, offset):
+    """`n_bytes` that begin `offset` bytes past a 64-byte boundary."""
+    raw = np.zeros(n_bytes + 128, np.uint8)
+    start = -raw.ctypes.data % 64 + offset
+    return raw[start : start + n_bytes]
+
+
+def array_at(offset, values):
+    """A copy of `values` that begins `offset` bytes past a 64-byte boundary."""
+    values = np.ascontiguousarray(values)
+    copy = memory(values.nbytes, offset).view(values.dtype).reshape(values.shape)
+    copy[...] = values
+    return copy
+
+
+def distributions(n, rng):
+    """Named float32 arrays of length `n` with the shapes that activations and their corner cases take."""
+    normal = rng.standard_normal(n).astype(F32)
+    bits = rng.integers(0, 0x7F800000, n, dtype=np.int32) | (rng.integers(0, 2, n, dtype=np.int32) << 31)
+    return {
+        "normal": normal,
+        "equal": np.full(n, -0.7, F32),
+        "two values": np.where(rng.random(n) < 0.98, F32(0.25), F32(-9)),
+        "sorted": np.sort(normal),
+        "reversed": np.sort(normal)[::-1].copy(),
+        "mostly zero": np.where(rng.random(n) < 0.01, normal, F32(0)),
+        # Neighbouring floats: they differ only in the lowest bits of the pattern.
+        "neighbours": (0x3F800000 + rng.integers(0, 1000, n)).astype(np.int32).view(F32),
+        "subnormal": rng.integers(0, 5000, n).astype(np.int32).view(F32),
+        "outliers": np.where(rng.random(n) < 0.001, normal * F32(1e4), normal),
+        "every exponent": bits.view(F32),
+    }

@@ -1,0 +1,110 @@
+"""What every public function computes, written the slow and obvious way. Tests compare bit for bit with it.
+
+Nothing here shares code or method with the package: percentiles come from a full sort, codes from one
+division each, integer sums from int64.
+"""
+
+import numpy as np
+
+F32 = np.float32
+
+
+def floats(x):
+    """`x` rounded to float32, as the package takes any float input."""
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(np.asarray(x)).reshape(np.shape(x)).astype(F32)
+
+
+def rank(p, n):
+    product = F32(p) * F32(n) if n <= 2**24 else np.float64(p) * n
+    return min(max(int(np.ceil(product)) - 1, 0), n - 1)
+
+
+def scale(x, clip, p=None):
+    """float32 scale of all of `x`; `p` None is the largest magnitude."""
+    magnitudes = np.sort(np.abs(floats(x)).ravel())
+    if magnitudes.size == 0:
+        return F32(0)
+    amax = magnitudes[-1 if p is None else rank(p, magnitudes.size)]
+    with np.errstate(under="ignore"):
+        return amax / F32(clip)
+
+
+def codes(x, scale, clip):
+    """int8 codes by true division; `scale` broadcasts against `x`. Halves go away from zero."""
+    x, scale = floats(x), np.asarray(scale, F32)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
+        ratio = np.clip((x / scale).astype(np.float64), -clip, clip)
+    # A float32 ratio plus a half is exact in float64 wherever the floor depends on it.
+    rounded = np.copysign(np.floor(np.abs(ratio) + 0.5), ratio)
+    return np.where(scale == 0, 0, rounded).astype(np.int8)
+
+
+def quantize(x, clip=127, p=None, per_row=False):
+    """(codes, scales) of `x`: int8 of its shape, and float32 (1,) or one a row."""
+    x = floats(x)
+    if not per_row:
+        scales = np.array([scale(x, clip, p)], F32)
+        return codes(x, scales[0], clip), scales
+    rows = x.reshape(int(np.prod(x.shape[:-1])), x.shape[-1])
+    scales = np.array([scale(row, clip, p) for row in rows], F32).reshape(x.shape[:-1])
+    return codes(x, scales[..., None], clip), scales
+
+
+def pack(codes, per_row=False):
+    """Two codes a byte, the even element low; an odd run ends in a byte of its own."""
+    nibbles = (codes if per_row else codes.ravel()).astype(np.int64) & 15
+    if nibbles.shape[-1] % 2:
+        nibbles = np.concatenate([nibbles, np.zeros_like(nibbles[..., :1])], axis=-1)
+    return (nibbles[..., ::2] + 16 * nibbles[..., 1::2]).astype(np.uint8)
+
+
+def dequantize(codes, scales, per_row=False):
+    with np.errstate(over="ignore", under="ignore"):
+        return codes.astype(F32) * (scales[..., None] if per_row else scales[0])
+
+
+def mae(x, values):
+    x = floats(x)
+    if x.size == 0:
+        return 0.0
+    return float(np.abs(x.astype(np.float64) - values.astype(np.float64)).mean())
+
+
+def smooth_factors(activations, weights, alpha=0.5, epsilon=1e-5):
+    """The powers in float64, each rounded once; the sums, the quotient and the maximum in float32."""
+    epsilon = F32(epsilon)
+    act_amax = (np.abs(floats(activations)).max(axis=0) + epsilon).astype(np.float64)
+    weight_amax = (np.abs(floats(weights)).max(axis=0) + epsilon).astype(np.float64)
+    numerator = np.power(act_amax, alpha).astype(F32)
+    denominator = np.power(weight_amax, 1.0 - alpha).astype(F32)
+    return np.maximum(numerator / denominator, epsilon)
+
+
+def smooth_activations(activations, factors):
+    with np.errstate(over="ignore", under="ignore"):
+        return floats(activations) / floats(factors)
+
+
+def smooth_weights(weights, factors):
+    with np.errstate(over="ignore", under="ignore"):
+        return floats(weights) * floats(factors)
+
+
+def w8a8_matvec(weight, weight_scales, activation):
+    a, a_scale = quantize(activation)
+    sums = np.array([int(np.dot(row.astype(np.int64), a.astype(np.int64))) for row in weight], np.int64)
+    with np.errstate(over="ignore", under="ignore"):
+        return sums.astype(F32) * floats(weight_scales) * a_scale[0]
+
+
+def calib_stats(batches):
+    """min, max, mean, std_dev, p99, suggested_scale."""
+    x = np.concatenate([floats(batch).ravel() for batch in batches])
+    wide = x.astype(np.float64)
+    magnitudes = np.sort(np.abs(x))
+    p99 = magnitudes[rank(0.99, x.size)]
+    amax = next(m for m in (p99, magnitudes[-1], F32(1)) if m > 0)
+    with np.errstate(under="ignore"):
+        suggested = amax / F32(127)
+    return float(x.min()), float(x.max()), wide.mean(), wide.std(), float(p99), float(suggested)

@@ -1,0 +1,444 @@
+"""Every way to call wrongly: what is raised, what it says, and that nothing was changed."""
+
+import builtins
+import copy
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from common import F32
+
+import dynquant
+from dynquant import (
+    CalibStats,
+    DTypeError,
+    DynQuantError,
+    DynQuantFormat,
+    DynQuantTensor,
+    EmptyInputError,
+    FeatureDimMismatchError,
+    InvalidAlphaError,
+    InvalidPercentileError,
+    IsaError,
+    LayoutError,
+    MaxAbs,
+    NonFiniteError,
+    ParameterError,
+    Percentile,
+    ShapeMismatchError,
+    SmoothQuantConfig,
+    _isa,
+    compute_scale,
+    compute_smooth_factors,
+    dynamic_quantize,
+    dynamic_quantize_int4,
+    dynamic_quantize_int8,
+    dynamic_quantize_int8_per_row,
+    quantization_mae,
+    smooth_activations,
+    smooth_weights,
+    w8a8_matvec,
+)
+
+NAN, INF = float("nan"), float("inf")
+X = np.linspace(-1, 1, 12, dtype=F32).reshape(3, 4)
+ROW = X[0]
+WEIGHT = np.arange(12, dtype=np.int8).reshape(3, 4)
+SCALES = np.ones(3, F32)
+FACTORS = np.ones(4, F32)
+INT8, PER_ROW = DynQuantFormat.INT8_PER_TENSOR, DynQuantFormat.INT8_PER_ROW
+PACKED, PACKED_ROWS = DynQuantFormat(4, "per_tensor", packed=True), DynQuantFormat(4, "per_row", packed=True)
+Q = dynamic_quantize_int8(X)
+
+BASES = {
+    ShapeMismatchError: ValueError,
+    EmptyInputError: ValueError,
+    FeatureDimMismatchError: ValueError,
+    InvalidAlphaError: ValueError,
+    InvalidPercentileError: ValueError,
+    NonFiniteError: ValueError,
+    ParameterError: ValueError,
+    DTypeError: TypeError,
+    LayoutError: ValueError,
+    IsaError: ImportError,
+}
+
+
+def check_raises(error, message, fields, function, *args, **kwargs):
+    arrays = [a for a in (*args, *kwargs.values()) if isinstance(a, np.ndarray)]
+    before = [a.tobytes() for a in arrays]
+    with pytest.raises(DynQuantError) as caught:
+        function(*args, **kwargs)
+    assert type(caught.value) is error
+    assert isinstance(caught.value, BASES[error])
+    assert message in str(caught.value)
+    for name, value in fields.items():
+        np.testing.assert_equal(getattr(caught.value, name), value)
+    assert [a.tobytes() for a in arrays] == before
+
+
+# Arguments that take floats
+
+
+class FloatArgument(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    call: Callable[..., Any]
+    out: np.ndarray | None = None
+
+
+def filled(shape, dtype=np.int8):
+    return np.full(shape, 77, dtype)
+
+
+MEDIAN = Percentile(0.5)
+CODES, VALUES, Y = filled((3, 4)), filled((3, 4), F32), filled(3, F32)
+BYTES, ROWS_OF_BYTES = filled(6, np.uint8), filled((3, 2), np.uint8)
+per_row = dynamic_quantize_int8_per_row
+
+FLOAT_ARGUMENTS = {
+    "compute_scale": FloatArgument("x", (3, 4), partial(compute_scale, clip_val=127)),
+    "compute_scale percentile": FloatArgument("x", (3, 4), partial(compute_scale, clip_val=127, mode=MEDIAN)),
+    "int8": FloatArgument("x", (3, 4), dynamic_quantize_int8, CODES),
+    "int8_per_row": FloatArgument("x", (3, 4), per_row, CODES),
+    "int8_per_row threads": FloatArgument("x", (3, 4), partial(per_row, num_threads=3), CODES),
+    "int8_per_row percentile": FloatArgument("x", (3, 4), partial(per_row, mode=MEDIAN), CODES),
+    "int8_per_row long": FloatArgument("x", (2, 5000), partial(per_row, mode=MEDIAN), filled((2, 5000))),
+    "int4": FloatArgument("x", (3, 4), dynamic_quantize_int4),
+    "int4 packed": FloatArgument("x", (3, 4), partial(dynamic_quantize, format=PACKED), BYTES),
+    "int4 rows": FloatArgument("x", (3, 4), partial(dynamic_quantize, format=PACKED_ROWS), ROWS_OF_BYTES),
+    "mae": FloatArgument("original", (3, 4), partial(quantization_mae, quantized=Q)),
+    "smooth factors, activations": FloatArgument("activations", (3, 4), lambda x: compute_smooth_factors(x, X)),
+    "smooth factors, weights": FloatArgument("weights", (3, 4), lambda x: compute_smooth_factors(X, x)),
+    "smooth_activations": FloatArgument(
+        "activations", (3, 4), partial(smooth_activations, factors=FACTORS), VALUES
+    ),
+    "smooth_activations, factors": FloatArgument("factors", (4,), partial(smooth_activations, X), VALUES),
+    "smooth_weights": FloatArgument("weights", (3, 4), partial(smooth_weights, factors=FACTORS), VALUES),
+    "smooth_weights, factors": FloatArgument("factors", (4,), partial(smooth_weights, X), VALUES),
+    "collect": FloatArgument("batches[1]", (3, 4), lambda x: CalibStats.collect([X, x])),
+    "matvec, activation": FloatArgument("activation", (4,), partial(w8a8_matvec, WEIGHT, SCALES), Y),
+    "matvec, weight_scales": FloatArgument(
+        "weight_scales", (3,), lambda x, **out: w8a8_matvec(WEIGHT, x, ROW, **out), Y
+    ),
+}
+
+NOT_FLOATS = {
+    "int64": lambda shape: np.ones(shape, np.int64),
+    "int8": lambda shape: np.ones(shape, np.int8),
+    "uint16": lambda shape: np.ones(shape, np.uint16),
+    "bool": lambda shape: np.ones(shape, np.bool_),
+    "complex64": lambda shape: np.ones(shape, np.complex64),
+    "object": lambda shape: np.full(shape, 1.0, object),
+    "str": lambda shape: np.full(shape, "1.0"),
+    "datetime64": lambda shape: np.full(shape, 1, "M8[s]"),
+    "structured": lambda shape: np.zeros(shape, "f4,f4"),
+    "None": lambda shape: None,
+    "a string": lambda shape: "1.0",
+    "list of strings": lambda shape: ["1.0"],
+    "list of bools": lambda shape: np.ones(shape, bool).tolist(),
+    "list of complex": lambda shape: np.ones(shape, complex).tolist(),
+    "ragged list": lambda shape: [[1.0], [2.0, 3.0]],
+    "generator": lambda shape: (value for value in (1.0, 2.0)),
+    "int64 scalar": lambda shape: np.int64(1),
+    "float8": lambda shape: np.ones(shape, pytest.importorskip("ml_dtypes").float8_e4m3fn),
+}
+
+float_arguments = pytest.mark.parametrize("argument", FLOAT_ARGUMENTS.values(), ids=FLOAT_ARGUMENTS.keys())
+
+
+def check_float_argument(argument, x, error, message, fields):
+    check_raises(error, f"{argument.name}: {message}", fields, argument.call, x)
+    if argument.out is not None:
+        check_raises(error, f"{argument.name}: {message}", fields, argument.call, x, out=argument.out)
+
+
+@float_arguments
+@pytest.mark.parametrize("make", NOT_FLOATS.values(), ids=NOT_FLOATS.keys())
+def test_not_floats(make, argument):
+    check_float_argument(argument, make(argument.shape), DTypeError, "expected a float array", {})
+
+
+@float_arguments
+@pytest.mark.parametrize("dtype", ["f4", "f2", "f8", ">f4", "bfloat16", "longdouble"])
+def test_non_finite(dtype, argument):
+    dtype = np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype)
+    x = np.ones(argument.shape, dtype)
+    for value in (NAN, INF, -INF):
+        for index in {0, x.size // 2, x.size - 1}:
+            bad = x.copy()
+            bad.flat[index] = value
+            # A later one, of another kind: the first is named.
+            bad.flat[-1] = value if index == x.size - 1 else -INF if value != value else NAN
+            fields = {"index": index, "value": value, "argument": argument.name}
+            message = f"expected finite values, got {value} at flat index {index}"
+            check_float_argument(argument, bad, NonFiniteError, message, fields)
+
+
+@float_arguments
+def test_a_number_beyond_float32(argument):
+    x = np.ones(argument.shape)
+    x.flat[1] = -1e300
+    check_float_argument(argument, x, NonFiniteError, "expected finite values", {"index": 1, "value": -INF})
+
+
+@float_arguments
+def test_the_index_counts_in_c_order(argument):
+    x = np.asfortranarray(np.ones(argument.shape, F32))
+    index = 1 if x.ndim == 1 else x.shape[1] + 1
+    x[(1,) * x.ndim] = NAN
+    check_float_argument(argument, x, NonFiniteError, "expected finite values", {"index": index})
+
+
+@pytest.mark.parametrize("bits", [0x7C00, 0xFC00, 0x7C01, 0x7E00, 0xFFFF, 0x7FFF])
+def test_every_kind_of_float16_infinity_and_nan(bits, isa):
+    for n in (1, 8, 23):
+        x = np.ones(n, np.float16)
+        x.view(np.uint16)[n - 1] = bits
+        check_raises(NonFiniteError, "x: expected finite", {"index": n - 1}, dynamic_quantize_int8, x)
+
+
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FC00000, 0xFF800001, 0xFFFFFFFF, 0x7F800000, 0xFF800000])
+@pytest.mark.parametrize("n", [1, 64, 100, 4097, 8200])
+def test_every_kind_of_infinity_and_nan_at_many_places(n, bits, isa):
+    for index in {0, n // 3, n - 1}:
+        x = np.zeros(n, F32)
+        x.view(np.uint32)[index] = bits
+        for mode in (MaxAbs(), Percentile(0.5)):
+            check_raises(NonFiniteError, "x:", {"index": index}, dynamic_quantize_int8, x, mode)
+
+
+def test_nan_in_the_last_of_many_rows_leaves_out_as_it_was():
+    x = np.ones((1000, 33), F32)
+    x[-1, -1] = NAN
+    for fmt in (PER_ROW, DynQuantFormat.INT4_PER_ROW, PACKED_ROWS):
+        out = filled(fmt.data_shape(x.shape), fmt.data_dtype)
+        for threads in (1, 4):
+            quantize = partial(dynamic_quantize, num_threads=threads)
+            check_raises(NonFiniteError, "x:", {"index": x.size - 1}, quantize, x, fmt, out=out)
+
+
+# In place
+
+IN_PLACE = {
+    "NaN": (np.array([[1, 2], [3, NAN]], F32), [1.0, 2.0], NonFiniteError, "expected finite values"),
+    "too few factors": (np.ones((2, 3), F32), [1.0, 2.0], FeatureDimMismatchError, "factors:"),
+    "zero factor": (np.ones((2, 3), F32), [1.0, 2.0, 0.0], ParameterError, "factors:"),
+    "NaN factor": (np.ones((2, 3), F32), [1.0, NAN, 1.0], NonFiniteError, "factors:"),
+    "float64": (np.ones((2, 3)), [1.0, 1.0, 1.0], DTypeError, "out:"),
+    "Fortran order": (np.ones((2, 3), F32, "F"), [1.0, 1.0, 1.0], LayoutError, "out:"),
+}
+
+
+@pytest.mark.parametrize("smooth", [smooth_activations, smooth_weights])
+@pytest.mark.parametrize("x, factors, error, message", IN_PLACE.values(), ids=IN_PLACE.keys())
+def test_in_place(x, factors, error, message, smooth):
+    check_raises(error, message, {}, smooth, x, factors, out=x)
+
+
+# All other arguments
+
+
+class Bad(NamedTuple):
+    error: type
+    message: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = {}  # noqa: RUF012  (a tuple's default, never changed)
+    fields: dict[str, Any] = {}  # noqa: RUF012
+
+
+def each(values, error, message, function, args=(), name=None, field=None):
+    """One bad call for each of the values: as the argument `name`, else as the last positional one."""
+    return [
+        Bad(
+            error,
+            message,
+            function,
+            args if name else (*args, value),
+            {name: value} if name else {},
+            {field: value} if field else {},
+        )
+        for value in values
+    ]
+
+
+def shape_fields(expected, actual, argument):
+    return {"expected": expected, "actual": actual, "argument": argument}
+
+
+NOT_A_MODE = [None, "MaxAbs", 0.99, MaxAbs, Percentile, ("p", 0.5)]
+NOT_A_COUNT = [0, -1, 1.0, 2.5, "2", None, True, [1]]
+NOT_A_PERCENTILE = [0, 0.0, -0.1, 1.0000001, 2, NAN, INF, -INF, "0.5", None, True, [0.5], 1j, 10**400]
+NOT_AN_ALPHA = [-1e-9, 1.0000001, -1, 2, NAN, INF, "0.5", None, True, [0.5], 1j]
+NOT_AN_EPSILON = [0, 0.99e-10, -1.0, NAN, INF, 3.5e38, "1", None, True, [1e-5]]
+NOT_A_CLIP = [0, -127, NAN, INF, -INF, 1e-60, 1e39, 1e300, 10**400, "127", None, True, [127], 7j]
+NOT_A_FORMAT = [None, "INT8_PER_ROW", 8, DynQuantFormat, MaxAbs()]
+TWO_AXES = "(..., k) with at least two axes"
+
+BAD_CALLS = [
+    *each(NOT_A_CLIP, ParameterError, "clip_val:", compute_scale, (X,)),
+    *each(NOT_A_MODE, ParameterError, "mode:", compute_scale, (X, 127)),
+    *each(NOT_A_MODE, ParameterError, "mode:", compute_scale, ([], 127)),
+    *each(NOT_A_MODE, ParameterError, "mode:", dynamic_quantize_int8, (X,)),
+    *each(NOT_A_MODE, ParameterError, "mode:", dynamic_quantize_int8_per_row, (X,)),
+    *each(NOT_A_MODE, ParameterError, "mode:", dynamic_quantize_int4, (X,)),
+    *each(NOT_A_MODE, ParameterError, "mode:", dynamic_quantize, (X, INT8)),
+    *each(NOT_A_FORMAT, ParameterError, "format:", dynamic_quantize, (X,)),
+    *each(NOT_A_COUNT, ParameterError, "num_threads:", per_row, (X,), "num_threads"),
+    *each(NOT_A_COUNT, ParameterError, "num_threads:", dynamic_quantize, (X,), "num_threads"),
+    Bad(ParameterError, "num_threads:", dynamic_quantize, (X,), {"num_threads": 0, "out": CODES}),
+    Bad(ParameterError, "packed:", dynamic_quantize, (X, PER_ROW), {"packed": True}),
+    Bad(ParameterError, "packed:", dynamic_quantize, (X,), {"packed": True, "out": ROWS_OF_BYTES}),
+    *(
+        Bad(ShapeMismatchError, "x:", function, (x,), {}, shape_fields(TWO_AXES, np.shape(x), "x"))
+        for function in (dynamic_quantize_int8_per_row, dynamic_quantize)
+        for x in (2.0, ROW, [], [1.0])
+    ),
+    # Modes and formats
+    *each(NOT_A_PERCENTILE, InvalidPercentileError, "p: expected", Percentile, field="p"),
+    *each([0, 3, 16, "8", None, [8]], ParameterError, "bits:", lambda bits: DynQuantFormat(bits, "per_row")),
+    *each(["per_group", "", None, 1], ParameterError, "granularity:", lambda name: DynQuantFormat(8, name)),
+    *each([0, 32, "32"], ParameterError, "group_size:", lambda size: DynQuantFormat(8, "per_row", size)),
+    Bad(ParameterError, "packed:", DynQuantFormat, (8, "per_row"), {"packed": True}),
+    # DynQuantTensor
+    *each([None, [1, 2], WEIGHT.astype(np.uint8), X], DTypeError, "data:", lambda data: DynQuantTensor(
+        data, np.ones(1, F32), None, (3, 4), INT8)),
+    *each([None, [1.0], 1.0, np.ones(1)], DTypeError, "scales:", lambda scales: DynQuantTensor(
+        WEIGHT, scales, None, (3, 4), INT8)),
+    Bad(DTypeError, "data:", DynQuantTensor, (WEIGHT, SCALES, None, (3, 8), PACKED_ROWS)),
+    Bad(ShapeMismatchError, "data:", DynQuantTensor, (WEIGHT, SCALES, None, (4, 3), PER_ROW), {},
+        shape_fields((4, 3), (3, 4), "data")),
+    Bad(ShapeMismatchError, "data:", DynQuantTensor, (ROWS_OF_BYTES, SCALES, None, (3, 9), PACKED_ROWS), {},
+        shape_fields((3, 5), (3, 2), "data")),
+    Bad(ShapeMismatchError, "scales:", DynQuantTensor, (WEIGHT, SCALES, None, (3, 4), INT8), {},
+        shape_fields((1,), (3,), "scales")),
+    Bad(ShapeMismatchError, "scales:", DynQuantTensor, (WEIGHT, SCALES[:, None], None, (3, 4), PER_ROW), {},
+        shape_fields((3,), (3, 1), "scales")),
+    Bad(ShapeMismatchError, "shape:", DynQuantTensor, (WEIGHT, SCALES, None, (), PER_ROW)),
+    *each([0, SCALES], ParameterError, "zero_points:", lambda zero: DynQuantTensor(
+        WEIGHT, SCALES, zero, (3, 4), PER_ROW)),
+    # quantization_mae
+    *each([None, X, WEIGHT, [1], "q"], ParameterError, "quantized:", quantization_mae, (X,)),
+    *(
+        Bad(ShapeMismatchError, "", quantization_mae, (x, Q), {}, shape_fields((3, 4), x.shape, "original"))
+        for x in (X.T, X.ravel(), X[:2], X[None], np.empty(0, F32))
+    ),
+    # Smoothing
+    *each(NOT_AN_ALPHA, InvalidAlphaError, "alpha: expected", SmoothQuantConfig, field="alpha"),
+    *each(NOT_AN_EPSILON, ParameterError, "epsilon:", SmoothQuantConfig, (0.5,)),
+    *each([None, 0.5, SmoothQuantConfig, "0.5"], ParameterError, "config:", compute_smooth_factors, (X, X)),
+    *each([2.0, ROW, X[None]], ShapeMismatchError, "activations:", lambda a: compute_smooth_factors(a, X)),
+    *each([2.0, ROW, X[None]], ShapeMismatchError, "weights:", lambda w: compute_smooth_factors(X, w)),
+    *each([X[:0], X[:, :0]], EmptyInputError, "activations:", lambda a: compute_smooth_factors(a, X)),
+    *each([X[:0], X[:, :0]], EmptyInputError, "weights:", lambda w: compute_smooth_factors(X, w)),
+    Bad(FeatureDimMismatchError, "weights:", compute_smooth_factors, (X, X[:, :3]), {},
+        {"in_features": 4, "factors_len": 3, "argument": "weights"}),
+    *(
+        bad
+        for smooth in (smooth_activations, smooth_weights)
+        for bad in (
+            Bad(ShapeMismatchError, ": expected shape", smooth, (2.0, [1.0])),
+            Bad(FeatureDimMismatchError, "factors:", smooth, (X, FACTORS[:3]), {},
+                {"in_features": 4, "factors_len": 3, "expected": (4,), "actual": (3,)}),
+            Bad(FeatureDimMismatchError, "factors:", smooth, (X, [])),
+            Bad(FeatureDimMismatchError, "factors:", smooth, (X[:, :0], FACTORS)),
+            Bad(ShapeMismatchError, "factors:", smooth, (X, X)),
+            Bad(ShapeMismatchError, "factors:", smooth, (X, 1.0)),
+            *each([[1, 1, 1, 0.0], [1, -1, 1, 1], [1, 1, 1, -0.0]], ParameterError, "factors:", smooth, (X,)),
+            Bad(ParameterError, "factors:", smooth, (X, [1, 0.0, 1, 1]), {"out": VALUES}),
+        )
+    ),
+    # Calibration
+    *each([None, 5.0, 3], DTypeError, "batches: expected an iterable", CalibStats.collect),
+    *each([[], (), iter([]), [[]], [X[:0], []], X[:0]], EmptyInputError, "batches:", CalibStats.collect),
+    *each([["a"], "ab", [X, None]], DTypeError, "batches[", CalibStats.collect),
+    # Integer products
+    *each([WEIGHT.tolist(), WEIGHT.astype(np.int16), WEIGHT.astype(np.uint8), X, None, "w"], DTypeError,
+          "weight_i8:", lambda weight: w8a8_matvec(weight, SCALES, ROW)),
+    *each([WEIGHT[0], WEIGHT[None], WEIGHT[0, 0]], ShapeMismatchError, "weight_i8:",
+          lambda weight: w8a8_matvec(weight, SCALES, ROW)),
+    *each([SCALES[:2], [], np.ones(4)], ShapeMismatchError, "weight_scales:",
+          lambda scales: w8a8_matvec(WEIGHT, scales, ROW)),
+    *each([1.0, SCALES[:, None], SCALES[None]], ShapeMismatchError, "weight_scales:",
+          lambda scales: w8a8_matvec(WEIGHT, scales, ROW)),
+    *each([ROW[:3], X, ROW[None], 1.0], ShapeMismatchError, "activation:", w8a8_matvec, (WEIGHT, SCALES)),
+    *each([[], X[:0], np.empty((4, 0))], EmptyInputError, "activation:", w8a8_matvec, (WEIGHT, SCALES)),
+    Bad(EmptyInputError, "activation:", w8a8_matvec, (WEIGHT[:, :0], SCALES, []), {"out": Y}),
+    # Instruction sets
+    *each(["sse9", "", "AVX2", 7], IsaError, "cannot be had", _isa.select),
+]  # fmt: skip
+
+
+def name_of(bad):
+    given = bad.kwargs or bad.args[-1:]
+    return f"{getattr(bad.function, '__name__', '')} {bad.message} {given!r}".replace("\n", "")[:80]
+
+
+@pytest.mark.parametrize("bad", BAD_CALLS, ids=name_of)
+def test_bad_calls(bad):
+    check_raises(bad.error, bad.message, bad.fields, bad.function, *bad.args, **bad.kwargs)
+
+
+def test_keyword_only():
+    for call in (
+        lambda: dynamic_quantize_int8(X, MaxAbs(), CODES),
+        lambda: dynamic_quantize_int8_per_row(X, MaxAbs(), CODES),
+        lambda: dynamic_quantize_int4(X, MaxAbs(), True),
+        lambda: dynamic_quantize(X, INT8, MaxAbs(), True),
+        lambda: Q.dequantize(VALUES),
+        lambda: smooth_activations(X, FACTORS, VALUES),
+        lambda: smooth_weights(X, FACTORS, VALUES),
+        lambda: w8a8_matvec(WEIGHT, SCALES, ROW, Y),
+    ):
+        with pytest.raises(TypeError, match="positional"):
+            call()
+
+
+# The exceptions themselves
+
+INSTANCES = [
+    (ShapeMismatchError((2, 3), (3, 2)), "array: expected shape (2, 3), got (3, 2)"),
+    (ShapeMismatchError("(n,)", (1, 2), "x"), "x: expected shape (n,), got (1, 2)"),
+    (FeatureDimMismatchError(4, 3), "factors: expected 4 in_features, got 3"),
+    (FeatureDimMismatchError(4, 3, "weights"), "weights: expected 4 in_features, got 3"),
+    (InvalidAlphaError(1.5), "alpha: expected a number in [0, 1], got 1.5"),
+    (InvalidPercentileError("x"), "p: expected a number in (0, 1], got 'x'"),
+    (NonFiniteError(7, -INF), "x: expected finite values, got -inf at flat index 7"),
+    (NonFiniteError(0, INF, "weights"), "weights: expected finite values, got inf at flat index 0"),
+    (EmptyInputError("nothing there"), "nothing there"),
+    (ParameterError("bits: no"), "bits: no"),
+    (DTypeError("x: no"), "x: no"),
+    (LayoutError("out: no"), "out: no"),
+    (IsaError("none"), "none"),
+]
+
+
+@pytest.mark.parametrize("error, text", INSTANCES, ids=lambda value: str(value)[:40])
+def test_text_pickle_and_copy(error, text):
+    assert str(error) == text
+    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert type(twin) is type(error)
+        assert (str(twin), twin.args, vars(twin)) == (text, error.args, vars(error))
+
+
+def test_every_exception_is_of_both_kinds():
+    tree = {e for e in vars(dynquant).values() if isinstance(e, type) and issubclass(e, DynQuantError)}
+    assert tree == {DynQuantError, *BASES}
+    assert {type(error) for error, _ in INSTANCES} == set(BASES)
+    for error, base in BASES.items():
+        assert issubclass(error, DynQuantError)
+        assert issubclass(error, base)
+        assert getattr(builtins, base.__name__) is base
+
+
+def test_an_error_in_the_callers_iterator_passes_through():
+    def batches():
+        yield X
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        CalibStats.collect(batches())

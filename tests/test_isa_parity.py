@@ -1,0 +1,248 @@
+"""Every instruction set gives the bits of the baseline, at every short length and every alignment.
+
+One test covers one path of kernels: for each alignment it calls a public function on views of length 0 to
+300, on all instruction sets in turn. Results land in guarded memory, which is compared whole, so that a byte
+written outside a result is seen too.
+"""
+
+import numpy as np
+import pytest
+from common import F32, ISAS, array_at, assert_same_bits, memory, using
+
+from dynquant import (
+    CalibStats,
+    DynQuantFormat,
+    DynQuantTensor,
+    MaxAbs,
+    Percentile,
+    SmoothQuantConfig,
+    compute_smooth_factors,
+    dynamic_quantize,
+    dynamic_quantize_int8,
+    quantization_mae,
+    smooth_activations,
+    smooth_weights,
+    w8a8_matvec,
+)
+
+pytestmark = pytest.mark.skipif(len(ISAS) == 1, reason="only the baseline is built and supported")
+
+LENGTHS = range(301)
+LONGEST = LENGTHS[-1]
+INT8 = DynQuantFormat.INT8_PER_TENSOR
+INT4 = DynQuantFormat.INT4_PER_TENSOR
+PACKED = DynQuantFormat(4, "per_tensor", packed=True)
+
+each_float = pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["f32", "f16"])
+
+
+class Arena:
+    """Memory full of a pattern, handed out in slots with a guard on either side."""
+
+    GUARD = 64
+
+    def __init__(self):
+        self.memory = memory(4 * len(LENGTHS) * (LONGEST + 4 * self.GUARD), 0)
+        self.memory[:] = 0xA5
+        self.used = 0
+
+    def slot(self, n, offset, dtype=np.int8):
+        """Room for `n` numbers, `offset` bytes past a 64-byte boundary."""
+        start, n_bytes = self.used + self.GUARD + offset, n * np.dtype(dtype).itemsize
+        self.used += 2 * self.GUARD + -(-(offset + n_bytes) // 64) * 64
+        assert self.used <= self.memory.size
+        return self.memory[start : start + n_bytes].view(dtype)
+
+
+def compare(calls, offsets):
+    """`calls(arena, offset)` writes into slots of the arena and yields what else must agree."""
+    for offset in offsets:
+        arenas, rests = [], []
+        for isa in ISAS:
+            arenas.append(Arena())
+            with using(isa):
+                rests.append(list(calls(arenas[-1], offset)))
+        for isa, arena, rest in zip(ISAS[1:], arenas[1:], rests[1:], strict=True):
+            assert rest == rests[0], f"{isa}, offset {offset}"
+            assert_same_bits(arena.memory, arenas[0].memory, f"{isa}, offset {offset}")
+
+
+def floats(rng, n):
+    """Half-way points between codes and their neighbours, mixed with every exponent, normals and zeros."""
+    halves = ((rng.integers(-127, 127, n) + 0.5) * 0.37).astype(F32)
+    near = (halves.view(np.int32) + rng.integers(-2, 3, n, dtype=np.int32)).view(F32)
+    wide = (rng.standard_normal(n) * 2.0 ** rng.integers(-149, 127, n)).astype(F32)
+    x = np.choose(rng.integers(0, 8, n), [near] * 5 + [wide, rng.standard_normal(n, F32), np.zeros(n, F32)])
+    # With a largest magnitude of 127 * 0.37 the halves are halves of the scale.
+    return np.clip(x, F32(-46.99), F32(46.99))
+
+
+@pytest.mark.parametrize("mode", [MaxAbs(), Percentile(0.9)], ids=["max abs", "percentile"])
+@pytest.mark.parametrize("fmt", [INT8, INT4, PACKED], ids=["int8", "int4", "packed"])
+@each_float
+def test_quantize(dtype, fmt, mode):
+    """amax_bits, count_below, widen_f16, quantize_row, pack_row."""
+    x = floats(np.random.default_rng(0), LONGEST).astype(dtype)
+    code = np.uint8 if fmt.packed else np.int8
+
+    def calls(arena, offset):
+        view = array_at(offset, x)
+        for n in LENGTHS:
+            out = arena.slot((n + 1) // 2 if fmt.packed else n, 63 - offset, code)
+            yield dynamic_quantize(view[:n], fmt, mode, out=out).scales.tobytes()
+
+    compare(calls, range(0, 64, x.itemsize))
+
+
+def test_quantize_bfloat16():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x = floats(np.random.default_rng(1), LONGEST).astype(ml_dtypes.bfloat16)
+
+    def calls(arena, offset):
+        view = array_at(offset, x)
+        for n in LENGTHS:
+            yield dynamic_quantize_int8(view[:n], out=arena.slot(n, offset)).scales.tobytes()
+
+    compare(calls, range(0, 64, 2))
+
+
+def test_codes_at_every_byte():
+    x = floats(np.random.default_rng(2), LONGEST)
+
+    def calls(arena, offset):
+        for n in LENGTHS:
+            yield dynamic_quantize_int8(x[:n], out=arena.slot(n, offset)).scales.tobytes()
+
+    compare(calls, range(64))
+
+
+@pytest.mark.parametrize("fmt", [INT8, PACKED], ids=["int8", "packed"])
+def test_dequantize(fmt):
+    """dequantize_row and unpack_row."""
+    codes = np.random.default_rng(3).integers(-128, 128, LONGEST, dtype=np.int8)
+    codes = codes.view(np.uint8) if fmt.packed else codes
+    scale = np.array([0.3], F32)
+
+    def calls(arena, offset):
+        view = array_at(offset, codes)
+        for n in LENGTHS:
+            data = view[: (n + 1) // 2 if fmt.packed else n]
+            out = arena.slot(n, 60 - offset // 4 * 4, F32)
+            yield DynQuantTensor(data, scale, None, (n,), fmt).dequantize(out=out).size
+
+    compare(calls, range(64))
+
+
+def test_mean_absolute_error():
+    """abs_error_row, whose doubles must be added up in one order."""
+    x = floats(np.random.default_rng(4), LONGEST)
+
+    def calls(arena, offset):
+        view = array_at(offset, x)
+        for n in LENGTHS:
+            yield quantization_mae(view[:n], dynamic_quantize_int8(view[:n], out=arena.slot(n, offset // 4)))
+
+    compare(calls, range(0, 64, 4))
+
+
+@each_float
+def test_statistics(dtype):
+    """min_max_row, sum_row, square_deviation_row, count_top_bits, count_next_bits."""
+    x = floats(np.random.default_rng(5), LONGEST).astype(dtype)
+
+    def calls(arena, offset):
+        view = array_at(offset, x)
+        for n in LENGTHS[1:]:
+            yield CalibStats.collect([view[:n]])
+
+    compare(calls, range(0, 64, x.itemsize))
+
+
+@pytest.mark.parametrize("smooth", [smooth_activations, smooth_weights], ids=lambda smooth: smooth.__name__)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_smoothing(smooth, in_place):
+    """divide_row and multiply_row."""
+    rng = np.random.default_rng(6)
+    x, factors = floats(rng, LONGEST), rng.uniform(0.01, 9, LONGEST).astype(F32)
+
+    def calls(arena, offset):
+        view, columns = array_at(offset, x), array_at(60 - offset, factors)
+        for n in LENGTHS:
+            out = arena.slot(n, offset if in_place else 60 - offset, F32)
+            out[:] = view[:n]
+            yield smooth(out if in_place else view[:n], columns[:n], out=out).size
+
+    compare(calls, range(0, 64, 4))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_smooth_factors(rows):
+    """column_amax_row and its form for four rows."""
+    rng = np.random.default_rng(7)
+    a, w = floats(rng, rows * LONGEST), floats(rng, 2 * LONGEST)
+    config = SmoothQuantConfig(1.0)
+
+    def calls(arena, offset):
+        left, right = array_at(offset, a), array_at(60 - offset, w)
+        for n in LENGTHS[1:]:
+            activations, weights = left[: rows * n].reshape(rows, n), right[: 2 * n].reshape(2, n)
+            yield compute_smooth_factors(activations, weights, config).tobytes()
+
+    compare(calls, range(0, 64, 4))
+
+
+@pytest.mark.parametrize("extreme", [False, True], ids=["random", "extreme"])
+def test_matvec(extreme):
+    """dot. The second row of the weights begins at a byte of its own."""
+    rng = np.random.default_rng(8)
+    codes = np.array([-128, 127], np.int8) if extreme else np.arange(-128, 128, dtype=np.int8)
+    weight = rng.choice(codes, 2 * LONGEST)
+    activation = rng.choice([F32(-1), F32(1)], LONGEST) if extreme else floats(rng, LONGEST)
+    scales = np.array([0.01, -3], F32)
+
+    def calls(arena, offset):
+        view = array_at(offset, weight)
+        for n in LENGTHS[1:]:
+            out = arena.slot(2, offset // 4 * 4, F32)
+            yield w8a8_matvec(view[: 2 * n].reshape(2, n), scales, activation[:n], out=out).size
+
+    compare(calls, range(64))
+
+
+# What short rows do not reach
+
+
+@pytest.mark.parametrize("k", [4095, 4096, 4097, 3 * 4096 + 17, 2**18 + 70])
+@each_float
+def test_long_rows(dtype, k):
+    rng = np.random.default_rng(k)
+    x = floats(rng, 2 * k).reshape(2, k).astype(dtype)
+    factors = rng.uniform(0.1, 9, k).astype(F32)
+    weight = rng.integers(-128, 128, (2, k), dtype=np.int8)
+
+    def calls(arena, offset):
+        q = dynamic_quantize(x, DynQuantFormat.INT8_PER_ROW, Percentile(0.99))
+        packed = dynamic_quantize(x, DynQuantFormat.INT4_PER_ROW, packed=True)
+        yield from (q.data.tobytes(), q.scales.tobytes(), q.dequantize().tobytes())
+        yield from (packed.data.tobytes(), packed.dequantize().tobytes())
+        yield from (smooth_activations(x, factors).tobytes(), smooth_weights(x, factors).tobytes())
+        yield from (compute_smooth_factors(x, x).tobytes(), w8a8_matvec(weight, [1.0, 2.0], x[0]).tobytes())
+        yield from (quantization_mae(x, packed), CalibStats.collect(x))
+
+    compare(calls, [0])
+
+
+@pytest.mark.parametrize("offset", [0, 1, 13, 31, 63])
+def test_results_past_the_caches(offset):
+    """Codes and values of more than 32 MB with what they come from, which are written without being read."""
+    x = np.tile(floats(np.random.default_rng(9), 1000), 7100)
+    results = []
+    for isa in ISAS:
+        codes = memory(x.size + 64, offset).view(np.int8)
+        values = memory(4 * x.size + 64, offset // 4 * 4).view(F32)
+        with using(isa):
+            dynamic_quantize_int8(x, out=codes[: x.size]).dequantize(out=values[: x.size])
+        results.append((codes, values))
+    for isa, (codes, values) in zip(ISAS[1:], results[1:], strict=True):
+        assert (codes == results[0][0]).all(), isa
+        assert (values == results[0][1]).all(), isa

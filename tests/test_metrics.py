@@ -1,0 +1,86 @@
+"""quantization_mae against float64."""
+
+import numpy as np
+import pytest
+import reference
+from common import F32, distributions
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from dynquant import DynQuantFormat, DynQuantTensor, Percentile, dynamic_quantize, quantization_mae
+
+FORMATS = [
+    DynQuantFormat.INT8_PER_TENSOR,
+    DynQuantFormat.INT8_PER_ROW,
+    DynQuantFormat.INT4_PER_ROW,
+    DynQuantFormat(4, "per_tensor", packed=True),
+    DynQuantFormat(4, "per_row", packed=True),
+]
+each_format = pytest.mark.parametrize("fmt", FORMATS, ids=repr)
+# Both sides add the same doubles in a different order.
+SAME = {"rel": 1e-12, "abs": 0.0}
+
+
+@each_format
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 3, 65), (1, 4095), (3, 4097), (2, 9000)])
+def test_against_float64(fmt, shape, isa):
+    for name, x in distributions(int(np.prod(shape)), np.random.default_rng(1)).items():
+        if name == "every exponent":  # 127 * scale may round past the largest float
+            x = x * F32(0.5)
+        x = x.reshape(shape)
+        q = dynamic_quantize(x, fmt)
+        assert quantization_mae(x, q) == pytest.approx(reference.mae(x, q.dequantize()), **SAME), name
+
+
+def test_saturated_values_count(isa):
+    x = np.arange(1, 101, dtype=F32)
+    q = dynamic_quantize(x, DynQuantFormat.INT8_PER_TENSOR, Percentile(0.5))
+    error = quantization_mae(x, q)
+    assert error == pytest.approx(reference.mae(x, q.dequantize()), **SAME)
+    assert error > 12
+
+
+def test_it_is_not_lost_in_float32(isa):
+    """A million errors of 2**-25 beside one of 1: in float32 they would vanish one by one."""
+    n = 1 << 20
+    x = np.full(n, 2.0**-25, F32)
+    x[0] = 1
+    q = DynQuantTensor(np.zeros(n, np.int8), np.ones(1, F32), None, (n,), DynQuantFormat.INT8_PER_TENSOR)
+    assert quantization_mae(x, q) == (1 + (n - 1) * 2.0**-25) / n
+
+
+def test_differences_larger_than_float32(isa):
+    """3e38 against -3e38 overflows in float32."""
+    q = DynQuantTensor(np.array([-100], np.int8), np.array([3e36], F32), None, (1,), FORMATS[0])
+    x = np.array([3e38], F32)
+    assert quantization_mae(x, q) == float(x[0]) - float(q.dequantize()[0])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_other_floats(dtype, isa):
+    x = np.random.default_rng(2).standard_normal((3, 5000)).astype(dtype)
+    q = dynamic_quantize(x)
+    assert quantization_mae(x, q) == pytest.approx(reference.mae(x, q.dequantize()), **SAME)
+
+
+def test_zero_when_every_value_has_a_code():
+    x = np.arange(-127, 128, dtype=F32)
+    error = quantization_mae(x, dynamic_quantize(x, DynQuantFormat.INT8_PER_TENSOR))
+    assert type(error) is float
+    assert error == 0.0
+
+
+@given(
+    x=arrays(
+        F32,
+        array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=30),
+        elements=st.floats(-(2.0**100), 2.0**100, width=32),
+    ),
+    fmt=st.sampled_from(FORMATS),
+)
+def test_any_matrix(x, fmt):
+    before = x.tobytes()
+    q = dynamic_quantize(x, fmt)
+    assert quantization_mae(x, q) == pytest.approx(reference.mae(x, q.dequantize()), **SAME)
+    assert x.tobytes() == before

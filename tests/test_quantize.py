@@ -1,0 +1,341 @@
+"""Scales, codes and packing of every quantising function, against the oracle and as properties."""
+
+import itertools
+
+import numpy as np
+import pytest
+import reference
+from common import F32, array_at, assert_same_bits, distributions
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from dynquant import (
+    DynQuantFormat,
+    MaxAbs,
+    Percentile,
+    compute_scale,
+    dynamic_quantize,
+    dynamic_quantize_int4,
+    dynamic_quantize_int8,
+    dynamic_quantize_int8_per_row,
+    quantization_mae,
+)
+
+FORMATS = {
+    "int8 per tensor": DynQuantFormat.INT8_PER_TENSOR,
+    "int8 per row": DynQuantFormat.INT8_PER_ROW,
+    "int4 per tensor": DynQuantFormat.INT4_PER_TENSOR,
+    "int4 per row": DynQuantFormat.INT4_PER_ROW,
+    "packed per tensor": DynQuantFormat(4, "per_tensor", packed=True),
+    "packed per row": DynQuantFormat(4, "per_row", packed=True),
+}
+PERCENTILES = (None, 1e-6, 0.001, 0.25, 0.5, 0.99, 0.999, 1.0)
+# A block of the kernels is 4096 floats and a run 2**18.
+BLOCK, RUN = 4096, 1 << 18
+
+
+def mode_of(p):
+    return MaxAbs() if p is None else Percentile(p)
+
+
+def expected(x, fmt, p=None):
+    """(data, scales, values) by the oracle."""
+    per_row = fmt.granularity == "per_row"
+    codes, scales = reference.quantize(x, fmt.clip, p, per_row)
+    data = reference.pack(codes, per_row) if fmt.packed else codes
+    return data, scales, reference.dequantize(codes, scales, per_row)
+
+
+def check(x, fmt, p=None, message="", **options):
+    q = dynamic_quantize(x, fmt, mode_of(p), **options)
+    data, scales, values = expected(x, fmt, p)
+    assert q.shape == np.shape(x), message
+    assert q.format == fmt, message
+    assert_same_bits(q.scales, scales, message)
+    assert_same_bits(q.data, data, message)
+    assert_same_bits(q.dequantize(), values, message)
+    return q
+
+
+each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
+
+# Against the oracle
+
+
+@each_format
+@pytest.mark.parametrize("shape", [(1, 1), (1, 64), (3, 63), (2, 3, 65), (2, 1, 2, 129), (5, 1), (40, 7)])
+def test_shapes(shape, fmt, isa):
+    rng = np.random.default_rng(0)
+    for name, x in distributions(int(np.prod(shape)), rng).items():
+        for p in (None, 0.9):
+            check(x.reshape(shape), fmt, p, f"{name} {p}")
+
+
+@each_format
+@pytest.mark.parametrize("n", [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 33])
+def test_about_one_block(n, fmt, isa):
+    x = np.random.default_rng(n).standard_normal((2, n)).astype(F32)
+    for p in (None, 0.97):
+        check(x, fmt, p)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("n", [RUN - 1, RUN, RUN + 1, 2 * RUN + BLOCK + 5])
+def test_about_one_run(n, dtype, isa):
+    """A row's runs are coded from the last to the first; each must land in its place."""
+    x = np.random.default_rng(n).standard_normal(n).astype(dtype)
+    for name in ("int8 per tensor", "packed per tensor"):
+        check(x, FORMATS[name], None, name)
+
+
+@pytest.mark.parametrize("shape", [(1, 7_000_001), (3, 2_300_007), (1700, 4097)])
+def test_results_written_past_the_caches(shape, isa):
+    """Large results take another way to memory; `out` begins and ends within a cache line."""
+    x = np.random.default_rng(0).standard_normal(shape, F32)
+    room = np.full(x.size + 128, 99, np.int8)
+    out = room[37 : 37 + x.size].reshape(shape)
+    q = dynamic_quantize(x, out=out)
+    scales = np.abs(x).max(axis=1) / F32(127)
+    assert_same_bits(q.scales, scales)
+    assert_same_bits(out, reference.codes(x, scales[:, None], 127))
+    assert (room[:37] == 99).all()
+    assert (room[37 + x.size :] == 99).all()
+
+
+@pytest.mark.parametrize("clip", [127, 7, 1, 0.5, 448.0, 1e-3, np.float32(3.3), np.int64(15)])
+def test_compute_scale(clip, isa):
+    for name, x in distributions(1000, np.random.default_rng(5)).items():
+        if name == "every exponent":
+            x = x * F32(2.0**-20)  # the quotient by a small clip stays finite
+        for p in PERCENTILES:
+            scale = compute_scale(x, clip, mode_of(p))
+            assert type(scale) is float
+            assert scale == float(reference.scale(x, clip, p)), (name, p)
+
+
+def test_compute_scale_takes_the_sign_off():
+    assert compute_scale([-0.0, -5.0, 4.0], 1) == 5.0
+
+
+@pytest.mark.parametrize("values", [[], [0.0] * 9, [-0.0], [1.0], [-1.0, 0.5]], ids=str)
+@each_format
+def test_scale_zero(values, fmt, isa):
+    """Empty, all zero, and magnitudes whose quotient underflows: +0.0 and zero codes."""
+    # A little under half of the smallest float times clip.
+    largest = fmt.clip // 2 * 2.0**-149
+    q = check((np.array(values) * largest).astype(F32).reshape(1, -1), fmt)
+    assert q.scales.tobytes() == bytes(4)
+    assert not q.data.any()
+
+
+@each_format
+def test_a_percentile_scale_of_zero_zeroes_the_large_values_too(fmt):
+    q = check(np.array([[0, 0, 0, 0, 5, -7]], F32), fmt, 0.5)
+    assert not q.scales.any()
+    assert not q.data.any()
+
+
+def test_zero_rows_among_others(isa):
+    x = np.random.default_rng(6).standard_normal((9, 100)).astype(F32)
+    x[[0, 4, 8]] = 0
+    for name in ("int8 per row", "packed per row"):
+        check(x, FORMATS[name])
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0), (2, 0, 3), (3, 2, 0)])
+@each_format
+def test_empty(shape, fmt):
+    q = check(np.empty(shape, F32), fmt, num_threads=3)
+    check(np.empty(shape, F32), fmt, 0.5)
+    assert q.dequantize().shape == shape
+    assert quantization_mae(np.empty(shape, F32), q) == 0.0
+
+
+def test_an_empty_vector():
+    for name in ("int8 per tensor", "int4 per tensor", "packed per tensor"):
+        assert check(np.empty(0, F32), FORMATS[name]).scales.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("x", [2.5, 3, np.float32(-1), np.float16(0.1), np.array(4.0)], ids=repr)
+def test_a_single_number(x):
+    for name in ("int8 per tensor", "int4 per tensor"):
+        q = check(x, FORMATS[name])
+        assert q.shape == q.data.shape == q.dequantize().shape == ()
+    assert dynamic_quantize_int4(x, packed=True).data.shape == (1,)
+
+
+@pytest.mark.parametrize("p", [None, 0.8])
+def test_the_named_functions_are_formats_of_dynamic_quantize(p):
+    x = np.random.default_rng(7).standard_normal((4, 33)).astype(F32)
+    mode = mode_of(p)
+    for q, name in [
+        (dynamic_quantize_int8(x, mode), "int8 per tensor"),
+        (dynamic_quantize_int8_per_row(x, mode), "int8 per row"),
+        (dynamic_quantize_int4(x, mode), "int4 per tensor"),
+        (dynamic_quantize_int4(x, mode, packed=True), "packed per tensor"),
+        (dynamic_quantize(x, mode=mode), "int8 per row"),
+        (dynamic_quantize(x, DynQuantFormat.INT4_PER_ROW, mode, packed=True), "packed per row"),
+        (dynamic_quantize(x, FORMATS["packed per row"], mode, packed=False), "packed per row"),
+    ]:
+        data, scales, _ = expected(x, FORMATS[name], p)
+        assert q.format == FORMATS[name]
+        assert_same_bits(q.data, data, name)
+        assert_same_bits(q.scales, scales, name)
+
+
+def test_packed_codes_of_every_pair(isa):
+    codes = np.array(list(itertools.product(range(-7, 8), repeat=2)), np.int8)
+    x = codes.astype(F32)
+    x = np.concatenate([x.ravel(), [F32(7)]])
+    q = dynamic_quantize_int4(x, packed=True)
+    low, high = codes[:, 0].astype(int) % 16, codes[:, 1].astype(int) % 16
+    assert q.data.tolist() == [*(low + 16 * high).tolist(), 7]
+    assert_same_bits(q.dequantize(), x)
+
+
+# Percentiles
+
+
+@pytest.mark.parametrize("n", [1, 2, 31, 100, BLOCK - 1, BLOCK, BLOCK + 1, 20_000])
+def test_percentile_equals_a_full_sort(n, isa):
+    for name, x in distributions(n, np.random.default_rng(n)).items():
+        magnitudes = np.sort(np.abs(x))
+        for p in PERCENTILES[1:]:
+            assert compute_scale(x, 1, Percentile(p)) == magnitudes[reference.rank(p, n)], (name, p)
+
+
+@pytest.mark.parametrize("n", [RUN - 1, RUN, RUN + 1])
+def test_percentile_of_a_run(n, isa):
+    for name, x in distributions(n, np.random.default_rng(n)).items():
+        magnitudes = np.sort(np.abs(x))
+        for p in (1e-9, 0.5, 0.99, 1.0):
+            assert compute_scale(x, 1, Percentile(p)) == magnitudes[reference.rank(p, n)], (name, p)
+
+
+@pytest.mark.parametrize("n", [40, BLOCK + 3])
+def test_every_rank(n, isa):
+    x = np.random.default_rng(n).permutation(np.arange(1, n + 1)).astype(F32)
+    ranks = {Percentile((i + 0.5) / n).rank(n): i for i in range(n)}
+    assert list(ranks) == list(range(n))
+    for i in range(0, n, 1 if n < 100 else 97):
+        assert compute_scale(x, 1, Percentile((i + 0.5) / n)) == i + 1
+
+
+@given(p=st.floats(0, 1, exclude_min=True), n=st.integers(1, 1 << 40))
+def test_rank(p, n):
+    assert Percentile(p).rank(n) == reference.rank(p, n)
+
+
+@pytest.mark.parametrize(
+    "p, n, rank",
+    [
+        (0.99, 100, 98),
+        (1.0, 1, 0),
+        (1e-300, 10, 0),
+        # float32(0.1) is above 0.1, but its product with 10 rounds to 1.
+        (0.1, 10, 0),
+        # In float32 the product rounds to 2**24, one more than in float64.
+        ((2**24 - 1.4) / 2**24, 2**24, 2**24 - 2),
+        # Above 2**24 elements ranks are told apart only by float64.
+        (1 - 3 / (2**24 + 8), 2**24 + 8, 2**24 + 4),
+        (1.0, 2**40, 2**40 - 1),
+    ],
+)
+def test_rank_of(p, n, rank):
+    assert Percentile(p).rank(n) == rank
+
+
+@pytest.mark.parametrize("n", [2**24, 2**24 + 9])
+def test_percentile_on_either_side_of_2_to_24(n):
+    """All zero but for the ten largest magnitudes, so that neighbouring ranks have different values."""
+    x = np.zeros(n, np.float16)
+    x[np.random.default_rng(0).choice(n, 10, replace=False)] = np.arange(1, 11)
+    for below_top in (0, 1, 2, 3, 6):
+        p = 1 - (below_top + 0.2) / n
+        rank = reference.rank(p, n)
+        assert compute_scale(x, 1, Percentile(p)) == max(10 - (n - 1 - rank), 0)
+        if n > 2**24:
+            assert rank == n - 1 - below_top
+
+
+# Properties
+
+finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+p_or_none = st.none() | st.floats(0.001, 1)
+matrices = arrays(F32, array_shapes(min_dims=2, max_dims=3, min_side=0, max_side=40), elements=finite)
+
+
+@given(x=matrices, p=p_or_none, name=st.sampled_from(sorted(FORMATS)))
+def test_any_matrix_as_the_oracle(x, p, name):
+    before = x.tobytes()
+    check(x, FORMATS[name], p)
+    assert x.tobytes() == before
+
+
+@given(
+    x=arrays(F32, array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=70), elements=finite),
+    p=p_or_none,
+    name=st.sampled_from([name for name in FORMATS if "row" in name]),
+    threads=st.integers(1, 5),
+    offset=st.integers(0, 15),
+    data=st.data(),
+)
+def test_a_row_depends_on_nothing_else(x, p, name, threads, offset, data):
+    """Not on the other rows, its place, the number of threads, alignment or stride."""
+    order = data.draw(st.permutations(range(len(x))))
+    fmt, mode = FORMATS[name], mode_of(p)
+    whole = dynamic_quantize(array_at(4 * offset, x[order]), fmt, mode, num_threads=threads)
+    wide = np.zeros((2 * len(x), 3 * x.shape[1]), F32)
+    wide[::2, 1::3] = x
+    strided = dynamic_quantize(wide[::2, 1::3], fmt, mode)
+    for place, row in enumerate(order):
+        alone = dynamic_quantize(x[row : row + 1], fmt, mode)
+        for batch, index in ((whole, place), (strided, row)):
+            assert_same_bits(batch.data[index : index + 1], alone.data)
+            assert_same_bits(batch.scales[index : index + 1], alone.scales)
+
+
+@given(x=matrices, name=st.sampled_from(sorted(FORMATS)))
+def test_round_trip_within_half_a_step(x, name):
+    """Up to the roundings of scale, quotient and product, each 2**-24 of the value."""
+    fmt = FORMATS[name]
+    q = dynamic_quantize(x, fmt)
+    values = q.dequantize().astype(np.float64)
+    amax = np.abs(x).max(initial=0)
+    if not np.isfinite(values).all():  # 127 * scale may round past the largest float
+        assert amax > np.finfo(F32).max * (1 - 2**-22)
+        return
+    scales = (q.scales[..., None] if fmt.granularity == "per_row" else q.scales).astype(np.float64)
+    slack = np.abs(x) * 2.0**-21 + (fmt.clip + 1) * 2.0**-149
+    assert (np.abs(x - values) <= scales / 2 + slack).all()
+
+
+@given(x=matrices, p=p_or_none, name=st.sampled_from(sorted(FORMATS)), threads=st.integers(1, 3))
+def test_out_takes_what_is_returned(x, p, name, threads):
+    fmt, mode = FORMATS[name], mode_of(p)
+    allocated = dynamic_quantize(x, fmt, mode)
+    out = np.full_like(allocated.data, 77)
+    given = dynamic_quantize(x, fmt, mode, out=out, num_threads=threads)
+    assert given.data is out
+    assert_same_bits(out, allocated.data)
+    assert_same_bits(given.scales, allocated.scales)
+
+
+@given(x=matrices)
+def test_signs_and_powers_of_two(x):
+    """Negating negates every code; doubling what stays finite and normal changes none."""
+    q = dynamic_quantize_int8(x)
+    assert_same_bits(dynamic_quantize_int8(-x).data, -q.data)
+    if 1e-37 < q.scales[0] < 1e36:
+        assert_same_bits(dynamic_quantize_int8(x * 2).data, q.data)
+
+
+@given(x=arrays(F32, st.integers(1, 300), elements=finite), p=st.floats(0, 1, exclude_min=True))
+def test_any_percentile_as_a_full_sort(x, p):
+    assert compute_scale(x, 1, Percentile(p)) == np.sort(np.abs(x))[reference.rank(p, x.size)]
+
+
+@given(x=arrays(F32, st.integers(0, 100), elements=finite))
+def test_percentile_one_is_max_abs(x):
+    assert compute_scale(x, 127, Percentile(1)) == compute_scale(x, 127)
