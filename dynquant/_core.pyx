@@ -435,13 +435,11 @@ def all_finite(FloatRows x not None):
 def w8a8_matvec(const int8_t[:, ::1] weight not None, const float[::1] weight_scales not None,
                 const int8_t[::1] activation not None, float activation_scale, float[::1] out not None):
     """out[r] = float32(weight[r] . activation) * weight_scales[r] * activation_scale."""
-    cdef Py_ssize_t r, k = weight.shape[1]
-    if k == 0:
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
         return
     with nogil:
-        for r in range(weight.shape[0]):
-            out[r] = (<float> kernels.dot_s8s8_s64(&weight[r, 0], &activation[0], k) * weight_scales[r]
-                      * activation_scale)
+        kernels.matvec_s8s8_f32(&weight[0, 0], &weight_scales[0], &activation[0], activation_scale, &out[0],
+                                weight.shape[0], weight.shape[1])
 
 
 # ---------------------------------------------------------------------------------------------------------

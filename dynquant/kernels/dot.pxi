@@ -27,12 +27,19 @@ cdef inline int32_t dot_block(const int8_t* w, const int8_t* a, Py_ssize_t k) no
     return sum
 
 
-# w (k,) in [-128, 127], a (k,) in [-127, 127] -> the exact w . a, for every k.
-# |w . a| passes 2**31 at k = 132,104 at the earliest: blocks are summed in int32 and added up in int64.
-cdef int64_t dot_s8s8_s64(const int8_t* w, const int8_t* a, Py_ssize_t k) noexcept nogil:
-    cdef Py_ssize_t start = 0
-    cdef int64_t sum = 0
-    while start < k:
-        sum += dot_block(w + start, a + start, k - start if k - start < DOT_BLOCK else DOT_BLOCK)
-        start += DOT_BLOCK
-    return sum
+# w (rows, k) in [-128, 127], a (k,) in [-127, 127] ->
+# out[r] = float32(w[r] . a) * w_scales[r] * a_scale, each sum the exact integer for every k.
+# |w[r] . a| passes 2**31 at k = 132,104 at the earliest: blocks are summed in int32 and added up in int64.
+# The loop over rows is in here because a short row takes no longer than a call does.
+cdef void matvec_s8s8_f32(const int8_t* w, const float* w_scales, const int8_t* a, float a_scale, float* out,
+                          Py_ssize_t rows, Py_ssize_t k) noexcept nogil:
+    cdef Py_ssize_t r, start
+    cdef int64_t sum
+    for r in range(rows):
+        sum = start = 0
+        while k - start > DOT_BLOCK:
+            sum += dot_block(w + start, a + start, DOT_BLOCK)
+            start += DOT_BLOCK
+        sum += dot_block(w + start, a + start, k - start)
+        out[r] = <float> sum * w_scales[r] * a_scale
+        w += k

@@ -154,7 +154,8 @@ static inline dq_acc dq_acc_add(dq_acc x, dq_acc y) { return _mm256_add_epi32(x,
 static inline dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a) {
     /* The sign goes to a, which is never -128 and so can be negated; |-128| is 128 as an unsigned byte.
        A pair is then at most 2 * 128 * 127 = 32,512 and vpmaddubsw cannot saturate. */
-    const __m256i vw = _mm256_loadu_si256((const __m256i*)w);
+    __m256i vw = _mm256_loadu_si256((const __m256i*)w);
+    __asm__("" : "+x"(vw)); /* or gcc loads it twice, and the loads are what this step waits for */
     const __m256i va = _mm256_sign_epi8(_mm256_loadu_si256((const __m256i*)a), vw);
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(vw), va);
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
