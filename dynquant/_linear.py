@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import _core
-from ._quantize import dynamic_quantize_int8
+from ._quantize import quantize_named
+from ._tensor import DynQuantFormat, MaxAbs
 from ._validate import F32, as_finite_vector, as_floats, as_int8_matrix, checked_out
 from .errors import EmptyInputError, ShapeMismatchError
 
@@ -76,6 +77,6 @@ def w8a8_matvec(
         out = np.empty(n, F32)
     else:
         checked_out(out, (n,), F32, weight_i8, weight_scales, activation)
-    quantized = dynamic_quantize_int8(vector)
+    quantized = quantize_named(vector, DynQuantFormat.INT8_PER_TENSOR, MaxAbs(), None, 1, "activation")
     _core.w8a8_matvec(weight, scales, quantized.data, quantized.scales[0], out)
     return out

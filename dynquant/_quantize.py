@@ -71,8 +71,8 @@ def compute_scale(x: ArrayLike, clip_val: float, mode: DynamicScaleMode = _MAX_A
 
     Examples
     --------
-    >>> compute_scale([1, -2, 0.5], 127) == np.float32(2) / np.float32(127)
-    True
+    >>> round(compute_scale([1, -2, 0.5], 127), 6)  # 2 / 127
+    0.015748
     >>> compute_scale(np.zeros(8, np.float32), 127)
     0.0
     """
@@ -95,7 +95,7 @@ def dynamic_quantize_int8(
     >>> t.data.tolist(), t.scales.tolist()
     ([127, 1, -1, 2, 3], [1.0])
     """
-    return _quantize(x, DynQuantFormat.INT8_PER_TENSOR, mode, out, 1)
+    return quantize_named(x, DynQuantFormat.INT8_PER_TENSOR, mode, out, 1)
 
 
 def dynamic_quantize_int8_per_row(
@@ -115,7 +115,7 @@ def dynamic_quantize_int8_per_row(
     >>> t.data.tolist(), t.scales.shape
     ([[64, -127], [0, 0]], (2,))
     """
-    return _quantize(x, DynQuantFormat.INT8_PER_ROW, mode, out, as_thread_count(num_threads))
+    return quantize_named(x, DynQuantFormat.INT8_PER_ROW, mode, out, as_thread_count(num_threads))
 
 
 def dynamic_quantize_int4(
@@ -129,7 +129,7 @@ def dynamic_quantize_int4(
     >>> [hex(b) for b in t.data]
     ['0xc7', '0x1']
     """
-    return _quantize(x, packed_format(DynQuantFormat.INT4_PER_TENSOR, packed), mode, None, 1)
+    return quantize_named(x, packed_format(DynQuantFormat.INT4_PER_TENSOR, packed), mode, None, 1)
 
 
 def dynamic_quantize(
@@ -195,7 +195,7 @@ def dynamic_quantize(
     """
     if not isinstance(format, DynQuantFormat):
         raise ParameterError(f"format: expected a DynQuantFormat, got {format!r}")
-    return _quantize(x, packed_format(format, packed), mode, out, as_thread_count(num_threads))
+    return quantize_named(x, packed_format(format, packed), mode, out, as_thread_count(num_threads))
 
 
 def _rank(mode: DynamicScaleMode, n: int) -> int:
@@ -207,14 +207,20 @@ def _rank(mode: DynamicScaleMode, n: int) -> int:
     raise ParameterError(f"mode: expected MaxAbs() or Percentile(p), got {mode!r}")
 
 
-def _quantize(
-    x: ArrayLike, fmt: DynQuantFormat, mode: DynamicScaleMode, out: NDArray[Any] | None, threads: int
+def quantize_named(
+    x: ArrayLike,
+    fmt: DynQuantFormat,
+    mode: DynamicScaleMode,
+    out: NDArray[Any] | None,
+    threads: int,
+    name: str = "x",
 ) -> DynQuantTensor:
-    array = as_floats(x, "x")
+    """`dynamic_quantize` for an argument called `name`."""
+    array = as_floats(x, name)
     shape = array.shape
     if fmt.granularity == "per_row":
         if len(shape) < 2:
-            raise ShapeMismatchError("(..., k) with at least two axes", shape, "x")
+            raise ShapeMismatchError("(..., k) with at least two axes", shape, name)
         m, k = fmt.rows_of(shape)
     else:
         m, k = 1, array.size
@@ -232,7 +238,7 @@ def _quantize(
     else:
         finite = over_rows(_core.quantize_rows, (rows, scales, clip, rank, packed, codes), m, threads)
     if not finite:
-        raise_non_finite(array, "x")
+        raise_non_finite(array, name)
     if check_first:
         over_rows(_core.code_rows, (rows, scales, clip, packed, codes), m, threads)
     if len(shape) > 2:

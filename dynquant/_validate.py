@@ -181,7 +181,8 @@ def as_thread_count(value: Any) -> int:
 
 def as_clip(value: Any) -> float:
     """`value` as the code that the largest magnitude maps to: finite, above zero, in float32."""
-    clip = float(np.float32(as_number(value, "clip_val")))
+    with np.errstate(over="ignore"):
+        clip = float(np.float32(as_number(value, "clip_val")))
     if not (clip > 0 and math.isfinite(clip)):
         raise ParameterError(f"clip_val: expected a finite number above 0, got {value!r}")
     return clip
