@@ -111,8 +111,8 @@ FLOAT_ARGUMENTS = {
     "int4 packed": FloatArgument("x", (3, 4), partial(dynamic_quantize, format=PACKED), BYTES),
     "int4 rows": FloatArgument("x", (3, 4), partial(dynamic_quantize, format=PACKED_ROWS), ROWS_OF_BYTES),
     "mae": FloatArgument("original", (3, 4), partial(quantization_mae, quantized=Q)),
-    "smooth factors, activations": FloatArgument("activations", (3, 4), lambda x: compute_smooth_factors(x, X)),
-    "smooth factors, weights": FloatArgument("weights", (3, 4), lambda x: compute_smooth_factors(X, x)),
+    "factors, activations": FloatArgument("activations", (3, 4), partial(compute_smooth_factors, weights=X)),
+    "factors, weights": FloatArgument("weights", (3, 4), partial(compute_smooth_factors, X)),
     "smooth_activations": FloatArgument(
         "activations", (3, 4), partial(smooth_activations, factors=FACTORS), VALUES
     ),

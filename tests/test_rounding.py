@@ -165,20 +165,26 @@ def test_a_tie_in_every_lane(tie, code, isa):
     check(x, codes, np.ones(n, F32), 127)
 
 
-def test_values_beyond_the_clip(isa):
-    """Quotients past the clip, past 2**22, and infinite, as only a percentile lets them arise."""
-    scale = F32(2) ** np.array([-149, -140, -126, -125, -120, -1, 0, 60, 110], F32)
-    for s in scale:
-        multiples = np.array([126.5, 127.4, 127.5, 128, 255.5, 2.0**22, 2.0**23 + 1, 2.0**31, 2.0**60])
-        with np.errstate(over="ignore"):
-            beyond = (multiples * float(s)).astype(F32)
-        beyond = np.minimum(np.concatenate([beyond, [np.finfo(F32).max]]).astype(F32), np.finfo(F32).max)
-        below = np.full(1000, F32(127) * s)
-        for sign in (1, -1):
-            x = np.concatenate([below, sign * beyond, np.zeros(100, F32)])
-            q = dynamic_quantize_int8(x, Percentile(0.95))
-            assert q.scales[0] == s
-            assert_same_bits(q.data, reference.codes(x, s, 127))
+# Past 2**22 the sum that rounds loses its unit, past 1.5 * 2**23 its sign.
+BEYOND = np.array([126.5, 127.4, 127.5, 128, 255.5, 32_767.5, 2.0**22, 1.49 * 2**23, 1.5 * 2**23, 2.0**24])
+BEYOND = np.concatenate([BEYOND, [2.9 * 2**23, 3.1 * 2**23, 2.0**31, 1.6 * 2**32, 2.0**60, np.inf]])
+
+
+@pytest.mark.parametrize("exponent", [-149, -140, -126, -125, -120, -1, 0, 60, 110])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_values_beyond_the_clip(sign, exponent, isa):
+    """Quotients that only a percentile lets arise, up to infinite ones, each alone in its step."""
+    scale = F32(2.0**exponent)
+    with np.errstate(over="ignore"):
+        beyond = np.minimum((BEYOND * float(scale)).astype(F32), np.finfo(F32).max)
+    x = np.zeros(STEP * 20 * BEYOND.size, F32)
+    x[: 10 * x.size // 20 : STEP] = F32(127) * scale
+    x[x.size // 2 + 5 :: STEP][: BEYOND.size] = sign * beyond
+    # The magnitudes above zero, less those that may be beyond.
+    p = 1 - (BEYOND.size + 0.5) / x.size
+    q = dynamic_quantize_int8(x, Percentile(p))
+    assert q.scales[0] == scale
+    assert_same_bits(q.data, reference.codes(x, scale, 127))
 
 
 def test_every_finite_float16(isa):

@@ -1,0 +1,487 @@
+"""Every kind of input buffer, and every kind of `out`, for each public function that takes floats."""
+
+import array
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import reference
+from common import F32, array_at, assert_same_bits, memory
+
+from dynquant import (
+    CalibStats,
+    DTypeError,
+    DynQuantError,
+    DynQuantFormat,
+    DynQuantTensor,
+    LayoutError,
+    Percentile,
+    ShapeMismatchError,
+    compute_scale,
+    compute_smooth_factors,
+    dynamic_quantize,
+    dynamic_quantize_int4,
+    dynamic_quantize_int8,
+    dynamic_quantize_int8_per_row,
+    quantization_mae,
+    smooth_activations,
+    smooth_weights,
+    w8a8_matvec,
+)
+
+ml_dtypes = pytest.importorskip("ml_dtypes")
+
+SHAPE = (4, 70)
+N, K = SHAPE
+PACKED_ROWS = DynQuantFormat(4, "per_row", packed=True)
+RNG = np.random.default_rng(0)
+WEIGHT = RNG.integers(-128, 128, SHAPE, dtype=np.int8)
+FACTORS = RNG.uniform(0.5, 2, K).astype(F32)
+SCALES = RNG.uniform(0.5, 2, N).astype(F32)
+OTHER = RNG.standard_normal(SHAPE).astype(F32)
+
+
+class Function(NamedTuple):
+    """`call(x, out=...)` gives what `expected(x as float32)` gives, in arrays."""
+
+    shape: tuple[int, ...]
+    call: Callable[..., list[Any]]
+    expected: Callable[[np.ndarray], list[Any]]
+    out: tuple[tuple[int, ...], Any] | None = None
+
+
+def of_tensor(quantize):
+    def call(x, **out):
+        q = quantize(x, **out)
+        return [q.data, q.scales]
+
+    return call
+
+
+def packed_rows(x):
+    codes, scales = reference.quantize(x, 7, per_row=True)
+    return [reference.pack(codes, per_row=True), scales]
+
+
+def listed(function, *args, **kwargs):
+    return lambda x, **out: [function(*args, x, **kwargs, **out)]
+
+
+CODES, VALUES, Y = (SHAPE, np.int8), (SHAPE, F32), ((N,), F32)
+Q = dynamic_quantize_int8(OTHER)
+MATVEC = reference.w8a8_matvec
+
+FUNCTIONS = {
+    "compute_scale": Function(
+        SHAPE, lambda x: [F32(compute_scale(x, 127))], lambda x: [reference.scale(x, 127)]
+    ),
+    "compute_scale percentile": Function(
+        SHAPE, lambda x: [F32(compute_scale(x, 7, Percentile(0.6)))], lambda x: [reference.scale(x, 7, 0.6)]
+    ),
+    "int8": Function(SHAPE, of_tensor(dynamic_quantize_int8), reference.quantize, CODES),
+    "int8_per_row": Function(
+        SHAPE, of_tensor(dynamic_quantize_int8_per_row), partial(reference.quantize, per_row=True), CODES
+    ),
+    "int8_per_row threads": Function(
+        SHAPE,
+        of_tensor(partial(dynamic_quantize_int8_per_row, num_threads=2)),
+        partial(reference.quantize, per_row=True),
+        CODES,
+    ),
+    "int4": Function(SHAPE, of_tensor(dynamic_quantize_int4), partial(reference.quantize, clip=7)),
+    "int4 packed rows": Function(
+        SHAPE,
+        of_tensor(partial(dynamic_quantize, format=PACKED_ROWS)),
+        packed_rows,
+        ((N, K // 2), np.uint8),
+    ),
+    "mae": Function(
+        SHAPE,
+        lambda x: [quantization_mae(x, Q)],
+        lambda x: [pytest.approx(reference.mae(x, Q.dequantize()), rel=1e-12)],
+    ),
+    "factors, activations": Function(
+        SHAPE,
+        listed(compute_smooth_factors, weights=OTHER),
+        lambda x: [compute_smooth_factors(x.copy(), OTHER)],
+    ),
+    "factors, weights": Function(
+        SHAPE, listed(compute_smooth_factors, OTHER), lambda x: [compute_smooth_factors(OTHER, x.copy())]
+    ),
+    "smooth_activations": Function(
+        SHAPE, listed(smooth_activations, factors=FACTORS), lambda x: [x / FACTORS], VALUES
+    ),
+    "smooth_activations, factors": Function(
+        (K,), listed(smooth_activations, OTHER), lambda f: [OTHER / f], VALUES
+    ),
+    "smooth_weights": Function(
+        SHAPE, listed(smooth_weights, factors=FACTORS), lambda x: [x * FACTORS], VALUES
+    ),
+    "smooth_weights, factors": Function((K,), listed(smooth_weights, OTHER), lambda f: [OTHER * f], VALUES),
+    "matvec, activation": Function(
+        (K,), listed(w8a8_matvec, WEIGHT, SCALES), lambda x: [MATVEC(WEIGHT, SCALES, x)], Y
+    ),
+    "matvec, weight_scales": Function(
+        (N,),
+        lambda x, **out: [w8a8_matvec(WEIGHT, x, FACTORS, **out)],
+        lambda x: [MATVEC(WEIGHT, x, FACTORS)],
+        Y,
+    ),
+    "collect": Function(
+        SHAPE, lambda x: [CalibStats.collect([x, OTHER])], lambda x: [CalibStats.collect([x.copy(), OTHER])]
+    ),
+}
+
+each_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+
+# Inputs
+
+
+class Subclass(np.ndarray):
+    pass
+
+
+class Arrayish:
+    """What offers nothing but the array protocol."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __array__(self, dtype=None, copy=None):
+        return self.x
+
+
+class Interface:
+    def __init__(self, x):
+        self.x = x
+        self.__array_interface__ = x.__array_interface__
+
+
+def read_only(x):
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+def spread(x):
+    return np.repeat(x, 2, axis=-1)[..., ::2]
+
+
+def array_array(x):
+    flat = array.array("f", x.ravel().tolist())
+    return flat if x.ndim == 1 else memoryview(flat).cast("B").cast("f", x.shape)
+
+
+INPUTS = {
+    "ndarray": lambda x: x,
+    "subclass": lambda x: x.view(Subclass),
+    "memoryview": memoryview,
+    "read-only memoryview": lambda x: memoryview(x).toreadonly(),
+    "strided memoryview": lambda x: memoryview(spread(x)),
+    "array.array": array_array,
+    "bytes": lambda x: np.frombuffer(x.tobytes(), F32).reshape(x.shape),
+    "read-only": read_only,
+    "strided": spread,
+    "strided rows": lambda x: np.repeat(x, 3, axis=0)[::3],
+    "negative strides": lambda x: x[..., ::-1].copy()[..., ::-1],
+    "negative rows": lambda x: x[::-1].copy()[::-1],
+    "stride 0": lambda x: np.broadcast_to(x[..., :1], x.shape),
+    "Fortran order": np.asfortranarray,
+    "transposed": lambda x: x.T.copy().T,
+    "inside a larger array": lambda x: np.pad(x, 3)[(slice(3, -3),) * x.ndim],
+    "misaligned": lambda x: array_at(1, x),
+    "float16": lambda x: x.astype(np.float16),
+    "float16 strided": lambda x: spread(x.astype(np.float16)),
+    "float16 read-only": lambda x: read_only(x.astype(np.float16)),
+    "float16 misaligned": lambda x: array_at(3, x.astype(np.float16)),
+    "float16 memoryview": lambda x: memoryview(x.astype(np.float16)),
+    "bfloat16": lambda x: x.astype(ml_dtypes.bfloat16),
+    "bfloat16 strided": lambda x: spread(x.astype(ml_dtypes.bfloat16)),
+    "bfloat16 read-only": lambda x: read_only(x.astype(ml_dtypes.bfloat16)),
+    "bfloat16 misaligned": lambda x: array_at(1, x.astype(ml_dtypes.bfloat16)),
+    "float64": lambda x: x.astype(np.float64) * (1 + 1e-9),
+    "float64 Fortran order": lambda x: np.asfortranarray(x.astype(np.float64)),
+    "longdouble": lambda x: x.astype(np.longdouble),
+    "big-endian float32": lambda x: x.astype(">f4"),
+    "big-endian float16": lambda x: x.astype(">f2"),
+    "big-endian float64": lambda x: x.astype(">f8"),
+    "nested list": lambda x: x.tolist(),
+    "list of arrays": list,
+    "tuple": lambda x: tuple(x.tolist()),
+    "list of ints": lambda x: np.maximum(np.abs(x * 10), 1).astype(int).tolist(),
+    "array protocol": Arrayish,
+    "array interface": Interface,
+}
+
+
+@each_function
+@pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS.keys())
+def test_inputs(make, function):
+    # Above zero, because factors must be.
+    x = make(np.random.default_rng(1).uniform(0.1, 3, function.shape).astype(F32))
+    before = np.array(x).tobytes()
+    expected = function.expected(reference.floats(x))
+    check(function.call(x), expected)
+    if function.out is not None:
+        out = np.full(function.out[0], 77, function.out[1])
+        actual = function.call(x, out=out)
+        assert actual[0] is out
+        check(actual, expected)
+    assert np.array(x).tobytes() == before
+
+
+def check(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
+        if isinstance(other, np.ndarray):
+            assert_same_bits(one, other)
+        else:
+            assert one == other
+
+
+EMPTY = {
+    "list": ([], (0,)),
+    "list of lists": ([[], []], (2, 0)),
+    "rows": (np.empty((0, 4), F32), (0, 4)),
+    "columns": (np.empty((4, 0), np.float16), (4, 0)),
+    "no columns of more": (np.ones((4, 6), F32)[:, 3:3], (4, 0)),
+    "Fortran order": (np.empty((0, 3, 2), F32, "F"), (0, 3, 2)),
+    "bfloat16": (np.empty((2, 0), ml_dtypes.bfloat16), (2, 0)),
+    "float64": (np.empty((0, 0)), (0, 0)),
+    "array.array": (array.array("f"), (0,)),
+    "memoryview": (memoryview(np.empty((3, 0), F32)), (3, 0)),
+}
+
+
+@pytest.mark.parametrize("x, shape", EMPTY.values(), ids=EMPTY.keys())
+def test_empty_inputs(x, shape):
+    assert compute_scale(x, 127) == 0.0
+    for quantize in (dynamic_quantize_int8, dynamic_quantize_int4, dynamic_quantize_int8_per_row):
+        if quantize is not dynamic_quantize_int8_per_row:
+            q = quantize(x)
+            assert q.scales.tolist() == [0.0]
+        elif len(shape) > 1:
+            q = quantize(x)
+            assert_same_bits(q.scales, np.zeros(shape[:-1], F32))
+        assert (q.shape, q.data.shape) == (shape, shape)
+        assert quantization_mae(x, q) == 0.0
+    assert smooth_activations(x, np.ones(shape[-1])).shape == shape
+    assert CalibStats.collect([x, [1.0]]) == CalibStats.collect([[1.0]])
+
+
+ONE_AND_A_HALF = np.array(1.5, F32)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [ONE_AND_A_HALF, np.array(1.5, np.float16), np.array(1.5), F32(1.5), 1.5, memoryview(ONE_AND_A_HALF)],
+    ids=lambda x: f"{type(x).__name__} {getattr(x, 'dtype', '')}",
+)
+def test_zero_dimensional_inputs(x):
+    assert compute_scale(x, 3) == 0.5
+    out = np.array(77, np.int8)
+    q = dynamic_quantize_int8(x, out=out)
+    assert q.data is out
+    assert (q.shape, int(out)) == ((), 127)
+    assert q.dequantize(out=np.zeros((), F32)).shape == ()
+    assert quantization_mae(x, q) == abs(1.5 - float(q.dequantize()))
+    assert CalibStats.collect([x]).mean == 1.5
+
+
+@pytest.mark.parametrize("layout", ["F", "strided", "misaligned", "read-only", "memoryview", "array.array"])
+def test_weights_of_int8(layout):
+    weight = {
+        "F": np.asfortranarray(WEIGHT),
+        "strided": spread(WEIGHT),
+        "misaligned": array_at(5, WEIGHT),
+        "read-only": read_only(WEIGHT),
+        "memoryview": memoryview(WEIGHT),
+        "array.array": memoryview(array.array("b", WEIGHT.tobytes())).cast("B").cast("b", SHAPE),
+    }[layout]
+    assert_same_bits(w8a8_matvec(weight, SCALES, FACTORS), MATVEC(WEIGHT, SCALES, FACTORS))
+
+
+# Results
+
+
+class WithOut(NamedTuple):
+    """`call(out=...)` writes an array of `shape` and `dtype`, computed from `inputs`."""
+
+    call: Callable[..., Any]
+    shape: tuple[int, ...]
+    dtype: Any
+    inputs: tuple[np.ndarray, ...]
+
+
+def with_outs():
+    packed = dynamic_quantize(OTHER, PACKED_ROWS)
+    return {
+        "int8": WithOut(partial(dynamic_quantize_int8, OTHER), SHAPE, np.int8, (OTHER,)),
+        "int8_per_row": WithOut(partial(dynamic_quantize_int8_per_row, OTHER), SHAPE, np.int8, (OTHER,)),
+        "int4 packed rows": WithOut(
+            partial(dynamic_quantize, OTHER, PACKED_ROWS), (N, K // 2), np.uint8, (OTHER,)
+        ),
+        "dequantize": WithOut(Q.dequantize, SHAPE, F32, (Q.data, Q.scales)),
+        "dequantize packed": WithOut(packed.dequantize, SHAPE, F32, (packed.data, packed.scales)),
+        "smooth_activations": WithOut(partial(smooth_activations, OTHER, FACTORS), SHAPE, F32, (FACTORS,)),
+        "smooth_weights": WithOut(partial(smooth_weights, OTHER, FACTORS), SHAPE, F32, (FACTORS,)),
+        "matvec": WithOut(
+            partial(w8a8_matvec, WEIGHT, SCALES, FACTORS), (N,), F32, (WEIGHT, SCALES, FACTORS)
+        ),
+    }
+
+
+WITH_OUT = with_outs()
+each_with_out = pytest.mark.parametrize("target", WITH_OUT.values(), ids=WITH_OUT.keys())
+
+
+def wrong_type(target, out):
+    yield from (out.tolist(), memoryview(out), out.tobytes(), 1.0)
+
+
+def wrong_dtype(target, out):
+    yield from (out.astype(dtype) for dtype in (np.float64, np.float16, np.int16, np.bool_, object))
+    yield out.astype({np.int8: np.uint8, np.uint8: np.int8, F32: np.dtype(F32).newbyteorder()}[target.dtype])
+
+
+def wrong_shape(target, out):
+    yield from (out[:-1], out[..., :-1], out[None], out[..., None], np.zeros((), out.dtype), out[:0])
+    if out.ndim > 1:
+        yield from (out.T.copy(), out.ravel())
+
+
+def wrong_layout(target, out):
+    yield spread(out)
+    yield np.repeat(out, 2, axis=0)[::2]
+    yield out[::-1]
+    yield out[..., ::-1]
+    yield read_only(out)
+    yield np.frombuffer(out.tobytes(), out.dtype).reshape(out.shape)
+    if out.ndim > 1:
+        yield np.asfortranarray(out)
+    if out.itemsize > 1:
+        yield array_at(1, out)
+
+
+WRONG_OUTS = {
+    wrong_type: (DTypeError, "out: expected a numpy.ndarray"),
+    wrong_dtype: (DTypeError, "out: expected dtype"),
+    wrong_shape: (ShapeMismatchError, "out: expected shape"),
+    wrong_layout: (LayoutError, "out: expected a"),
+}
+
+
+@each_with_out
+@pytest.mark.parametrize("make", WRONG_OUTS, ids=lambda make: make.__name__)
+def test_outs_that_are_refused(make, target):
+    error, message = WRONG_OUTS[make]
+    before = [x.tobytes() for x in target.inputs]
+    for out in make(target, np.full(target.shape, 77, target.dtype)):
+        contents = np.array(out).tobytes()
+        with pytest.raises(error, match=message) as caught:
+            target.call(out=out)
+        assert isinstance(caught.value, DynQuantError)
+        assert np.array(out).tobytes() == contents
+        if error is ShapeMismatchError:
+            assert (caught.value.expected, caught.value.actual) == (target.shape, out.shape)
+    assert [x.tobytes() for x in target.inputs] == before
+
+
+@each_with_out
+def test_outs_that_are_taken(target):
+    plain = target.call(out=np.zeros(target.shape, target.dtype))
+    plain = plain.data if isinstance(plain, DynQuantTensor) else plain
+    padded = np.full((target.shape[0] + 2, *target.shape[1:]), 99, target.dtype)
+    for out in (
+        padded[1:-1],
+        array_at(np.dtype(target.dtype).itemsize, np.zeros(target.shape, target.dtype)),
+        np.zeros(target.shape, target.dtype).view(Subclass),
+        np.zeros((1, *target.shape), target.dtype)[0],
+    ):
+        result = target.call(out=out)
+        assert (result.data if isinstance(result, DynQuantTensor) else result) is out
+        assert_same_bits(np.asarray(out), plain)
+    assert (padded[[0, -1]] == 99).all()
+
+
+def overlapping(n_bytes, dtype, shape, shift):
+    """Two views of one buffer, `shift` bytes apart: raw bytes, and an array."""
+    room = memory(n_bytes + 4096, 0)
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return room[64 : 64 + n_bytes], room[64 + shift : 64 + shift + size].view(dtype).reshape(shape)
+
+
+@pytest.mark.parametrize("place", ["same start", "last byte", "inside"])
+@pytest.mark.parametrize("quantize", [dynamic_quantize_int8, dynamic_quantize_int8_per_row])
+def test_codes_over_their_input(quantize, place):
+    shift = {"same start": 0, "last byte": 4 * OTHER.size - 1, "inside": 8}[place]
+    raw, out = overlapping(OTHER.nbytes, np.int8, SHAPE, shift)
+    x = raw.view(F32).reshape(SHAPE)
+    x[:] = OTHER
+    for given in (x, memoryview(x)):
+        with pytest.raises(LayoutError, match="overlaps"):
+            quantize(given, out=out)
+    assert_same_bits(x, OTHER)
+
+
+@pytest.mark.parametrize("which", ["data", "scales"])
+def test_values_over_their_codes(which):
+    raw, out = overlapping(4096, F32, SHAPE, 0)
+    fields = {"data": Q.data, "scales": Q.scales}
+    part = raw[: fields[which].nbytes].view(fields[which].dtype).reshape(fields[which].shape)
+    part[...] = fields[which]
+    fields[which] = part
+    q = DynQuantTensor(fields["data"], fields["scales"], None, SHAPE, Q.format)
+    with pytest.raises(LayoutError, match="overlaps"):
+        q.dequantize(out=out)
+    assert_same_bits(part, getattr(Q, which))
+
+
+@pytest.mark.parametrize("smooth", [smooth_activations, smooth_weights])
+@pytest.mark.parametrize("shift", [4, 4 * K, OTHER.nbytes - 4])
+def test_smoothing_partly_over_the_input(smooth, shift):
+    raw, out = overlapping(OTHER.nbytes, F32, SHAPE, shift)
+    x = raw.view(F32).reshape(SHAPE)
+    x[:] = OTHER
+    with pytest.raises(LayoutError, match="partial overlap"):
+        smooth(x, FACTORS, out=out)
+    assert_same_bits(x, OTHER)
+
+
+@pytest.mark.parametrize("smooth", [smooth_activations, smooth_weights])
+def test_smoothing_over_the_input_in_another_layout(smooth):
+    square = np.random.default_rng(0).uniform(1, 2, (8, 8)).astype(F32)
+    before = square.copy()
+    with pytest.raises(LayoutError, match="partial overlap"):
+        smooth(square.T, np.ones(8), out=square)
+    halves = square.view(np.float16)[:, ::2]
+    with pytest.raises(LayoutError, match="partial overlap"):
+        smooth(halves, np.ones(8), out=square)
+    assert_same_bits(square, before)
+
+
+@pytest.mark.parametrize("smooth", [smooth_activations, smooth_weights])
+def test_smoothing_over_the_factors(smooth):
+    out = np.ones(SHAPE, F32)
+    with pytest.raises(LayoutError, match="overlaps"):
+        smooth(OTHER, out[1], out=out)
+    assert (out == 1).all()
+
+
+@pytest.mark.parametrize("which", ["weight_i8", "weight_scales", "activation"])
+def test_a_product_over_its_input(which):
+    inputs = {"weight_i8": WEIGHT.copy(), "weight_scales": SCALES.copy(), "activation": FACTORS.copy()}
+    before = {name: x.copy() for name, x in inputs.items()}
+    out = inputs[which].reshape(-1).view(F32)[:N]
+    with pytest.raises(LayoutError, match="overlaps"):
+        w8a8_matvec(**inputs, out=out)
+    for name, x in inputs.items():
+        assert_same_bits(x, before[name])
+
+
+def test_inputs_that_overlap_each_other():
+    """Only results must be apart."""
+    x = np.random.default_rng(0).uniform(1, 2, (4, 4)).astype(F32)
+    assert_same_bits(smooth_activations(x, x[0]), x / x[0])
+    assert_same_bits(compute_smooth_factors(x, x), compute_smooth_factors(x, x.copy()))

@@ -1,0 +1,224 @@
+"""What importing does and does not do, instruction sets by name, and the documentation's examples."""
+
+import doctest
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+import platform
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from common import ISAS
+
+import dynquant
+
+
+def run(code, check=True, **environment):
+    """Standard output of a new interpreter that ran `code`; the whole process with `check` off."""
+    command = [sys.executable, "-W", "error", "-c", code]
+    folder = os.path.dirname(os.path.dirname(dynquant.__file__))
+    environment = {**os.environ, "PYTHONPATH": folder, **environment}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if not check:
+        return done
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# Side effects
+
+
+def test_subnormals_survive():
+    """A library built with -ffast-math would flush them to zero in the whole process."""
+    code = """if True:
+        import numpy as np
+        import dynquant
+        dynquant.dynamic_quantize_int8_per_row([[1e-44, 1e-45], [1, 2]], num_threads=2).dequantize()
+        dynquant.w8a8_matvec(np.ones((2, 2), np.int8), [1e-44, 1], [1e-40, 1])
+        tiny = np.float32(1e-45)
+        assert tiny > 0 and tiny * np.float32(2) > tiny and np.float32(2.0**-126) / np.float32(4) > 0
+        assert (np.full(64, 2.0**-126, np.float32) / np.float32(2) > 0).all()
+        assert 5e-324 / 1 > 0 and 2.3e-308 / 4 > 0
+    """
+    for isa in ISAS:
+        run(code, DYNQUANT_ISA=isa)
+
+
+def test_only_numpy_and_the_standard_library_are_imported():
+    code = "import json, sys, numpy; before = set(sys.modules); import dynquant; "
+    names = json.loads(run(code + "print(json.dumps(sorted(set(sys.modules) - before)))"))
+    roots = {name.partition(".")[0] for name in names}
+    # Cython's own entries hold no code.
+    foreign = {root for root in roots if not root.startswith(("_cython_", "cython_runtime"))}
+    assert foreign - set(sys.stdlib_module_names) <= {"dynquant", "numpy"}
+    assert "dynquant" in roots
+
+
+def test_threads_environment_and_random_state_are_left_alone():
+    run("""if True:
+        import os, random, threading, warnings
+        import numpy as np
+        def state():
+            process = dict(os.environ), threading.active_count(), random.getstate()
+            return process, warnings.filters[:], np.geterr()
+        before = state()
+        import dynquant
+        assert state() == before
+    """)
+
+
+def test_time_and_memory_of_the_import():
+    """Beside those of NumPy. The limits leave room for a busy machine."""
+    pytest.importorskip("resource")
+    code = """if True:
+        import resource, sys, time, numpy, dataclasses, threading
+        unit = 1 if sys.platform == "darwin" else 1024
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        start = time.perf_counter()
+        import dynquant
+        print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before)
+    """
+    runs = np.array([run(code).split() for _ in range(5)], float)
+    assert runs[:, 0].min() < 0.040
+    assert runs[:, 1].min() < 6e6
+
+
+def test_it_works_without_ml_dtypes():
+    run("""if True:
+        import sys
+        sys.modules["ml_dtypes"] = None
+        import dynquant, numpy as np
+        assert dynquant.dynamic_quantize_int8(np.ones(3, np.float16)).data.tolist() == [127] * 3
+    """)
+
+
+# Instruction sets
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_an_instruction_set_is_forced_by_name(isa):
+    code = "import dynquant as d; print(d.simd_info()['selected'], d.dynamic_quantize_int8([2.0]).data[0])"
+    assert run(code, DYNQUANT_ISA=isa) == f"{isa} 127"
+
+
+def test_the_best_one_is_picked():
+    code = "import dynquant; print(dynquant.simd_info()['selected'])"
+    assert run(code, DYNQUANT_ISA="") == ISAS[-1]
+
+
+@pytest.mark.parametrize("name", ["sse9", "AVX2", " baseline"])
+def test_an_instruction_set_that_cannot_be_had(name):
+    done = run("import dynquant", check=False, DYNQUANT_ISA=name)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"dynquant.errors.IsaError: DYNQUANT_ISA={name!r} cannot be had")
+    caught = "try:\n import dynquant\nexcept ImportError as error:\n print(type(error).__name__)"
+    assert run(caught, DYNQUANT_ISA=name) == "IsaError"
+
+
+def test_simd_info():
+    info = dynquant.simd_info()
+    order = ("baseline", "avx2", "avx512")
+    assert sorted(info) == ["built", "selected", "supported"]
+    for names in (info["built"], info["supported"]):
+        assert type(names) is tuple
+        assert names == tuple(name for name in order if name in names)
+        assert names[0] == "baseline"
+    assert info["selected"] in set(info["built"]) & set(info["supported"])
+    info["selected"] = "nothing"
+    assert dynquant.simd_info()["selected"] in ISAS
+
+
+@pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="Linux on x86-64")
+def test_supported_agrees_with_proc_cpuinfo():
+    with open("/proc/cpuinfo") as file:
+        flags = set(next(line for line in file if line.startswith("flags")).split())
+    v3 = {"avx2", "fma", "bmi1", "bmi2", "abm", "movbe", "f16c", "popcnt"}
+    v4 = v3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+    expected = ("baseline", *["avx2"] * (v3 <= flags), *["avx512"] * (v4 <= flags))
+    assert dynquant.simd_info()["supported"] == expected
+
+
+# Names and documentation
+
+
+def modules():
+    for info in pkgutil.iter_modules(dynquant.__path__):
+        if not info.name.startswith("_isa_"):
+            yield importlib.import_module(f"dynquant.{info.name}")
+
+
+def public(kind=object):
+    return {name: value for name in dynquant.__all__ if isinstance(value := getattr(dynquant, name), kind)}
+
+
+def test_all_is_sorted_and_complete():
+    assert dynquant.__all__ == sorted(dynquant.__all__)
+    visible = {
+        name
+        for name, value in vars(dynquant).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert set(dynquant.__all__) == visible
+
+
+def members():
+    for name, value in public().items():
+        if inspect.isclass(value) or inspect.isfunction(value):
+            yield name, value
+        if inspect.isclass(value):
+            own = {key: item for key, item in vars(value).items() if not key.startswith("_")}
+            yield from ((f"{name}.{key}", item) for key, item in own.items() if documented(item))
+
+
+def documented(item):
+    return inspect.isroutine(item) or isinstance(item, (property, classmethod, staticmethod))
+
+
+def test_docstrings():
+    for name, member in members():
+        text = inspect.getdoc(member)
+        assert text, name
+        # What a dataclass without a docstring is given.
+        assert not text.startswith(f"{name}("), name
+
+
+def test_signatures():
+    """Positional order, keywords and defaults that callers rely on."""
+    expected = {
+        "compute_scale": "x, clip_val, mode=MaxAbs()",
+        "dynamic_quantize": "x, format=INT8_PER_ROW, mode=MaxAbs(), *, packed=False, out=None, num_threads=1",
+        "dynamic_quantize_int4": "x, mode=MaxAbs(), *, packed=False",
+        "dynamic_quantize_int8": "x, mode=MaxAbs(), *, out=None",
+        "dynamic_quantize_int8_per_row": "x, mode=MaxAbs(), *, out=None, num_threads=1",
+        "quantization_mae": "original, quantized",
+        "compute_smooth_factors": "activations, weights, config=SmoothQuantConfig(alpha=0.5, epsilon=1e-05)",
+        "smooth_activations": "activations, factors, *, out=None",
+        "smooth_weights": "weights, factors, *, out=None",
+        "w8a8_matvec": "weight_i8, weight_scales, activation, *, out=None",
+        "simd_info": "",
+    }
+    functions = {name: value for name, value in public().items() if inspect.isfunction(value)}
+    assert sorted(functions) == sorted(expected)
+    for name, function in functions.items():
+        parameters = inspect.signature(function).parameters.values()
+        bare = inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in parameters])
+        text = str(bare)[1:-1].replace(repr(dynquant.DynQuantFormat.INT8_PER_ROW), "INT8_PER_ROW")
+        assert text == expected[name], name
+
+
+def test_examples_in_the_documentation():
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
+    tried = set()
+    for module in [dynquant, *modules()]:
+        for test in finder.find(module, globs={**public(), "np": np}):
+            if test.examples:
+                output = []
+                runner.run(test, out=output.append)
+                assert not output, "".join(output)
+                tried.add(test.name.rpartition(".")[2])
+    assert {"compute_scale", "dynamic_quantize", "w8a8_matvec", "quantization_mae", "collect"} <= tried

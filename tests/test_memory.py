@@ -1,0 +1,158 @@
+"""Calls allocate their result and a bounded scratch, and give everything back."""
+
+import gc
+import os
+import tracemalloc
+
+import numpy as np
+import pytest
+from common import F32
+
+from dynquant import (
+    CalibStats,
+    DynQuantFormat,
+    DynQuantTensor,
+    MaxAbs,
+    Percentile,
+    compute_scale,
+    compute_smooth_factors,
+    dynamic_quantize,
+    dynamic_quantize_int8,
+    dynamic_quantize_int8_per_row,
+    quantization_mae,
+    smooth_activations,
+    smooth_weights,
+    w8a8_matvec,
+)
+
+MEGABYTE = 1 << 20
+SHAPE = (1024, 16_384)
+PACKED = DynQuantFormat(4, "per_tensor", packed=True)
+PACKED_ROWS = DynQuantFormat(4, "per_row", packed=True)
+FORMATS = {
+    "int8": DynQuantFormat.INT8_PER_TENSOR,
+    "int8 rows": DynQuantFormat.INT8_PER_ROW,
+    "int4 rows": DynQuantFormat.INT4_PER_ROW,
+    "packed": PACKED,
+    "packed rows": PACKED_ROWS,
+}
+
+
+@pytest.fixture(scope="module")
+def x():
+    """64 MB of float32."""
+    return np.resize(np.random.default_rng(0).standard_normal(100_003).astype(F32), SHAPE)
+
+
+def peak_over_result(function, *args, **kwargs):
+    """Bytes allocated at the same time at most, less those of the arrays in the result."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        result = function(*args, **kwargs)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    arrays = [result.data, result.scales] if isinstance(result, DynQuantTensor) else [result]
+    given = {id(argument) for argument in (*args, *kwargs.values())}
+    return peak - sum(a.nbytes for a in arrays if isinstance(a, np.ndarray) and id(a) not in given)
+
+
+def test_the_measure_sees_numpy():
+    assert peak_over_result(np.ones, MEGABYTE, np.uint8) < 10_000
+    assert peak_over_result(lambda: np.ones(MEGABYTE, np.uint8).sum()) > MEGABYTE
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
+@pytest.mark.parametrize("mode", [MaxAbs(), Percentile(0.99)], ids=["max abs", "percentile"])
+def test_quantize(fmt, mode, x):
+    assert peak_over_result(dynamic_quantize, x, fmt, mode) < MEGABYTE
+    out = np.empty(fmt.data_shape(SHAPE), fmt.data_dtype)
+    assert peak_over_result(dynamic_quantize, x, fmt, mode, out=out, num_threads=2) < MEGABYTE
+
+
+def test_sixteen_bit_floats_are_not_copied(x):
+    half = x.view(np.float16)[:, : SHAPE[1]]
+    half = np.where(np.isfinite(half), half, 0)
+    assert half.nbytes == x.nbytes // 2
+    assert peak_over_result(dynamic_quantize_int8_per_row, half) < MEGABYTE
+    assert peak_over_result(compute_scale, half, 127, Percentile(0.5)) < MEGABYTE
+    q = dynamic_quantize_int8(half)
+    assert peak_over_result(quantization_mae, half, q) < MEGABYTE
+    assert peak_over_result(CalibStats.collect, [half]) < MEGABYTE
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
+def test_dequantize_and_error(fmt, x):
+    q = dynamic_quantize(x, fmt)
+    assert peak_over_result(q.dequantize, out=np.empty(SHAPE, F32)) < MEGABYTE
+    assert peak_over_result(q.dequantize) < MEGABYTE
+    assert peak_over_result(quantization_mae, x, q) < MEGABYTE
+
+
+def test_other_functions(x):
+    factors = np.ones(SHAPE[1], F32)
+    assert peak_over_result(compute_scale, x, 127, Percentile(0.5)) < MEGABYTE
+    assert peak_over_result(CalibStats.collect, [x]) < MEGABYTE
+    assert peak_over_result(compute_smooth_factors, x, x) < MEGABYTE
+    for smooth in (smooth_activations, smooth_weights):
+        assert peak_over_result(smooth, x, factors) < MEGABYTE
+        assert peak_over_result(smooth, x, factors, out=x) < MEGABYTE
+
+
+def test_matvec():
+    weight = np.ones((4096, 16_384), np.int8)
+    scales, activation = np.ones(4096, F32), np.ones(16_384, F32)
+    assert peak_over_result(w8a8_matvec, weight, scales, activation) < MEGABYTE
+
+
+# Leaks
+
+A = np.random.default_rng(0).standard_normal((2, 8)).astype(F32)
+FACTORS = np.ones(8, F32)
+Q = dynamic_quantize_int8(A)
+WEIGHT = np.ones((3, 8), np.int8)
+
+
+def quantize_nan():
+    try:
+        dynamic_quantize_int8([float("nan")])
+    except ValueError:
+        return
+    raise AssertionError("NaN was taken")
+
+
+CALLS = {
+    "compute_scale": lambda: compute_scale(A, 127, Percentile(0.5)),
+    "int8": lambda: dynamic_quantize_int8(A),
+    "int8 out": lambda: dynamic_quantize_int8(A, out=np.empty(A.shape, np.int8)),
+    "float16": lambda: dynamic_quantize_int8(A.astype(np.float16)),
+    "int8 rows": lambda: dynamic_quantize_int8_per_row(A),
+    "packed": lambda: dynamic_quantize(A, PACKED_ROWS, Percentile(0.5)),
+    "dequantize": Q.dequantize,
+    "mae": lambda: quantization_mae(A, Q),
+    "smooth factors": lambda: compute_smooth_factors(A, A),
+    "smooth_activations": lambda: smooth_activations(A, FACTORS, out=A),
+    "smooth_weights": lambda: smooth_weights(A, FACTORS),
+    "matvec": lambda: w8a8_matvec(WEIGHT, [1.0, 1.0, 1.0], FACTORS),
+    "collect": lambda: CalibStats.collect([A, A]),
+    "an error": quantize_nan,
+}
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads the memory that Linux shows")
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_no_leak(call):
+    for _ in range(2000):
+        call()
+    gc.collect()
+    before = resident_bytes()
+    for _ in range(20_000):
+        call()
+    gc.collect()
+    assert resident_bytes() - before < 2 * MEGABYTE

@@ -1,0 +1,147 @@
+"""Results under threads, forks and processes; and that no thread outlives a call."""
+
+import concurrent.futures
+import itertools
+import multiprocessing
+import os
+import threading
+
+import numpy as np
+import pytest
+from common import F32, assert_same_bits
+
+from dynquant import (
+    CalibStats,
+    DynQuantFormat,
+    Percentile,
+    compute_scale,
+    compute_smooth_factors,
+    dynamic_quantize,
+    dynamic_quantize_int8,
+    dynamic_quantize_int8_per_row,
+    quantization_mae,
+    smooth_activations,
+    w8a8_matvec,
+)
+
+X = np.random.default_rng(0).standard_normal((53, 700)).astype(F32)
+FORMATS = [
+    DynQuantFormat.INT8_PER_ROW,
+    DynQuantFormat.INT8_PER_TENSOR,
+    DynQuantFormat.INT4_PER_ROW,
+    DynQuantFormat(4, "per_row", packed=True),
+]
+each_format = pytest.mark.parametrize("fmt", FORMATS, ids=repr)
+
+
+def assert_same_tensor(q, expected):
+    assert_same_bits(q.data, expected.data)
+    assert_same_bits(q.scales, expected.scales)
+
+
+@each_format
+@pytest.mark.parametrize("num_threads", [*range(1, 9), np.int64(3), 1000, 10**30])
+def test_any_number_of_threads(num_threads, fmt):
+    for x in (X, X[:3], X[:1], X[:, :1], X[:0], X[:, :0], X.astype(np.float16)):
+        for mode in ({}, {"mode": Percentile(0.9)}):
+            expected = dynamic_quantize(x, fmt, **mode)
+            assert_same_tensor(dynamic_quantize(x, fmt, num_threads=num_threads, **mode), expected)
+            out = np.full_like(expected.data, 77)
+            assert_same_tensor(dynamic_quantize(x, fmt, out=out, num_threads=num_threads, **mode), expected)
+
+
+def test_no_thread_outlives_a_call():
+    before = threading.active_count()
+    dynamic_quantize_int8_per_row(X, num_threads=8)
+    assert threading.active_count() == before
+    bad = X.copy()
+    bad[-1, -1] = np.nan
+    with pytest.raises(ValueError, match="nan"):
+        dynamic_quantize_int8_per_row(bad, num_threads=8)
+    assert threading.active_count() == before
+
+
+def test_the_work_is_shared(monkeypatch):
+    """As many threads as rows at most, one of them the caller's."""
+    started = []
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: (started.append(thread), start(thread)))
+    for num_threads, rows, count in [(1, 9, 0), (4, 9, 3), (9, 4, 3), (5, 1, 0), (5, 0, 0)]:
+        started.clear()
+        dynamic_quantize_int8_per_row(X[:rows], num_threads=num_threads)
+        assert len(started) == count
+
+
+def test_when_no_more_threads_can_be_started(monkeypatch):
+    """The system's exception passes, after the threads that did start have ended."""
+    calls, start = itertools.count(), threading.Thread.start
+
+    def start_one(thread):
+        if next(calls):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    before = threading.active_count()
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    with pytest.raises(RuntimeError, match="can't start"):
+        dynamic_quantize_int8_per_row(X, num_threads=4)
+    assert threading.active_count() == before
+
+
+def everything(x):
+    """One number of each kind of result that the functions give for `x`."""
+    q = dynamic_quantize_int8_per_row(x, num_threads=2)
+    packed = dynamic_quantize(x, FORMATS[3], Percentile(0.99))
+    factors = compute_smooth_factors(x, x)
+    return [
+        *(q.data.tobytes(), q.scales.tobytes(), q.dequantize().tobytes(), packed.data.tobytes()),
+        *(packed.dequantize().tobytes(), quantization_mae(x, packed), compute_scale(x, 127)),
+        *(smooth_activations(x, factors).tobytes(), w8a8_matvec(q.data, q.scales, x[0]).tobytes()),
+        CalibStats.collect([x]),
+    ]
+
+
+def test_concurrent_calls_on_shared_inputs():
+    expected = everything(X)
+    barrier = threading.Barrier(8)
+    failures = []
+
+    def work():
+        barrier.wait()
+        failures.extend(i for i in range(20) if everything(X) != expected)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_in_an_executor():
+    batches = [X * F32(i + 1) for i in range(12)]
+    expected = [everything(x) for x in batches]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(everything, batches)) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_after_a_fork():
+    """The child of a process that used threads can use them too."""
+    expected = everything(X)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if everything(X) == expected else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.mark.parametrize("method", sorted({"fork", "spawn"} & set(multiprocessing.get_all_start_methods())))
+def test_in_other_processes(method):
+    """Results come back by pickling."""
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        expected = dynamic_quantize_int8_per_row(X, num_threads=3)
+        assert_same_tensor(pool.apply(dynamic_quantize_int8_per_row, (X,), {"num_threads": 3}), expected)
+        assert_same_tensor(pool.apply(dynamic_quantize_int8, (X,)), dynamic_quantize_int8(X))
+        with pytest.raises(ValueError, match="flat index 1"):
+            pool.apply(dynamic_quantize_int8, ([1.0, float("inf")],))
