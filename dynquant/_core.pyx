@@ -29,8 +29,10 @@ from dynquant._table cimport Kernels
 cdef extern from "cpu.h" nogil:
     bint dq_cpu_has_avx2()
     bint dq_cpu_has_avx512()
+    bint dq_cpu_has_avx512vnni()
     enum: DQ_HAS_AVX2_BUILD
     enum: DQ_HAS_AVX512_BUILD
+    enum: DQ_HAS_AVX512VNNI_BUILD
 
 
 cdef extern from "kernels/simd.h" nogil:
@@ -59,12 +61,14 @@ def set_table(table not None):
 
 def isas_built():
     """Names of the instruction sets that this build has, weakest first."""
-    return ("baseline",) + ("avx2",) * DQ_HAS_AVX2_BUILD + ("avx512",) * DQ_HAS_AVX512_BUILD
+    return (("baseline",) + ("avx2",) * DQ_HAS_AVX2_BUILD + ("avx512",) * DQ_HAS_AVX512_BUILD
+            + ("avx512vnni",) * DQ_HAS_AVX512VNNI_BUILD)
 
 
 def isas_supported():
     """Names of the instruction sets that this CPU and operating system run, weakest first."""
-    return ("baseline",) + ("avx2",) * dq_cpu_has_avx2() + ("avx512",) * dq_cpu_has_avx512()
+    return (("baseline",) + ("avx2",) * dq_cpu_has_avx2() + ("avx512",) * dq_cpu_has_avx512()
+            + ("avx512vnni",) * dq_cpu_has_avx512vnni())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -238,8 +242,8 @@ cdef inline Py_ssize_t bytes_of_row(Py_ssize_t k, bint packed) noexcept nogil:
     return (k + 1) // 2 if packed else k
 
 
-# Codes of floats start .. end of one row. `codes` takes a byte an element, or when packed a nibble. A row that
-# the caches cannot hold anyway has its codes written past them.
+# Codes of floats start .. end of one row. `codes` takes a byte an element, or when packed a nibble. A row
+# that the caches cannot hold anyway has its codes written past them.
 cdef void code_run(const Floats* x, Py_ssize_t start, Py_ssize_t end, float scale, int32_t clip, bint packed,
                    int8_t* codes) noexcept nogil:
     cdef float scratch[BLOCK]

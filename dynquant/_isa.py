@@ -23,7 +23,9 @@ _selected = ""
 def _table(isa: str) -> object:
     # Literal imports, so that freezers see them. A module compiled for an instruction set is imported only
     # after its check: even its initialisation may use that set.
-    if isa == "avx512":
+    if isa == "avx512vnni":
+        from ._isa_avx512vnni import table  # type: ignore[import-not-found, unused-ignore]
+    elif isa == "avx512":
         from ._isa_avx512 import table  # type: ignore[import-not-found, unused-ignore]
     elif isa == "avx2":
         from ._isa_avx2 import table  # type: ignore[import-not-found, unused-ignore]
@@ -62,7 +64,7 @@ def simd_info() -> SimdInfo:
     dict
         ``selected``, the name of the one in use; ``built``, the names that this build has; ``supported``,
         the names that this CPU and operating system run. The names are ``"baseline"``, ``"avx2"``
-        (x86-64-v3) and ``"avx512"`` (x86-64-v4), weakest first.
+        (x86-64-v3), ``"avx512"`` (x86-64-v4) and ``"avx512vnni"``, weakest first.
 
     Notes
     -----

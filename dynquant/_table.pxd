@@ -28,8 +28,8 @@ ctypedef struct Kernels:
     void (*divide_row_f32)(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil
     void (*multiply_row_f32)(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil
     # dot.pxi
-    void (*matvec_s8s8_f32)(const int8_t* w, const float* w_scales, const int8_t* a, float a_scale, float* out,
-                            Py_ssize_t rows, Py_ssize_t k) noexcept nogil
+    void (*matvec_s8s8_f32)(const int8_t* w, const float* w_scales, const int8_t* a, float a_scale,
+                            float* out, Py_ssize_t rows, Py_ssize_t k) noexcept nogil
     # stats.pxi
     void (*min_max_row_f32)(const float* x, float* least, float* most, Py_ssize_t n) noexcept nogil
     double (*sum_row_f32_f64)(const float* x, Py_ssize_t n) noexcept nogil

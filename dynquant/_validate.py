@@ -90,7 +90,9 @@ def check_finite(array: NDArray[Any], name: str) -> None:
 
 def as_finite_vector(x: Any, name: str) -> NDArray[Any]:
     """`x` as a contiguous, finite float32 vector."""
-    vector = as_floats(x, name).astype(F32, copy=False)
+    vector = as_floats(x, name)
+    if vector.dtype is not F32:
+        vector = vector.astype(F32)
     if vector.ndim != 1:
         raise ShapeMismatchError("(n,)", vector.shape, name)
     check_finite(vector, name)

@@ -19,9 +19,11 @@ static int dq_cpu_has_avx512(void) {
         && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq")
         && __builtin_cpu_supports("avx512vl");
 }
+static int dq_cpu_has_avx512vnni(void) { return dq_cpu_has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #else
 static int dq_cpu_has_avx2(void) { return 0; }
 static int dq_cpu_has_avx512(void) { return 0; }
+static int dq_cpu_has_avx512vnni(void) { return 0; }
 #endif
 
 #ifdef DQ_BUILT_AVX2
@@ -33,6 +35,11 @@ static int dq_cpu_has_avx512(void) { return 0; }
 #define DQ_HAS_AVX512_BUILD 1
 #else
 #define DQ_HAS_AVX512_BUILD 0
+#endif
+#ifdef DQ_BUILT_AVX512VNNI
+#define DQ_HAS_AVX512VNNI_BUILD 1
+#else
+#define DQ_HAS_AVX512VNNI_BUILD 0
 #endif
 
 #endif

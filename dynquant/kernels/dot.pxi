@@ -3,7 +3,8 @@
 
 # The exact w . a over k <= DOT_BLOCK elements.
 # No int32 can wrap: even all the products in one lane, or all lanes added up, are at most
-# 2**16 * 128 * 127 = 1,065,353,216 < 2**31 in magnitude.
+# 2**16 * 128 * 127 = 1,065,353,216 < 2**31 in magnitude, and 2**16 * 128 * 255 = 2,139,095,040 < 2**31 in
+# the form for VNNI, which adds 128 to a.
 # One row at a time, from its start to its end: the rows of a matrix follow each other in memory, and one
 # stream through it is what the prefetcher follows across pages (four rows at once ran at two thirds the
 # speed). Four accumulators hide the latency of the additions.

@@ -17,8 +17,8 @@ cdef inline void divide_round_row(const float* x, float scale, int32_t clip, int
 
 # Whole steps of the row; returns how many elements they covered. Called with a constant `stream` only, so
 # that each loop has one kind of store.
-cdef inline Py_ssize_t quantize_steps(const float* x, float scale, float lo, float hi, int32_t clip, bint stream,
-                                      int8_t* codes, Py_ssize_t n) noexcept nogil:
+cdef inline Py_ssize_t quantize_steps(const float* x, float scale, float lo, float hi, int32_t clip,
+                                      bint stream, int8_t* codes, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i = 0
     while i + DQ_STEP <= n:
         if dq_quantize_step(x + i, lo, hi, clip, stream, codes + i):

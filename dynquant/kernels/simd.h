@@ -145,7 +145,31 @@ static inline void dq_widen_step(const uint16_t* x, float* out) {
 
 /* acc += w[i] * a[i] over DQ_DOT_STEP elements, w in [-128, 127], a in [-127, 127]; exact as long as every
    lane's sum fits int32. dq_acc_sum adds up the lanes, whose total must fit too. */
-#if defined(__AVX2__)
+#if defined(__AVX512VNNI__)
+
+/* vpdpbusd multiplies unsigned by signed bytes: a is taken as a + 128, and 128 * w is summed beside it.
+   A lane gains at most 4 * 255 * 128 = 130,560 a step. */
+#define DQ_DOT_STEP 64
+typedef struct {
+    __m512i shifted, excess;
+} dq_acc;
+static inline dq_acc dq_acc_zero(void) {
+    return (dq_acc){_mm512_setzero_si512(), _mm512_setzero_si512()};
+}
+static inline dq_acc dq_acc_add(dq_acc x, dq_acc y) {
+    return (dq_acc){_mm512_add_epi32(x.shifted, y.shifted), _mm512_add_epi32(x.excess, y.excess)};
+}
+static inline dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a) {
+    const __m512i half = _mm512_set1_epi8((char)0x80), vw = _mm512_loadu_si512(w);
+    acc.shifted = _mm512_dpbusd_epi32(acc.shifted, _mm512_xor_si512(_mm512_loadu_si512(a), half), vw);
+    acc.excess = _mm512_dpbusd_epi32(acc.excess, half, vw);
+    return acc;
+}
+static inline int32_t dq_acc_sum(dq_acc acc) {
+    return _mm512_reduce_add_epi32(_mm512_sub_epi32(acc.shifted, acc.excess));
+}
+
+#elif defined(__AVX2__)
 
 #define DQ_DOT_STEP 32
 typedef __m256i dq_acc;
