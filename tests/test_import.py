@@ -20,9 +20,10 @@ import dynquant
 def run(code, check=True, **environment):
     """Standard output of a new interpreter that ran `code`; the whole process with `check` off."""
     command = [sys.executable, "-W", "error", "-c", code]
+    # Run where the package under test lies: a checkout's source folder would hide it.
     folder = os.path.dirname(os.path.dirname(dynquant.__file__))
-    environment = {**os.environ, "PYTHONPATH": folder, **environment}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    environment = {**os.environ, **environment}
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     if not check:
         return done
     assert done.returncode == 0, done.stderr
