@@ -2,7 +2,7 @@
 
 from ._calibrate import CalibStats
 from ._isa import simd_info
-from ._linear import w8a8_matvec
+from ._linear import QuantLinear, w8a8_matmul, w8a8_matvec
 from ._metrics import quantization_mae
 from ._quantize import (
     compute_scale,
@@ -46,6 +46,7 @@ __all__ = [
     "NonFiniteError",
     "ParameterError",
     "Percentile",
+    "QuantLinear",
     "ShapeMismatchError",
     "SmoothQuantConfig",
     "compute_scale",
@@ -58,5 +59,6 @@ __all__ = [
     "simd_info",
     "smooth_activations",
     "smooth_weights",
+    "w8a8_matmul",
     "w8a8_matvec",
 ]

@@ -242,24 +242,29 @@ cdef inline Py_ssize_t bytes_of_row(Py_ssize_t k, bint packed) noexcept nogil:
     return (k + 1) // 2 if packed else k
 
 
+# Codes of floats start .. start + n, n <= BLOCK; zeros where the scale is 0.
+cdef inline void code_block(const Floats* x, Py_ssize_t start, Py_ssize_t n, float scale, int32_t clip,
+                            bint stream, int8_t* codes) noexcept nogil:
+    cdef float scratch[BLOCK]
+    if scale == 0:
+        memset(codes, 0, n)
+    else:
+        kernels.quantize_row_f32_s8(block_of(x, start, n, scratch), scale, clip, stream, codes, n)
+
+
 # Codes of floats start .. end of one row. `codes` takes a byte an element, or when packed a nibble. A row
 # that the caches cannot hold anyway has its codes written past them.
 cdef void code_run(const Floats* x, Py_ssize_t start, Py_ssize_t end, float scale, int32_t clip, bint packed,
                    int8_t* codes) noexcept nogil:
-    cdef float scratch[BLOCK]
     cdef int8_t block[BLOCK]
-    cdef int8_t* target
     cdef Py_ssize_t n
-    cdef bint stream = x.n >= STREAM and not packed
     while start < end:
         n = block_len(start, end)
-        target = &block[0] if packed else codes + start
-        if scale == 0:
-            memset(target, 0, n)
-        else:
-            kernels.quantize_row_f32_s8(block_of(x, start, n, scratch), scale, clip, stream, target, n)
         if packed:
+            code_block(x, start, n, scale, clip, False, block)
             kernels.pack_row_s8_s4(block, <uint8_t*> codes + start // 2, n)
+        else:
+            code_block(x, start, n, scale, clip, x.n >= STREAM, codes + start)
         start += n
 
 
@@ -444,6 +449,117 @@ def w8a8_matvec(const int8_t[:, ::1] weight not None, const float[::1] weight_sc
     with nogil:
         kernels.matvec_s8s8_f32(&weight[0, 0], &weight_scales[0], &activation[0], activation_scale, &out[0],
                                 weight.shape[0], weight.shape[1])
+
+
+def panel_count(Py_ssize_t n):
+    """How many panels hold n outputs."""
+    return (n + kernels.panel_outputs - 1) // kernels.panel_outputs
+
+
+def packed_bytes(Py_ssize_t n, Py_ssize_t k):
+    """Bytes of the panels of n outputs and k inputs."""
+    return panel_count(n) * kernels.panel_bytes(k)
+
+
+def activation_bytes(Py_ssize_t m, Py_ssize_t k):
+    """Bytes of m rows of k activations in the form that `matmul` takes."""
+    return m * kernels.activation_bytes(k)
+
+
+def pack_weights(const int8_t[:, ::1] weight not None, int8_t[::1] panels not None):
+    """Pack weights into panels, packed_bytes of them."""
+    cdef Py_ssize_t n = weight.shape[0], k = weight.shape[1], first = 0, wide = kernels.panel_outputs
+    if k == 0:
+        return
+    with nogil:
+        while first < n:
+            kernels.pack_panel_s8(&weight[first, 0], n - first if n - first < wide else wide,
+                                  &panels[first // wide * kernels.panel_bytes(k)], k)
+            first += wide
+
+
+def unpack_weights(const int8_t[::1] panels not None, int8_t[:, ::1] weight not None):
+    """The inverse of pack_weights."""
+    cdef Py_ssize_t n = weight.shape[0], k = weight.shape[1], first = 0, wide = kernels.panel_outputs
+    if k == 0:
+        return
+    with nogil:
+        while first < n:
+            kernels.unpack_panel_s8(&panels[first // wide * kernels.panel_bytes(k)], &weight[first, 0],
+                                    n - first if n - first < wide else wide, k)
+            first += wide
+
+
+# x / factors in `smoothed`, or x itself where factors is NULL.
+cdef Floats smoothed_row(Floats x, const float* factors, float* smoothed) noexcept nogil:
+    cdef float scratch[BLOCK]
+    cdef Py_ssize_t start = 0, n
+    if factors == NULL:
+        return x
+    while start < x.n:
+        n = block_len(start, x.n)
+        kernels.divide_row_f32(block_of(&x, start, n, scratch), factors + start, smoothed + start, n)
+        start += n
+    x.data, x.kind = <const char*> smoothed, F32
+    return x
+
+
+# Codes of one row in the form that `matmul` takes.
+cdef void code_activation(const Floats* x, float scale, uint8_t* a) noexcept nogil:
+    cdef int8_t codes[BLOCK]
+    cdef Py_ssize_t start = 0, n
+    while start < x.n:
+        n = block_len(start, x.n)
+        code_block(x, start, n, scale, 127, False, codes)
+        kernels.pack_activation_s8(codes, a + kernels.activation_offset(start), n)
+        start += n
+
+
+def quantize_activations(FloatRows x not None, const float[::1] factors, float[::1] scales not None,
+                         uint8_t[::1] a not None):
+    """Scales and int8 codes of the rows of x / factors, the codes in the form that `matmul` takes.
+
+    `factors` may be None, and x is then taken as it is. Returns whether the rows are finite, and stops at one
+    that is not.
+    """
+    cdef Py_ssize_t r, width = kernels.activation_bytes(x.k)
+    cdef Floats row
+    cdef bint finite = True
+    cdef const float* f = NULL
+    cdef float* smoothed = NULL
+    if factors is not None and x.k:
+        f = &factors[0]
+        smoothed = <float*> PyMem_Malloc(x.k * sizeof(float))
+        if smoothed == NULL:
+            raise MemoryError
+    with nogil:
+        for r in range(x.m):
+            row = smoothed_row(x.row(r), f, smoothed)
+            finite = scale_of(&row, 127, -1, &scales[r])
+            if not finite:
+                break
+            if x.k:
+                code_activation(&row, scales[r], &a[r * width])
+    PyMem_Free(smoothed)
+    return finite
+
+
+def matmul(const int8_t[::1] panels not None, const float[::1] weight_scales not None,
+           const float[::1] bias, const uint8_t[::1] a not None, const float[::1] a_scales not None,
+           float[:, ::1] out not None, Py_ssize_t k, Py_ssize_t first=0, Py_ssize_t end=PY_SSIZE_T_MAX):
+    """out = a . weights + bias for the outputs of panels first .. end; returns True."""
+    cdef Py_ssize_t m = out.shape[0], n = out.shape[1], wide = kernels.panel_outputs, p, c
+    cdef const float* shift = NULL
+    if m == 0 or n == 0 or k == 0:
+        return True
+    with nogil:
+        for p in range(first, end if end < (n + wide - 1) // wide else (n + wide - 1) // wide):
+            c = p * wide
+            if bias is not None:
+                shift = &bias[c]
+            kernels.gemm_panel_s8s8_f32(&panels[p * kernels.panel_bytes(k)], &weight_scales[c], shift, &a[0],
+                                        &a_scales[0], &out[0, c], n, m, n - c if n - c < wide else wide, k)
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -30,6 +30,17 @@ ctypedef struct Kernels:
     # dot.pxi
     void (*matvec_s8s8_f32)(const int8_t* w, const float* w_scales, const int8_t* a, float a_scale,
                             float* out, Py_ssize_t rows, Py_ssize_t k) noexcept nogil
+    # gemm.pxi
+    Py_ssize_t panel_outputs
+    Py_ssize_t (*panel_bytes)(Py_ssize_t k) noexcept nogil
+    Py_ssize_t (*activation_bytes)(Py_ssize_t k) noexcept nogil
+    Py_ssize_t (*activation_offset)(Py_ssize_t k) noexcept nogil
+    void (*pack_panel_s8)(const int8_t* w, Py_ssize_t rows, int8_t* panel, Py_ssize_t k) noexcept nogil
+    void (*unpack_panel_s8)(const int8_t* panel, int8_t* w, Py_ssize_t rows, Py_ssize_t k) noexcept nogil
+    void (*pack_activation_s8)(const int8_t* codes, uint8_t* a, Py_ssize_t n) noexcept nogil
+    void (*gemm_panel_s8s8_f32)(const int8_t* panel, const float* w_scales, const float* bias,
+                                const uint8_t* a, const float* a_scales, float* out, Py_ssize_t out_stride,
+                                Py_ssize_t m, Py_ssize_t cols, Py_ssize_t k) noexcept nogil
     # stats.pxi
     void (*min_max_row_f32)(const float* x, float* least, float* most, Py_ssize_t n) noexcept nogil
     double (*sum_row_f32_f64)(const float* x, Py_ssize_t n) noexcept nogil

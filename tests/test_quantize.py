@@ -89,16 +89,22 @@ def test_about_one_run(n, dtype, isa):
         check(x, FORMATS[name], None, name)
 
 
-@pytest.mark.parametrize("shape", [(1, 9_000_001), (2, 2**23 + 77), (1700, 4097)])
-def test_results_written_past_the_caches(shape, isa):
-    """The codes of a large row take another way to memory; `out` begins and ends within a cache line."""
-    x = np.random.default_rng(0).standard_normal(shape, F32)
-    room = np.full(x.size + 128, 99, np.int8)
-    out = room[37 : 37 + x.size].reshape(shape)
-    q = dynamic_quantize(x, out=out)
+@pytest.fixture(scope="module", params=[(1, 9_000_001), (2, 2**23 + 77)], ids=str)
+def large(request):
+    """(x, codes, scales), the rows at least 2**23 long."""
+    x = np.random.default_rng(0).standard_normal(request.param, F32)
     scales = np.abs(x).max(axis=1) / F32(127)
+    return x, reference.codes(x, scales[:, None], 127), scales
+
+
+def test_codes_written_past_the_caches(large, isa):
+    """The codes of a large row take another way to memory; `out` begins and ends within a cache line."""
+    x, codes, scales = large
+    room = np.full(x.size + 128, 99, np.int8)
+    out = room[37 : 37 + x.size].reshape(x.shape)
+    q = dynamic_quantize(x, out=out)
     assert_same_bits(q.scales, scales)
-    assert_same_bits(out, reference.codes(x, scales[:, None], 127))
+    assert_same_bits(out, codes)
     assert (room[:37] == 99).all()
     assert (room[37 + x.size :] == 99).all()
 

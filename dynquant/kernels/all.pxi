@@ -2,8 +2,8 @@
 # compiled with. Nothing here allocates, touches a Python object or fails.
 from cpython.pycapsule cimport PyCapsule_New
 from libc.math cimport copysignf, fabs
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
-from libc.string cimport memset
+from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
+from libc.string cimport memcpy, memset
 
 from dynquant._table cimport Kernels
 
@@ -20,6 +20,20 @@ cdef extern from "kernels/simd.h" nogil:
     void dq_stream_end()
     float dq_widen(uint16_t h)
     void dq_widen_step(const uint16_t* x, float* out)
+    enum: DQ_LANES
+    enum: DQ_DEPTH
+    enum: DQ_ACT_OFFSET
+    ctypedef struct dq_sums:
+        pass
+    ctypedef struct dq_weights:
+        pass
+    ctypedef struct dq_spread_act:
+        pass
+    dq_sums dq_sums_zero()
+    void dq_sums_store(int32_t* out, dq_sums s)
+    dq_spread_act dq_spread(const uint8_t* a)
+    dq_weights dq_weights_load(const int8_t* w)
+    dq_sums dq_sums_step(dq_sums acc, dq_weights w, dq_spread_act a)
     dq_acc dq_acc_zero()
     dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a)
     dq_acc dq_acc_add(dq_acc x, dq_acc y)
@@ -30,6 +44,9 @@ cdef enum:
     TABLES = 2
     LANES = 16
     DOT_BLOCK = 1 << 16
+    GEMM_BLOCK = 1 << 16
+    PANEL = 2 * DQ_LANES
+    ROWS = 4
 
 
 include "convert.pxi"
@@ -38,6 +55,7 @@ include "quantize.pxi"
 include "dequantize.pxi"
 include "smooth.pxi"
 include "dot.pxi"
+include "gemm.pxi"
 include "stats.pxi"
 
 
@@ -58,6 +76,14 @@ kernels.column_amax_4_rows_f32 = column_amax_4_rows_f32
 kernels.divide_row_f32 = divide_row_f32
 kernels.multiply_row_f32 = multiply_row_f32
 kernels.matvec_s8s8_f32 = matvec_s8s8_f32
+kernels.panel_outputs = PANEL
+kernels.panel_bytes = panel_bytes
+kernels.activation_bytes = activation_bytes
+kernels.activation_offset = activation_offset
+kernels.pack_panel_s8 = pack_panel_s8
+kernels.unpack_panel_s8 = unpack_panel_s8
+kernels.pack_activation_s8 = pack_activation_s8
+kernels.gemm_panel_s8s8_f32 = gemm_panel_s8s8_f32
 kernels.min_max_row_f32 = min_max_row_f32
 kernels.sum_row_f32_f64 = sum_row_f32_f64
 kernels.square_deviation_row_f32_f64 = square_deviation_row_f32_f64

@@ -223,4 +223,110 @@ static inline int32_t dq_acc_sum(dq_acc acc) { return acc; }
 
 #endif
 
+/* acc[lane] += sum over DQ_DEPTH k of w[k][lane] * a[k], exact as long as acc fits: the step of a matrix product.
+   Weights come DQ_LANES outputs side by side, DQ_DEPTH consecutive k of an output next to each other, which
+   is what one multiply-add instruction takes; a dq_weights is DQ_LANES * DQ_DEPTH bytes of them, made ready.
+   Activations come as DQ_DEPTH consecutive k in four bytes, which dq_spread gives to every lane: int16, or for
+   VNNI bytes to which DQ_ACT_OFFSET was added, so that DQ_ACT_OFFSET times the sum of the weights is to be
+   taken off. */
+#if defined(__AVX512BW__)
+
+typedef __m512i dq_sums;
+typedef __m512i dq_weights;
+typedef __m512i dq_spread_act;
+#define DQ_LANES 16
+static inline dq_sums dq_sums_zero(void) { return _mm512_setzero_si512(); }
+static inline void dq_sums_store(int32_t* out, dq_sums s) { _mm512_storeu_si512(out, s); }
+static inline dq_spread_act dq_spread(const uint8_t* a) {
+    int32_t four;
+    memcpy(&four, a, 4);
+    return _mm512_set1_epi32(four);
+}
+#if defined(__AVX512VNNI__)
+#define DQ_DEPTH 4
+#define DQ_ACT_OFFSET 128
+static inline dq_weights dq_weights_load(const int8_t* w) { return _mm512_loadu_si512(w); }
+static inline dq_sums dq_sums_step(dq_sums acc, dq_weights w, dq_spread_act a) {
+    return _mm512_dpbusd_epi32(acc, a, w);
+}
+#else
+#define DQ_DEPTH 2
+#define DQ_ACT_OFFSET 0
+static inline dq_weights dq_weights_load(const int8_t* w) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w));
+}
+static inline dq_sums dq_sums_step(dq_sums acc, dq_weights w, dq_spread_act a) {
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(w, a));
+}
+#endif
+
+#elif defined(__AVX2__)
+
+typedef __m256i dq_sums;
+typedef __m256i dq_weights;
+typedef __m256i dq_spread_act;
+#define DQ_LANES 8
+#define DQ_DEPTH 2
+#define DQ_ACT_OFFSET 0
+static inline dq_sums dq_sums_zero(void) { return _mm256_setzero_si256(); }
+static inline void dq_sums_store(int32_t* out, dq_sums s) { _mm256_storeu_si256((__m256i*)out, s); }
+static inline dq_spread_act dq_spread(const uint8_t* a) {
+    int32_t four;
+    memcpy(&four, a, 4);
+    return _mm256_set1_epi32(four);
+}
+static inline dq_weights dq_weights_load(const int8_t* w) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)w));
+}
+static inline dq_sums dq_sums_step(dq_sums acc, dq_weights w, dq_spread_act a) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(w, a));
+}
+
+#elif defined(__SSE2__)
+
+typedef __m128i dq_sums;
+typedef __m128i dq_weights;
+typedef __m128i dq_spread_act;
+#define DQ_LANES 4
+#define DQ_DEPTH 2
+#define DQ_ACT_OFFSET 0
+static inline dq_sums dq_sums_zero(void) { return _mm_setzero_si128(); }
+static inline void dq_sums_store(int32_t* out, dq_sums s) { _mm_storeu_si128((__m128i*)out, s); }
+static inline dq_spread_act dq_spread(const uint8_t* a) {
+    int32_t four;
+    memcpy(&four, a, 4);
+    return _mm_set1_epi32(four);
+}
+static inline dq_weights dq_weights_load(const int8_t* w) {
+    const __m128i v = _mm_loadl_epi64((const __m128i*)w);
+    return _mm_srai_epi16(_mm_unpacklo_epi8(v, v), 8);
+}
+static inline dq_sums dq_sums_step(dq_sums acc, dq_weights w, dq_spread_act a) {
+    return _mm_add_epi32(acc, _mm_madd_epi16(w, a));
+}
+
+#else
+
+typedef int32_t dq_sums;
+typedef struct {
+    int16_t k0, k1;
+} dq_weights;
+typedef dq_weights dq_spread_act;
+#define DQ_LANES 1
+#define DQ_DEPTH 2
+#define DQ_ACT_OFFSET 0
+static inline dq_sums dq_sums_zero(void) { return 0; }
+static inline void dq_sums_store(int32_t* out, dq_sums s) { *out = s; }
+static inline dq_spread_act dq_spread(const uint8_t* a) {
+    dq_weights pair;
+    memcpy(&pair, a, 4);
+    return pair;
+}
+static inline dq_weights dq_weights_load(const int8_t* w) { return (dq_weights){w[0], w[1]}; }
+static inline dq_sums dq_sums_step(dq_sums acc, dq_weights w, dq_spread_act a) {
+    return acc + w.k0 * a.k0 + w.k1 * a.k1;
+}
+
+#endif
+
 #endif
