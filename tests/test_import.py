@@ -203,6 +203,7 @@ def test_signatures():
         "smooth_activations": "activations, factors, *, out=None",
         "smooth_weights": "weights, factors, *, out=None",
         "w8a8_matvec": "weight_i8, weight_scales, activation, *, out=None",
+        "w8a8_matmul": "weight_i8, weight_scales, activations, bias=None, *, out=None, num_threads=1",
         "simd_info": "",
     }
     functions = {name: value for name, value in public().items() if inspect.isfunction(value)}
