@@ -16,6 +16,7 @@ import numpy as np
 import oracle
 
 import dynquant as dq
+from dynquant import _isa
 
 Arrays = dict[str, Any]
 Call = Callable[[Arrays], Any]
@@ -325,6 +326,39 @@ def w8a8_matvec(n: int, k: int) -> Case:
     )
 
 
+def w8a8_linear(n: int, k: int, m: int) -> Case:
+    """A layer is packed for one instruction set, so each has its own. NumPy's side is the float32 layer."""
+
+    def setup() -> Arrays:
+        q = dq.dynamic_quantize_int8_per_row(normal(n, k))
+        arrays = {"weight_i8": q.data, "weight_scales": q.scales}
+        layers, selected = {}, _isa._selected
+        for isa in dq.simd_info()["supported"]:
+            _isa.select(isa)
+            layers[isa] = dq.QuantLinear.from_arrays(arrays)
+        _isa.select(selected)
+        return {
+            "w": q.data,
+            "w_scales": q.scales,
+            "w_f32": q.dequantize(),
+            "layers": layers,
+            "x": normal(m, k, seed=1),
+            "out": np.empty((m, n), np.float32),
+        }
+
+    return Case(
+        name=f"linear_{n}x{k}_m{m}",
+        what=f"W8A8 linear layer, {n} x {k}, {m} rows; NumPy: float32",
+        operation="w8a8_linear",
+        setup=setup,
+        ours=lambda a: a["layers"][_isa._selected](a["x"], out=a["out"]),
+        numpy=lambda a: np.matmul(a["x"], a["w_f32"].T, out=a["out"]),
+        oracle=lambda a: oracle.w8a8_matmul(a["w"], a["w_scales"], a["x"]),
+        read=n * k + 4 * m * k,
+        written=4 * m * n,
+    )
+
+
 def calibration(batches: int, n: int) -> Case:
     return Case(
         name=f"calibration_{batches}x{n}",
@@ -359,5 +393,10 @@ CASES = [
     quantization_mae(2**20),
     w8a8_matvec(1024, 1024),
     w8a8_matvec(4096, 4096),
+    *(
+        w8a8_linear(n, k, m)
+        for n, k in ((384, 1536), (1024, 1024), (4096, 4096), (11008, 4096))
+        for m in (1, 4, 16, 128)
+    ),
     calibration(64, 2**16),
 ]

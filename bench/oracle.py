@@ -51,6 +51,12 @@ def w8a8_matvec(w, w_scales, x):
     return sums.astype(np.float32) * w_scales * scale
 
 
+def w8a8_matmul(w, w_scales, x):
+    q, scales = quantized(x, 127, axis=1)
+    sums = q.astype(np.float64) @ w.T.astype(np.float64)
+    return sums.astype(np.float32) * w_scales * scales[:, None]
+
+
 def calibration(batches):
     x = np.concatenate(batches).astype(np.float64)
     p99 = percentile(np.concatenate(batches), 0.99)

@@ -154,6 +154,11 @@ def torch_column_aminmax(a: Arrays) -> Call:
     return lambda: (amax(x), amax(w))
 
 
+def torch_float_linear(a: Arrays) -> Call:
+    x, w, out = (torch.from_numpy(a[name]) for name in ("x", "w_f32", "out"))
+    return lambda: torch.mm(x, w.T, out=out)
+
+
 def torch_dynamic_linear(engine: str) -> Callable[[Arrays], Call]:
     """A Linear without bias whose int8 weights, per channel, `engine` has packed."""
 
@@ -166,7 +171,7 @@ def torch_dynamic_linear(engine: str) -> Callable[[Arrays], Call]:
         torch.backends.quantized.engine = engine
         config = {torch.nn.Linear: quantization.per_channel_dynamic_qconfig}
         model = quantization.quantize_dynamic(torch.nn.Sequential(linear), config, dtype=torch.qint8)
-        x = torch.from_numpy(a["x"][None])
+        x = torch.from_numpy(np.atleast_2d(a["x"]))
 
         def call() -> Any:
             with torch.inference_mode():
@@ -236,10 +241,10 @@ def ort_dequantize(a: Arrays) -> Call:
 
 def ort_dynamic_matmul(a: Arrays) -> Call:
     """Activation uint8 as the operator has it, weights int8 with a scale per column."""
-    x = a["x"][None]
+    x = np.atleast_2d(a["x"])
     node = onnx.helper.make_node("DynamicQuantizeMatMul", ["x", "w", "scales"], ["y"], domain="com.microsoft")
     weights = {"w": np.ascontiguousarray(a["w"].T), "scales": a["w_scales"]}
-    session = ort_session([node], {"x": x}, {"y": a["out"][None]}, weights)
+    session = ort_session([node], {"x": x}, {"y": np.atleast_2d(a["out"])}, weights)
     feeds = {"x": x}
     return lambda: session.run(None, feeds)
 
@@ -266,5 +271,11 @@ PEERS: dict[str, dict[str, Sequence[Callable[[Arrays], Call]]]] = {
         "torch": [torch_dynamic_linear("x86")],
         "torch_fbgemm": [torch_dynamic_linear("fbgemm")],
         "ort": [ort_dynamic_matmul],
+    },
+    "w8a8_linear": {
+        "torch": [torch_dynamic_linear("x86")],
+        "torch_fbgemm": [torch_dynamic_linear("fbgemm")],
+        "ort": [ort_dynamic_matmul],
+        "torch_f32": [torch_float_linear],
     },
 }

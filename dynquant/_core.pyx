@@ -461,9 +461,9 @@ def packed_bytes(Py_ssize_t n, Py_ssize_t k):
     return panel_count(n) * kernels.panel_bytes(k)
 
 
-def activation_bytes(Py_ssize_t m, Py_ssize_t k):
-    """Bytes of m rows of k activations in the form that `matmul` takes."""
-    return m * kernels.activation_bytes(k)
+def activation_bytes(Py_ssize_t k):
+    """Bytes of a row of k activations in the form that `matmul` takes."""
+    return kernels.activation_bytes(k)
 
 
 def pack_weights(const int8_t[:, ::1] weight not None, int8_t[::1] panels not None):

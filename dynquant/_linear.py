@@ -334,8 +334,7 @@ class QuantLinear:
         shape = (*array.shape[:-1], self.out_features)
         threads = as_thread_count(num_threads)
         if out is not None:
-            own = (self._panels, self._weight_scales, self._bias, self._smooth)
-            checked_out(out, shape, F32, x, *own)
+            checked_out(out, shape, F32, x)
             out = out.reshape(-1, self.out_features)
         rows = array.reshape(-1, self.in_features)
         y = _multiply(self._panels, self._weight_scales, self._bias, self._smooth, rows, out, threads, "x")
@@ -367,15 +366,12 @@ def _as_factors(k: int, smooth: ArrayLike) -> NDArray[np.float32]:
     return factors
 
 
-def _aligned(n_bytes: int, dtype: type) -> NDArray[Any]:
-    """`n_bytes` of memory that starts at a cache line: vectors that straddle two load at half the speed."""
-    memory: NDArray[Any] = np.empty(n_bytes + _CACHE_LINE - 1, dtype)
-    start = -memory.ctypes.data % _CACHE_LINE
-    return memory[start : start + n_bytes]
-
-
 def _packed(weight: NDArray[np.int8]) -> NDArray[np.int8]:
-    panels: NDArray[np.int8] = _aligned(_core.packed_bytes(*weight.shape), np.int8)
+    """Panels that start at a cache line: vectors that straddle two of them load at half the speed."""
+    n_bytes = _core.packed_bytes(*weight.shape)
+    memory = np.empty(n_bytes + _CACHE_LINE - 1, np.int8)
+    start = -memory.ctypes.data % _CACHE_LINE
+    panels = memory[start : start + n_bytes]
     _core.pack_weights(weight, panels)
     return panels
 
@@ -392,17 +388,20 @@ def _multiply(
 ) -> NDArray[np.float32]:
     """Rows of `x` times packed weights, a chunk of rows at a time."""
     (m, k), n = x.shape, scales.size
-    chunk = max(1, min(m, _CHUNK_BYTES // max(1, _core.activation_bytes(1, k))))
+    y = np.empty((m, n), F32) if out is None else out
+    if k == 0:
+        y[:] = 0 if bias is None else bias
+        return y
+    width = _core.activation_bytes(k)
+    chunk = max(1, _CHUNK_BYTES // width)
     # A new array may be given up half written; the caller's may not.
     if out is not None and chunk < m:
         _check_rows(x, smooth, name)
-    y = np.empty((m, n), F32) if out is None else out
-    a, a_scales = _aligned(_core.activation_bytes(chunk, k), np.uint8), np.empty(chunk, F32)
-    if k == 0:
-        y[:] = 0 if bias is None else bias
-    for first in range(0, m if k else 0, chunk):
-        part, into = x[first : first + chunk], y[first : first + chunk]
-        if not _core.quantize_activations(float_rows(part, *part.shape), smooth, a_scales, a):
+    a = np.empty(min(m, chunk) * width, np.uint8)
+    a_scales = np.empty(min(m, chunk), F32)
+    for first in range(0, m, chunk):
+        part, into = (x, y) if m <= chunk else (x[first : first + chunk], y[first : first + chunk])
+        if not _core.quantize_activations(float_rows(part, len(part), k), smooth, a_scales, a):
             _check_rows(x, smooth, name)
         over_rows(_core.matmul, (panels, scales, bias, a, a_scales, into, k), _core.panel_count(n), threads)
     return y
