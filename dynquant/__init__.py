@@ -3,15 +3,22 @@
 from ._calibrate import CalibStats
 from ._isa import simd_info
 from ._linear import QuantLinear, w8a8_matmul, w8a8_matvec
-from ._metrics import quantization_mae
+from ._metrics import ErrorMetrics, error_metrics, quantization_mae
 from ._quantize import (
     compute_scale,
     dynamic_quantize,
     dynamic_quantize_int4,
     dynamic_quantize_int8,
     dynamic_quantize_int8_per_row,
+    dynamic_quantize_linear,
 )
-from ._smooth import SmoothQuantConfig, compute_smooth_factors, smooth_activations, smooth_weights
+from ._smooth import (
+    SmoothQuantConfig,
+    compute_smooth_factors,
+    hadamard_transform,
+    smooth_activations,
+    smooth_weights,
+)
 from ._tensor import DynamicScaleMode, DynQuantFormat, DynQuantTensor, MaxAbs, Percentile
 from .errors import (
     DTypeError,
@@ -37,6 +44,7 @@ __all__ = [
     "DynQuantTensor",
     "DynamicScaleMode",
     "EmptyInputError",
+    "ErrorMetrics",
     "FeatureDimMismatchError",
     "InvalidAlphaError",
     "InvalidPercentileError",
@@ -55,6 +63,9 @@ __all__ = [
     "dynamic_quantize_int4",
     "dynamic_quantize_int8",
     "dynamic_quantize_int8_per_row",
+    "dynamic_quantize_linear",
+    "error_metrics",
+    "hadamard_transform",
     "quantization_mae",
     "simd_info",
     "smooth_activations",

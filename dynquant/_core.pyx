@@ -311,6 +311,33 @@ def quantize_rows(FloatRows x not None, float[::1] scales not None, int clip, Py
     return finite
 
 
+def min_max(FloatRows x not None):
+    """(min, max) of all elements, which are finite, and 0."""
+    cdef float scratch[BLOCK]
+    cdef Py_ssize_t start = 0, n
+    cdef Floats flat = x.flat()
+    cdef float least = 0, most = 0
+    with nogil:
+        while start < flat.n:
+            n = block_len(start, flat.n)
+            kernels.min_max_row_f32(block_of(&flat, start, n, scratch), &least, &most, n)
+            start += n
+    return least, most
+
+
+def quantize_u8(FloatRows x not None, float scale, int zero_point, uint8_t[::1] codes not None):
+    """codes = clip(round half even (x / scale) + zero_point, 0, 255)."""
+    cdef float scratch[BLOCK]
+    cdef Py_ssize_t start = 0, n
+    cdef Floats flat = x.flat()
+    with nogil:
+        while start < flat.n:
+            n = block_len(start, flat.n)
+            kernels.quantize_row_f32_u8(block_of(&flat, start, n, scratch), scale, zero_point,
+                                        &codes[start], n)
+            start += n
+
+
 # Values start .. start + n of one row of codes, n <= BLOCK.
 cdef inline void value_block(const int8_t* codes, float scale, bint packed, Py_ssize_t start, float* out,
                              Py_ssize_t n) noexcept nogil:
@@ -337,16 +364,13 @@ def dequantize_rows(const int8_t[::1] codes not None, const float[::1] scales no
                 start += n
 
 
-def sum_abs_error(FloatRows x not None, const int8_t[::1] codes not None, const float[::1] scales not None,
-                  bint packed):
-    """Sum of |x - codes * scales| over all elements, in double."""
+def error_sums(FloatRows x not None, const int8_t[::1] codes not None, const float[::1] scales not None,
+               bint packed, bint per_row, double[:, ::1] sums not None):
+    """The sums of stats.pxi for x against codes * scales, added to sums[r] for row r or all to sums[0]."""
     cdef float value[BLOCK]
     cdef float scratch[BLOCK]
     cdef Py_ssize_t r, start, n, row_bytes = bytes_of_row(x.k, packed)
     cdef Floats row
-    cdef double total = 0
-    if x.k == 0:
-        return total
     with nogil:
         for r in range(x.m):
             row = x.row(r)
@@ -354,9 +378,28 @@ def sum_abs_error(FloatRows x not None, const int8_t[::1] codes not None, const 
             while start < x.k:
                 n = block_len(start, x.k)
                 value_block(&codes[r * row_bytes], scales[r], packed, start, value, n)
-                total += kernels.abs_error_row_f32_f64(block_of(&row, start, n, scratch), value, n)
+                kernels.error_sums_row_f32_f64(block_of(&row, start, n, scratch), value,
+                                               &sums[r if per_row else 0, 0], n)
                 start += n
-    return total
+
+
+def error_sums_of(FloatRows x not None, FloatRows values not None, bint per_row,
+                  double[:, ::1] sums not None):
+    """The same for x against floats."""
+    cdef float value[BLOCK]
+    cdef float scratch[BLOCK]
+    cdef Py_ssize_t r, start, n
+    cdef Floats row, value_row
+    with nogil:
+        for r in range(x.m):
+            row, value_row = x.row(r), values.row(r)
+            start = 0
+            while start < x.k:
+                n = block_len(start, x.k)
+                kernels.error_sums_row_f32_f64(block_of(&row, start, n, scratch),
+                                               block_of(&value_row, start, n, value),
+                                               &sums[r if per_row else 0, 0], n)
+                start += n
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -426,6 +469,19 @@ def scale_columns(FloatRows x not None, const float[::1] factors not None, bint 
                 else:
                     kernels.multiply_row_f32(block, &factors[start], &out[r, start], n)
                 start += n
+
+
+def hadamard(float[:, ::1] x not None, Py_ssize_t block):
+    """Transform every run of `block` elements of every row, in place."""
+    cdef Py_ssize_t r, start
+    if x.shape[1] == 0:
+        return
+    with nogil:
+        for r in range(x.shape[0]):
+            start = 0
+            while start < x.shape[1]:
+                kernels.hadamard_row_f32(&x[r, start], block)
+                start += block
 
 
 def all_finite(FloatRows x not None):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from . import _core
 from ._tensor import DynQuantTensor, as_run
@@ -10,7 +14,84 @@ from ._validate import as_floats, check_finite, float_rows
 from .errors import ParameterError, ShapeMismatchError
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
+    from numpy.typing import ArrayLike, NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class ErrorMetrics:
+    """How far an approximation is from what it stands for; floats, or arrays with one element a row.
+
+    Attributes
+    ----------
+    mae : float
+        Mean of ``|x - value|``.
+    mse : float
+        Mean of ``(x - value)**2``.
+    max_abs : float
+        Largest ``|x - value|``.
+    sqnr_db : float
+        ``10 log10(sum x**2 / sum (x - value)**2)``: power of the original over power of the error, in
+        decibels. inf without error, nan if the original is zero too.
+    cosine : float
+        Cosine of the angle between the two. nan if either is zero.
+    """
+
+    mae: Any
+    mse: Any
+    max_abs: Any
+    sqnr_db: Any
+    cosine: Any
+
+
+def error_metrics(
+    original: ArrayLike, quantized: DynQuantTensor | ArrayLike, *, per_row: bool = False
+) -> ErrorMetrics:
+    """Five measures of what quantising cost, in one pass.
+
+    Parameters
+    ----------
+    original : array_like of floats, any shape
+        What was quantised, or the exact output of a layer.
+    quantized : DynQuantTensor or array_like of floats
+        Of the same shape.
+    per_row : bool
+        One value for each row along the last axis, of shape ``original.shape[:-1]``.
+
+    Returns
+    -------
+    ErrorMetrics
+        All nan, max_abs 0, for empty input.
+
+    Raises
+    ------
+    ShapeMismatchError
+        If the shapes differ, or `per_row` and there is no axis.
+    DTypeError, NonFiniteError
+        If an array does not hold floats, or holds NaN or infinity.
+
+    Notes
+    -----
+    Differences, squares and sums are float64; a tensor is never dequantised whole.
+
+    Examples
+    --------
+    >>> metrics = error_metrics([3.0, 4.0], [3.0, 5.0])
+    >>> metrics.mae, metrics.mse, metrics.max_abs, round(metrics.sqnr_db, 2)
+    (0.5, 0.5, 1.0, 13.98)
+    """
+    array, sums, k = _error_sums(original, quantized, per_row)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        abs_sum, square_sum, power, value_power, product, most = sums.T
+        metrics = (
+            abs_sum / np.float64(k),
+            square_sum / np.float64(k),
+            most,
+            10 * np.log10(power / square_sum),
+            product / np.sqrt(power * value_power),
+        )
+    if per_row:
+        return ErrorMetrics(*(m.reshape(array.shape[:-1]) for m in metrics))
+    return ErrorMetrics(*(float(m[0]) for m in metrics))
 
 
 def quantization_mae(original: ArrayLike, quantized: DynQuantTensor) -> float:
@@ -40,7 +121,7 @@ def quantization_mae(original: ArrayLike, quantized: DynQuantTensor) -> float:
 
     Notes
     -----
-    One pass; the dequantised tensor is never held whole.
+    One pass; the dequantised tensor is never held whole. `error_metrics` gives more.
 
     Examples
     --------
@@ -51,12 +132,37 @@ def quantization_mae(original: ArrayLike, quantized: DynQuantTensor) -> float:
     """
     if not isinstance(quantized, DynQuantTensor):
         raise ParameterError(f"quantized: expected a DynQuantTensor, got {type(quantized).__name__}")
+    array, sums, _ = _error_sums(original, quantized, per_row=False)
+    return float(sums[0, 0]) / array.size if array.size else 0.0
+
+
+def _error_sums(
+    original: ArrayLike, quantized: DynQuantTensor | ArrayLike, per_row: bool
+) -> tuple[NDArray[Any], NDArray[np.float64], int]:
+    """The original, the sums of kernels/stats.pxi, (rows or 1, 6), and how many elements each is over."""
     array = as_floats(original, "original")
-    if array.shape != quantized.shape:
-        raise ShapeMismatchError(quantized.shape, array.shape, "original")
-    if array.size == 0:
-        return 0.0
+    if isinstance(quantized, DynQuantTensor) and per_row and quantized.format.granularity == "per_tensor":
+        quantized = quantized.dequantize()
+    if not isinstance(quantized, DynQuantTensor):
+        quantized = as_floats(quantized, "quantized")
+    shape = quantized.shape
+    if array.shape != shape:
+        raise ShapeMismatchError(shape, array.shape, "original")
+    if per_row and not shape:
+        raise ShapeMismatchError("(..., k)", shape, "original")
     check_finite(array, "original")
-    m, k = quantized.format.rows_of(quantized.shape)
-    codes, scales = as_run(quantized.data), as_run(quantized.scales)
-    return _core.sum_abs_error(float_rows(array, m, k), codes, scales, quantized.format.packed) / array.size
+    if isinstance(quantized, DynQuantTensor):
+        m, k = quantized.format.rows_of(shape)
+    else:
+        m, k = (math.prod(shape[:-1]), shape[-1]) if per_row else (1, array.size)
+    sums = np.zeros((m if per_row else 1, 6))
+    rows = float_rows(array, m, k)
+    if isinstance(quantized, DynQuantTensor):
+        codes, scales = as_run(quantized.data), as_run(quantized.scales)
+        if array.size:
+            _core.error_sums(rows, codes, scales, quantized.format.packed, per_row, sums)
+    else:
+        check_finite(quantized, "quantized")
+        if array.size:
+            _core.error_sums_of(rows, float_rows(quantized, m, k), per_row, sums)
+    return array, sums, k if per_row else array.size

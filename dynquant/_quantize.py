@@ -26,6 +26,7 @@ from ._validate import (
     as_clip,
     as_floats,
     as_thread_count,
+    check_finite,
     checked_out,
     float_rows,
     raise_non_finite,
@@ -196,6 +197,54 @@ def dynamic_quantize(
     if not isinstance(format, DynQuantFormat):
         raise ParameterError(f"format: expected a DynQuantFormat, got {format!r}")
     return quantize_named(x, packed_format(format, packed), mode, out, as_thread_count(num_threads))
+
+
+def dynamic_quantize_linear(x: ArrayLike) -> tuple[NDArray[np.uint8], np.float32, np.uint8]:
+    """The ONNX operator DynamicQuantizeLinear: uint8 codes, asymmetric, one scale for all of `x`.
+
+    Parameters
+    ----------
+    x : array_like of floats, any shape
+
+    Returns
+    -------
+    y : ndarray of uint8, shape of `x`
+        ``clip(rint(x / scale) + zero_point, 0, 255)``, halves to even.
+    scale : float32
+        ``(max(0, max x) - min(0, min x)) / 255``; 1 where that is 0.
+    zero_point : uint8
+        ``rint(clip(-min(0, min x) / scale, 0, 255))``. A code stands for ``(y - zero_point) * scale``.
+
+    Raises
+    ------
+    DTypeError, NonFiniteError
+        If `x` does not hold floats, or holds NaN or infinity.
+    ParameterError
+        If the range of `x` is beyond float32.
+
+    Notes
+    -----
+    Operator DynamicQuantizeLinear-11 of the ONNX standard, bit for bit as ONNX Runtime computes it.
+
+    Examples
+    --------
+    >>> y, scale, zero_point = dynamic_quantize_linear([0.0, 2.0, -3.0, -2.5, 1.34, 0.5])
+    >>> y.tolist(), int(zero_point)
+    ([153, 255, 0, 26, 221, 179], 153)
+    """
+    array = as_floats(x, "x")
+    check_finite(array, "x")
+    rows = float_rows(array, 1, array.size)
+    least, most = (np.float32(bound) for bound in _core.min_max(rows))
+    with np.errstate(over="ignore", under="ignore"):
+        scale = (most - least) / np.float32(255)
+    if not np.isfinite(scale):
+        raise ParameterError(f"x: expected a range within float32, got {least} to {most}")
+    scale = scale if scale > 0 else np.float32(1)
+    zero_point = np.rint(np.clip(-least / scale, np.float32(0), np.float32(255))).astype(np.uint8)
+    y = empty(array.shape, U8)
+    _core.quantize_u8(rows, float(scale), int(zero_point), y.reshape(-1))
+    return y, scale, zero_point
 
 
 def _rank(mode: DynamicScaleMode, n: int) -> int:

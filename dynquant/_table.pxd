@@ -17,6 +17,8 @@ ctypedef struct Kernels:
     # quantize.pxi
     void (*quantize_row_f32_s8)(const float* x, float scale, int32_t clip, bint stream, int8_t* codes,
                                 Py_ssize_t n) noexcept nogil
+    void (*quantize_row_f32_u8)(const float* x, float scale, int32_t zero_point, uint8_t* codes,
+                                Py_ssize_t n) noexcept nogil
     void (*pack_row_s8_s4)(const int8_t* codes, uint8_t* packed, Py_ssize_t n) noexcept nogil
     # dequantize.pxi
     void (*dequantize_row_s8_f32)(const int8_t* codes, float scale, float* out, Py_ssize_t n) noexcept nogil
@@ -45,4 +47,7 @@ ctypedef struct Kernels:
     void (*min_max_row_f32)(const float* x, float* least, float* most, Py_ssize_t n) noexcept nogil
     double (*sum_row_f32_f64)(const float* x, Py_ssize_t n) noexcept nogil
     double (*square_deviation_row_f32_f64)(const float* x, double mean, Py_ssize_t n) noexcept nogil
-    double (*abs_error_row_f32_f64)(const float* x, const float* value, Py_ssize_t n) noexcept nogil
+    void (*error_sums_row_f32_f64)(const float* x, const float* value, double* sums,
+                                   Py_ssize_t n) noexcept nogil
+    # hadamard.pxi
+    void (*hadamard_row_f32)(float* x, Py_ssize_t n) noexcept nogil

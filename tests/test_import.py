@@ -204,6 +204,9 @@ def test_signatures():
         "smooth_weights": "weights, factors, *, out=None",
         "w8a8_matvec": "weight_i8, weight_scales, activation, *, out=None",
         "w8a8_matmul": "weight_i8, weight_scales, activations, bias=None, *, out=None, num_threads=1",
+        "dynamic_quantize_linear": "x",
+        "error_metrics": "original, quantized, *, per_row=False",
+        "hadamard_transform": "x, *, block_size=None, out=None",
         "simd_info": "",
     }
     functions = {name: value for name, value in public().items() if inspect.isfunction(value)}

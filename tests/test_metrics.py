@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
+import dynquant
 from dynquant import DynQuantFormat, DynQuantTensor, Percentile, dynamic_quantize, quantization_mae
 
 FORMATS = [
@@ -84,3 +85,71 @@ def test_any_matrix(x, fmt):
     q = dynamic_quantize(x, fmt)
     assert quantization_mae(x, q) == pytest.approx(reference.mae(x, q.dequantize()), **SAME)
     assert x.tobytes() == before
+
+
+# error_metrics
+
+
+def expected_metrics(x, values):
+    x, values = np.asarray(x, np.float64), np.asarray(values, np.float64)
+    d = x - values
+    power, error = (x**2).sum(-1), (d**2).sum(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {
+            "mae": np.abs(d).mean(-1),
+            "mse": (d**2).mean(-1),
+            "max_abs": np.abs(d).max(-1),
+            "sqnr_db": 10 * np.log10(power / error),
+            "cosine": (x * values).sum(-1) / np.sqrt(power * (values**2).sum(-1)),
+        }
+
+
+def assert_metrics(metrics, expected):
+    for name, value in expected.items():
+        np.testing.assert_allclose(getattr(metrics, name), value, rtol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [(1,), (37,), (3, 50), (2, 3, 4097)])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_row"])
+def test_error_metrics(shape, packed, per_row, granularity, isa):
+    if granularity == "per_row" and len(shape) < 2:
+        shape = (1, *shape)
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    t = dynquant.dynamic_quantize(x, dynquant.DynQuantFormat(4, granularity), packed=packed)
+    values = t.dequantize()
+    expected = expected_metrics(*((x, values) if per_row else (x.ravel(), values.ravel())))
+    assert_metrics(dynquant.error_metrics(x, t, per_row=per_row), expected)
+    metrics = dynquant.error_metrics(x, values.astype(np.float64), per_row=per_row)
+    assert_metrics(metrics, expected)
+    assert np.shape(metrics.mae) == (shape[:-1] if per_row else ())
+
+
+def test_error_metrics_without_error_and_without_signal():
+    exact = dynquant.error_metrics([1.0, -2.0], [1.0, -2.0])
+    assert (exact.mae, exact.mse, exact.max_abs, exact.sqnr_db) == (0, 0, 0, np.inf)
+    assert exact.cosine == pytest.approx(1)
+    nothing = dynquant.error_metrics(np.zeros(4), np.zeros(4))
+    assert np.isnan([nothing.sqnr_db, nothing.cosine]).all()
+    empty = dynquant.error_metrics(np.zeros(0), np.zeros(0))
+    assert empty.max_abs == 0
+    assert np.isnan([empty.mae, empty.mse, empty.sqnr_db, empty.cosine]).all()
+    assert dynquant.error_metrics(np.zeros((0, 3)), np.zeros((0, 3)), per_row=True).mae.shape == (0,)
+
+
+def test_error_metrics_does_not_overflow_float32():
+    metrics = dynquant.error_metrics(np.full(3, 3e38, np.float32), np.full(3, -3e38, np.float32))
+    assert metrics.max_abs == pytest.approx(6e38)
+    assert metrics.cosine == pytest.approx(-1)
+
+
+def test_error_metrics_errors():
+    with pytest.raises(dynquant.ShapeMismatchError, match="original"):
+        dynquant.error_metrics(np.ones(3), np.ones(4))
+    with pytest.raises(dynquant.ShapeMismatchError, match="original"):
+        dynquant.error_metrics(1.0, 2.0, per_row=True)
+    with pytest.raises(dynquant.DTypeError, match="quantized"):
+        dynquant.error_metrics(np.ones(3), np.ones(3, int))
+    with pytest.raises(dynquant.NonFiniteError, match="quantized"):
+        dynquant.error_metrics(np.ones(3), [1, np.nan, 2])

@@ -30,7 +30,7 @@ FORMATS = {
     "packed per tensor": DynQuantFormat(4, "per_tensor", packed=True),
     "packed per row": DynQuantFormat(4, "per_row", packed=True),
 }
-PERCENTILES = (None, 1e-6, 0.001, 0.25, 0.5, 0.99, 0.999, 1.0)
+PERCENTILES = (None, 1e-6, 0.001, 0.07, 0.25, 0.5, 0.99, 0.999, 1.0)
 # A block of the kernels is 4096 floats and a run 2**18.
 BLOCK, RUN = 4096, 1 << 18
 
@@ -239,10 +239,12 @@ def test_rank(p, n):
         (0.99, 100, 98),
         (1.0, 1, 0),
         (1e-300, 10, 0),
-        # float32(0.1) is above 0.1, but its product with 10 rounds to 1.
-        (0.1, 10, 0),
-        # In float32 the product rounds to 2**24, one more than in float64.
-        ((2**24 - 1.4) / 2**24, 2**24, 2**24 - 2),
+        # The float64 product is a little above 7, and would give 7.
+        (0.07, 100, 6),
+        # The float32 product is a little above 30, the float64 one is 30.
+        (0.3, 100, 30),
+        # float32 rounds the product to the even neighbour below.
+        ((2**24 - 1.6) / 2**24, 2**24, 2**24 - 3),
         # Above 2**24 elements ranks are told apart only by float64.
         (1 - 3 / (2**24 + 8), 2**24 + 8, 2**24 + 4),
         (1.0, 2**40, 2**40 - 1),

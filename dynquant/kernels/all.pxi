@@ -1,7 +1,7 @@
 # The row kernels of one instruction set: which one is decided by the flags that the including module is
 # compiled with. Nothing here allocates, touches a Python object or fails.
 from cpython.pycapsule cimport PyCapsule_New
-from libc.math cimport copysignf, fabs
+from libc.math cimport copysignf, fabs, sqrt
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
 
@@ -10,6 +10,7 @@ from dynquant._table cimport Kernels
 
 cdef extern from "kernels/simd.h" nogil:
     enum: DQ_STEP
+    float DQ_MAGIC
     enum: DQ_DOT_STEP
     enum: DQ_WIDEN_STEP
     ctypedef struct dq_acc:
@@ -57,6 +58,7 @@ include "smooth.pxi"
 include "dot.pxi"
 include "gemm.pxi"
 include "stats.pxi"
+include "hadamard.pxi"
 
 
 cdef Kernels kernels
@@ -68,6 +70,7 @@ kernels.count_below_f32 = count_below_f32
 kernels.count_top_bits_f32 = count_top_bits_f32
 kernels.count_next_bits_f32 = count_next_bits_f32
 kernels.quantize_row_f32_s8 = quantize_row_f32_s8
+kernels.quantize_row_f32_u8 = quantize_row_f32_u8
 kernels.pack_row_s8_s4 = pack_row_s8_s4
 kernels.dequantize_row_s8_f32 = dequantize_row_s8_f32
 kernels.unpack_row_s4_s8 = unpack_row_s4_s8
@@ -87,6 +90,7 @@ kernels.gemm_panel_s8s8_f32 = gemm_panel_s8s8_f32
 kernels.min_max_row_f32 = min_max_row_f32
 kernels.sum_row_f32_f64 = sum_row_f32_f64
 kernels.square_deviation_row_f32_f64 = square_deviation_row_f32_f64
-kernels.abs_error_row_f32_f64 = abs_error_row_f32_f64
+kernels.error_sums_row_f32_f64 = error_sums_row_f32_f64
+kernels.hadamard_row_f32 = hadamard_row_f32
 
 table = PyCapsule_New(&kernels, "dynquant._table.Kernels", NULL)

@@ -97,7 +97,8 @@ cdef void pack_activation_s8(const int8_t* codes, uint8_t* a, Py_ssize_t n) noex
 
 # sums (PANEL,) = one block of a panel times one row of activations. No int32 wraps: a sum is at most
 # 2**16 * 128 * 255 = 2,139,095,040 < 2**31 before the excess comes off.
-cdef inline void tile_1(const int8_t* block, const uint8_t* a, int32_t* sums, Py_ssize_t steps) noexcept nogil:
+cdef inline void tile_1(const int8_t* block, const uint8_t* a, int32_t* sums,
+                        Py_ssize_t steps) noexcept nogil:
     cdef dq_sums s0 = dq_sums_zero(), s1 = s0
     cdef dq_spread_act k
     cdef Py_ssize_t i
@@ -150,13 +151,13 @@ cdef inline void tile_4(const int8_t* block, const uint8_t* a0, const uint8_t* a
 
 # sums (rows, PANEL) for rows <= 4 rows of a, `stride` bytes apart; two and three rows take the tile of four,
 # with the last row repeated.
-cdef inline void tile(const int8_t* block, const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows, int32_t* sums,
-                      Py_ssize_t steps) noexcept nogil:
+cdef inline void tile(const int8_t* block, const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows,
+                      int32_t* sums, Py_ssize_t steps) noexcept nogil:
     if rows == 1:
         tile_1(block, a, sums, steps)
     else:
-        tile_4(block, a, a + stride, a + (rows - 1 if rows < 3 else 2) * stride, a + (rows - 1) * stride, sums,
-               steps)
+        tile_4(block, a, a + stride, a + (rows - 1 if rows < 3 else 2) * stride, a + (rows - 1) * stride,
+               sums, steps)
 
 
 # out[c] = float32(sum[c]) * w_scales[c] * a_scale + bias[c], in that order; no bias where it is NULL.

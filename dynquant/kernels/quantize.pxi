@@ -56,6 +56,19 @@ cdef void quantize_row_f32_s8(const float* x, float scale, int32_t clip, bint st
     divide_round_row(x + i, scale, clip, codes + i, n - i)
 
 
+# codes = clip(round half even (x / scale) + zero_point, 0, 255), as ONNX DynamicQuantizeLinear has it.
+# The bounds are integers, so the quotient may be clipped before it is rounded; adding DQ_MAGIC rounds it.
+cdef void quantize_row_f32_u8(const float* x, float scale, int32_t zero_point, uint8_t* codes,
+                              Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef float v, least = -zero_point, most = 255 - zero_point
+    for i in range(n):
+        v = x[i] / scale
+        v = least if v < least else v
+        v = most if v > most else v
+        codes[i] = <uint8_t> ((dq_bits(v + <float> DQ_MAGIC) + zero_point) & 0xFF)
+
+
 # codes (n,) in [-8, 7] -> packed (ceil(n / 2),): the even element in the low nibble, an odd last one alone.
 cdef void pack_row_s8_s4(const int8_t* codes, uint8_t* packed, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
