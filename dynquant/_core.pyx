@@ -364,6 +364,26 @@ def dequantize_rows(const int8_t[::1] codes not None, const float[::1] scales no
                 start += n
 
 
+def sum_abs_error(FloatRows x not None, const int8_t[::1] codes not None, const float[::1] scales not None,
+                  bint packed):
+    """Sum of |x - codes * scales| over all elements, in double."""
+    cdef float value[BLOCK]
+    cdef float scratch[BLOCK]
+    cdef Py_ssize_t r, start, n, row_bytes = bytes_of_row(x.k, packed)
+    cdef Floats row
+    cdef double total = 0
+    with nogil:
+        for r in range(x.m):
+            row = x.row(r)
+            start = 0
+            while start < x.k:
+                n = block_len(start, x.k)
+                value_block(&codes[r * row_bytes], scales[r], packed, start, value, n)
+                total += kernels.abs_error_row_f32_f64(block_of(&row, start, n, scratch), value, n)
+                start += n
+    return total
+
+
 def error_sums(FloatRows x not None, const int8_t[::1] codes not None, const float[::1] scales not None,
                bint packed, bint per_row, double[:, ::1] sums not None):
     """The sums of stats.pxi for x against codes * scales, added to sums[r] for row r or all to sums[0]."""

@@ -132,25 +132,34 @@ def quantization_mae(original: ArrayLike, quantized: DynQuantTensor) -> float:
     """
     if not isinstance(quantized, DynQuantTensor):
         raise ParameterError(f"quantized: expected a DynQuantTensor, got {type(quantized).__name__}")
-    array, sums, _ = _error_sums(original, quantized, per_row=False)
-    return float(sums[0, 0]) / array.size if array.size else 0.0
+    array = _checked_original(original, quantized.shape)
+    if array.size == 0:
+        return 0.0
+    rows = float_rows(array, *quantized.format.rows_of(quantized.shape))
+    codes, scales = as_run(quantized.data), as_run(quantized.scales)
+    return _core.sum_abs_error(rows, codes, scales, quantized.format.packed) / array.size
+
+
+def _checked_original(original: ArrayLike, shape: tuple[int, ...]) -> NDArray[Any]:
+    array = as_floats(original, "original")
+    if array.shape != shape:
+        raise ShapeMismatchError(shape, array.shape, "original")
+    check_finite(array, "original")
+    return array
 
 
 def _error_sums(
     original: ArrayLike, quantized: DynQuantTensor | ArrayLike, per_row: bool
 ) -> tuple[NDArray[Any], NDArray[np.float64], int]:
     """The original, the sums of kernels/stats.pxi, (rows or 1, 6), and how many elements each is over."""
-    array = as_floats(original, "original")
     if isinstance(quantized, DynQuantTensor) and per_row and quantized.format.granularity == "per_tensor":
         quantized = quantized.dequantize()
     if not isinstance(quantized, DynQuantTensor):
         quantized = as_floats(quantized, "quantized")
     shape = quantized.shape
-    if array.shape != shape:
-        raise ShapeMismatchError(shape, array.shape, "original")
+    array = _checked_original(original, shape)
     if per_row and not shape:
         raise ShapeMismatchError("(..., k)", shape, "original")
-    check_finite(array, "original")
     if isinstance(quantized, DynQuantTensor):
         m, k = quantized.format.rows_of(shape)
     else:

@@ -47,6 +47,7 @@ ctypedef struct Kernels:
     void (*min_max_row_f32)(const float* x, float* least, float* most, Py_ssize_t n) noexcept nogil
     double (*sum_row_f32_f64)(const float* x, Py_ssize_t n) noexcept nogil
     double (*square_deviation_row_f32_f64)(const float* x, double mean, Py_ssize_t n) noexcept nogil
+    double (*abs_error_row_f32_f64)(const float* x, const float* value, Py_ssize_t n) noexcept nogil
     void (*error_sums_row_f32_f64)(const float* x, const float* value, double* sums,
                                    Py_ssize_t n) noexcept nogil
     # hadamard.pxi

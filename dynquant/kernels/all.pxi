@@ -90,6 +90,7 @@ kernels.gemm_panel_s8s8_f32 = gemm_panel_s8s8_f32
 kernels.min_max_row_f32 = min_max_row_f32
 kernels.sum_row_f32_f64 = sum_row_f32_f64
 kernels.square_deviation_row_f32_f64 = square_deviation_row_f32_f64
+kernels.abs_error_row_f32_f64 = abs_error_row_f32_f64
 kernels.error_sums_row_f32_f64 = error_sums_row_f32_f64
 kernels.hadamard_row_f32 = hadamard_row_f32
 

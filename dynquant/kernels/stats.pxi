@@ -58,6 +58,20 @@ cdef double square_deviation_row_f32_f64(const float* x, double mean, Py_ssize_t
     return add_lanes(lane)
 
 
+# Sum of |x[i] - value[i]|, the difference taken in double.
+cdef double abs_error_row_f32_f64(const float* x, const float* value, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i = 0, j
+    cdef double lane[LANES]
+    memset(lane, 0, sizeof(lane))
+    while i + LANES <= n:
+        for j in range(LANES):
+            lane[j] += fabs(<double> x[i + j] - value[i + j])
+        i += LANES
+    for j in range(n - i):
+        lane[j] += fabs(<double> x[i + j] - value[i + j])
+    return add_lanes(lane)
+
+
 # Adds to sums: |d|, d**2, x**2, value**2 and x * value, with d = x[i] - value[i] taken in double; sums[5]
 # becomes the largest |d| so far.
 cdef void error_sums_row_f32_f64(const float* x, const float* value, double* sums,
