@@ -462,7 +462,7 @@ def smooth_factors(const float[::1] act_amax not None, const float[::1] weight_a
             numerator = <float> pow(act_amax[j] + epsilon, alpha)
             denominator = <float> pow(weight_amax[j] + epsilon, 1.0 - alpha)
             numerator /= denominator
-            factors[j] = numerator if numerator > epsilon else epsilon
+            factors[j] = epsilon if numerator < epsilon else numerator
 
 
 def scale_columns(FloatRows x not None, const float[::1] factors not None, bint divide,

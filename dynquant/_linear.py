@@ -94,7 +94,7 @@ def w8a8_matvec(
         raise EmptyInputError(f"activation: expected at least one element, got shape {vector.shape}")
     if vector.shape != (k,):
         raise ShapeMismatchError((k,), vector.shape, "activation")
-    scales = _as_vector_of(n, weight_scales, "weight_scales")
+    scales = as_finite_vector(weight_scales, "weight_scales", n)
     if out is None:
         out = np.empty(n, F32)
     else:
@@ -158,8 +158,8 @@ def w8a8_matmul(
     """
     weight = as_int8_matrix(weight_i8, "weight_i8")
     n, k = weight.shape
-    scales = _as_vector_of(n, weight_scales, "weight_scales")
-    offset = None if bias is None else _as_vector_of(n, bias, "bias")
+    scales = as_finite_vector(weight_scales, "weight_scales", n)
+    offset = None if bias is None else as_finite_vector(bias, "bias", n)
     x = as_floats(activations, "activations")
     if x.ndim != 2 or x.shape[1] != k:
         raise ShapeMismatchError(("tokens", k), x.shape, "activations")
@@ -237,7 +237,7 @@ class QuantLinear:
         """
         w = as_matrix(weight, "weight", "(out_features, in_features)")
         n, k = w.shape
-        offset = None if bias is None else _as_vector_of(n, bias, "bias").copy()
+        offset = None if bias is None else as_finite_vector(bias, "bias", n).copy()
         factors = None if smooth is None else _as_factors(k, smooth).copy()
         check_finite(w, "weight")
         if factors is not None:
@@ -270,12 +270,12 @@ class QuantLinear:
         n, k = weight.shape
         if weight.size == 0:
             raise EmptyInputError(f"weight_i8: expected at least one element, got shape {weight.shape}")
-        scales = _as_vector_of(n, arrays["weight_scales"], "weight_scales").copy()
+        scales = as_finite_vector(arrays["weight_scales"], "weight_scales", n).copy()
         bias, smooth = arrays.get("bias"), arrays.get("smooth")
         return cls(
             weight,
             scales,
-            None if bias is None else _as_vector_of(n, bias, "bias").copy(),
+            None if bias is None else as_finite_vector(bias, "bias", n).copy(),
             None if smooth is None else _as_factors(k, smooth).copy(),
         )
 
@@ -348,13 +348,6 @@ class QuantLinear:
             f"QuantLinear(in_features={self.in_features}, out_features={self.out_features}, int8, "
             f"bias={self._bias is not None}, smooth={self._smooth is not None})"
         )
-
-
-def _as_vector_of(n: int, x: ArrayLike, name: str) -> NDArray[np.float32]:
-    vector = as_finite_vector(x, name)
-    if vector.shape != (n,):
-        raise ShapeMismatchError((n,), vector.shape, name)
-    return vector
 
 
 def _as_factors(k: int, smooth: ArrayLike) -> NDArray[np.float32]:

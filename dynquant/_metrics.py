@@ -80,7 +80,7 @@ def error_metrics(
     (0.5, 0.5, 1.0, 13.98)
     """
     array, sums, k = _error_sums(original, quantized, per_row)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         abs_sum, square_sum, power, value_power, product, most = sums.T
         metrics = (
             abs_sum / np.float64(k),
@@ -100,7 +100,7 @@ def quantization_mae(original: ArrayLike, quantized: DynQuantTensor) -> float:
     Parameters
     ----------
     original : array_like of floats
-        What was quantised.
+        What was quantised; float64 is rounded to float32 first, as in quantising.
     quantized : DynQuantTensor
         Of the same shape.
 

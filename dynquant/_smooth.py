@@ -120,6 +120,8 @@ def compute_smooth_factors(
     act_amax, weight_amax = _column_amax(a, "activations"), _column_amax(w, "weights")
     factors = np.empty(a.shape[1], F32)
     _core.smooth_factors(act_amax, weight_amax, config.alpha, config.epsilon, factors)
+    if not np.isfinite(factors).all():
+        raise ParameterError(f"config: expected factors within float32, got {factors.max()} with {config}")
     return factors
 
 

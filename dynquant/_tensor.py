@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+import operator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -78,11 +80,6 @@ class DynQuantFormat:
     packed : bool
         Two 4-bit codes to a byte, the even element in the low nibble. Only with ``bits=4``.
 
-    Attributes
-    ----------
-    clip : int
-        The largest code: 127 or 7.
-
     Raises
     ------
     ParameterError
@@ -94,24 +91,27 @@ class DynQuantFormat:
     group_size: int | None = None
     packed: bool = False
 
-    # The largest code; an attribute and not a property because every call asks for it.
-    clip: int = field(init=False, repr=False, compare=False)
-
     INT8_PER_TENSOR: ClassVar[DynQuantFormat]
     INT8_PER_ROW: ClassVar[DynQuantFormat]
     INT4_PER_TENSOR: ClassVar[DynQuantFormat]
     INT4_PER_ROW: ClassVar[DynQuantFormat]
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
+        if type(self.bits) is not int or self.bits not in (4, 8):
             raise ParameterError(f"bits: expected 4 or 8, got {self.bits!r}")
+        if type(self.packed) is not bool:
+            raise ParameterError(f"packed: expected a bool, got {self.packed!r}")
         if self.granularity not in ("per_tensor", "per_row"):
             raise ParameterError(f"granularity: expected 'per_tensor' or 'per_row', got {self.granularity!r}")
         if self.group_size is not None:
             raise ParameterError(f"group_size: expected None, got {self.group_size!r}")
         if self.packed and self.bits != 4:
             raise ParameterError(f"packed: expected False for {self.bits}-bit codes, got {self.packed!r}")
-        object.__setattr__(self, "clip", 127 if self.bits == 8 else 7)
+
+    @cached_property
+    def clip(self) -> int:
+        """The largest code: 127 or 7."""
+        return 127 if self.bits == 8 else 7
 
     def rows_of(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """(m, k): how many scales a tensor of `shape` has, and how many elements share each."""
@@ -142,7 +142,7 @@ DynQuantFormat.INT4_PER_TENSOR = DynQuantFormat(4, "per_tensor")
 DynQuantFormat.INT4_PER_ROW = DynQuantFormat(4, "per_row")
 
 
-@dataclass(frozen=True, eq=False, repr=False, slots=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class DynQuantTensor:
     """Codes with what it takes to turn them back into floats.
 
@@ -164,8 +164,10 @@ class DynQuantTensor:
     DTypeError, ShapeMismatchError
         If an array does not fit `shape` and `format`.
     ParameterError
-        If `zero_points` is not None.
+        If `zero_points` is not None, or `shape` or `format` are not what they should be.
     """
+
+    __slots__ = ("__weakref__", "data", "format", "scales", "shape", "zero_points")
 
     data: NDArray[Any]
     scales: NDArray[np.float32]
@@ -174,13 +176,18 @@ class DynQuantTensor:
     format: DynQuantFormat
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(self.shape))
+        if not isinstance(self.format, DynQuantFormat):
+            raise ParameterError(f"format: expected a DynQuantFormat, got {self.format!r}")
+        object.__setattr__(self, "shape", _as_shape(self.shape))
         if self.zero_points is not None:
             raise ParameterError(f"zero_points: expected None, got {type(self.zero_points).__name__}")
         if self.format.granularity == "per_row" and not self.shape:
             raise ShapeMismatchError("(..., k)", self.shape, "shape")
         _check_field(self.data, "data", self.format.data_shape(self.shape), self.format.data_dtype)
         _check_field(self.scales, "scales", self.format.scales_shape(self.shape), F32)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.data, self.scales, self.zero_points, self.shape, self.format)
 
     @property
     def element_count(self) -> int:
@@ -252,6 +259,16 @@ def tensor_of_checked(
     return tensor
 
 
+def _as_shape(shape: Any) -> tuple[int, ...]:
+    try:
+        lengths = tuple(operator.index(length) for length in shape)
+    except TypeError as error:
+        raise ParameterError(f"shape: expected a tuple of ints, got {shape!r}") from error
+    if any(length < 0 for length in lengths):
+        raise ParameterError(f"shape: expected lengths >= 0, got {shape!r}")
+    return lengths
+
+
 def _check_field(array: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     if not isinstance(array, np.ndarray) or array.dtype != dtype:
         got = f"dtype {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
@@ -263,9 +280,13 @@ def _check_field(array: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[
 def as_run(array: NDArray[Any]) -> NDArray[Any]:
     """Codes or scales in one run, as the kernels take them: int8 for packed codes, a view where it can be."""
     run = np.ascontiguousarray(array).reshape(-1)
+    if not run.flags.aligned:
+        run = run.copy()
     return run.view(I8) if run.dtype == U8 else run
 
 
 def packed_format(format: DynQuantFormat, packed: bool) -> DynQuantFormat:
     """`format`, packed if either it or `packed` says so."""
-    return dataclasses.replace(format, packed=True) if packed and not format.packed else format
+    if packed is False or format.packed:
+        return format
+    return dataclasses.replace(format, packed=packed)

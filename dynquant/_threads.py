@@ -12,13 +12,14 @@ def over_rows(work: Callable[..., bool], args: tuple[Any, ...], m: int, num_thre
 
     `work` without ``first, end`` covers all of it. The caller's thread takes the first run; the others get a
     thread each, which has ended on return. Nothing outlives the call, so there is nothing to survive a fork
-    or to compete with other pools. Starting and joining a thread costs about 50 us.
+    or to compete with other pools. Where no more threads can be started the caller does their share. Starting
+    and joining a thread costs about 100 us.
 
     Returns
     -------
     bool
         Whether every call returned true. If any raised, the first run's exception is raised after every
-        thread has ended.
+        thread has ended; so is a KeyboardInterrupt that came while waiting.
     """
     if num_threads == 1 or m <= 1:
         return work(*args)
@@ -35,16 +36,30 @@ def _over_runs(work: Callable[..., bool], args: tuple[Any, ...], m: int, num_thr
         except BaseException as error:
             errors[i] = error
 
-    started: list[threading.Thread] = []
+    own = [0]
+    threads = [threading.Thread(target=run, args=(i,), name="dynquant") for i in range(1, num_threads)]
+    interrupts: list[BaseException] = []
     try:
-        for i in range(1, num_threads):
-            thread = threading.Thread(target=run, args=(i,), name="dynquant")
-            thread.start()
-            started.append(thread)
-        run(0)
+        for i, thread in enumerate(threads, 1):
+            try:
+                thread.start()
+            except (RuntimeError, MemoryError):  # no more threads to be had: the caller does their share
+                own.append(i)
+        for i in own:
+            run(i)
     finally:
-        for thread in started:
-            thread.join()
-    if errors:
-        raise errors[min(errors)]
+        interrupts = [error for thread in threads for error in _join(thread)]
+    if errors or interrupts:
+        raise errors[min(errors)] if errors else interrupts[0]
     return all(results.values())
+
+
+def _join(thread: threading.Thread) -> list[BaseException]:
+    """Wait until `thread` has ended, whatever interrupts the waiting; what did is returned."""
+    interrupts: list[BaseException] = []
+    while thread.is_alive():
+        try:
+            thread.join()
+        except BaseException as interrupt:
+            interrupts.append(interrupt)
+    return interrupts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import operator
+import numbers
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -31,6 +31,9 @@ U16 = np.dtype(np.uint16)
 # Numbers of the input formats in _core.pyx.
 _KIND_F32, _KIND_F16, _KIND_BF16 = 0, 1, 2
 
+# Elements looked at at once when the first bad one is searched, so that an error needs little memory.
+_SEARCH_BLOCK = 1 << 16
+
 
 def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
     # ml_dtypes' type, recognised without importing it.
@@ -39,8 +42,10 @@ def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
 
 def as_array(x: Any, name: str) -> NDArray[Any]:
     """`x` as an ndarray that shares its memory where it has any."""
-    if type(x) is np.ndarray:
+    if type(x) is ndarray:
         return x
+    if isinstance(x, ndarray) and hasattr(x, "mask"):
+        raise DTypeError(f"{name}: expected an array without a mask, got {type(x).__name__}; fill it first")
     try:
         return np.asarray(x)
     except (TypeError, ValueError) as error:
@@ -64,7 +69,7 @@ def as_floats(x: Any, name: str) -> NDArray[Any]:
     literal = isinstance(x, (list, tuple, int, float)) and dtype.kind in "iu"
     if not (dtype.kind == "f" or literal):
         raise DTypeError(f"{name}: expected a float array, got dtype {dtype}")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+    with np.errstate(all="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
         return array.astype(F32, "C")
 
 
@@ -77,10 +82,14 @@ def float_rows(array: NDArray[Any], m: int, k: int) -> FloatRows:
 
 
 def raise_non_finite(array: NDArray[Any], name: str) -> NoReturn:
-    """Raise for the first element of `array` that is NaN or infinite."""
+    """Raise for the first element of `array`, which has one, that is NaN or infinite."""
     flat = array.reshape(-1)
-    index = int(np.argmin(np.isfinite(flat)))
-    raise NonFiniteError(index, float(flat[index]), name)
+    for start in range(0, flat.size, _SEARCH_BLOCK):
+        finite = np.isfinite(flat[start : start + _SEARCH_BLOCK])
+        if not finite.all():
+            index = start + int(np.argmin(finite))
+            raise NonFiniteError(index, float(flat[index]), name)
+    raise AssertionError("every element is finite")
 
 
 def check_finite(array: NDArray[Any], name: str) -> None:
@@ -88,13 +97,13 @@ def check_finite(array: NDArray[Any], name: str) -> None:
         raise_non_finite(array, name)
 
 
-def as_finite_vector(x: Any, name: str) -> NDArray[Any]:
-    """`x` as a contiguous, finite float32 vector."""
+def as_finite_vector(x: Any, name: str, n: int | None = None) -> NDArray[Any]:
+    """`x` as a contiguous, finite float32 vector, of length `n` if that is given."""
     vector = as_floats(x, name)
     if vector.dtype is not F32:
         vector = vector.astype(F32)
-    if vector.ndim != 1:
-        raise ShapeMismatchError("(n,)", vector.shape, name)
+    if vector.ndim != 1 or n not in (None, vector.size):
+        raise ShapeMismatchError("(n,)" if n is None else (n,), vector.shape, name)
     check_finite(vector, name)
     return vector
 
@@ -160,30 +169,26 @@ def _apart_or_same(out: NDArray[Any], x: NDArray[Any]) -> bool:
 
 def as_number(value: Any, name: str) -> float:
     """`value` as a float; NaN passes, since it fails every range check that follows."""
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__float__"):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ParameterError(f"{name}: expected a real number, got {value!r}")
     try:
         return float(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ParameterError(f"{name}: expected a real number, got {value!r}") from error
+    except OverflowError as error:
+        raise ParameterError(f"{name}: expected a number within float64, got {value!r}") from error
 
 
 def as_thread_count(value: Any) -> int:
     """`value` as a number of threads, at least 1."""
     if type(value) is int and value >= 1:
         return value
-    try:
-        count = operator.index(value)
-    except TypeError as error:
-        raise ParameterError(f"num_threads: expected an int >= 1, got {value!r}") from error
-    if count < 1 or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ParameterError(f"num_threads: expected an int >= 1, got {value!r}")
-    return count
+    return int(value)
 
 
 def as_clip(value: Any) -> float:
     """`value` as the code that the largest magnitude maps to: finite, above zero, in float32."""
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         clip = float(np.float32(as_number(value, "clip_val")))
     if not (clip > 0 and math.isfinite(clip)):
         raise ParameterError(f"clip_val: expected a finite number above 0, got {value!r}")

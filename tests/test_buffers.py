@@ -10,6 +10,7 @@ import pytest
 import reference
 from common import F32, array_at, assert_same_bits, memory
 
+import dynquant
 from dynquant import (
     CalibStats,
     DTypeError,
@@ -486,3 +487,66 @@ def test_inputs_that_overlap_each_other():
     x = np.random.default_rng(0).uniform(1, 2, (4, 4)).astype(F32)
     assert_same_bits(smooth_activations(x, x[0]), x / x[0])
     assert_same_bits(compute_smooth_factors(x, x), compute_smooth_factors(x, x.copy()))
+
+
+@pytest.mark.parametrize("values", [[1e-310, 1.0], [1e-50, 1.0], [1e-40, 1.0]])
+def test_the_error_state_of_numpy_does_not_matter(values):
+    """float64 values that underflow in float32, or scales that do, raise nothing of NumPy's."""
+    with np.errstate(all="raise"):
+        assert dynquant.dynamic_quantize_int8(np.array(values)).data.tolist() == [0, 127]
+        assert dynquant.CalibStats.collect([np.array([1e-45], np.float32)]).max > 0
+        dynquant.dynamic_quantize_linear(np.array(values))
+        dynquant.error_metrics(np.array(values), np.array(values))
+
+
+def test_a_float64_beyond_float32_is_not_finite():
+    with pytest.raises(dynquant.NonFiniteError) as caught:
+        dynquant.compute_scale([1.0, 1e300], 127)
+    assert caught.value.index == 1
+
+
+def test_the_first_bad_element_of_a_large_array():
+    x = np.zeros(300_000, np.float32)
+    x[[200_000, 250_000]] = np.nan
+    with pytest.raises(dynquant.NonFiniteError) as caught:
+        dynquant.dynamic_quantize_int8(x)
+    assert caught.value.index == 200_000
+
+
+def test_masks_are_refused_not_dropped():
+    with pytest.raises(dynquant.DTypeError, match="mask"):
+        dynquant.compute_scale(np.ma.array([1.0, 1e9], mask=[False, True]), 127)
+
+
+@pytest.mark.parametrize("p", [0.5 + 0j, np.complex128(0.5), "0.5", np.str_("0.5"), np.array([0.5]), None])
+def test_a_percentile_is_a_real_number(p):
+    with pytest.raises(dynquant.InvalidPercentileError):
+        dynquant.Percentile(p)
+
+
+@pytest.mark.parametrize("num_threads", [True, np.True_, 1.0, "1", None, np.array([1])])
+def test_a_thread_count_is_an_integer(num_threads):
+    with pytest.raises(dynquant.ParameterError, match="num_threads"):
+        dynquant.dynamic_quantize_int8_per_row(np.ones((2, 2), np.float32), num_threads=num_threads)
+
+
+def test_a_scale_beyond_float32():
+    with pytest.raises(dynquant.ParameterError, match="clip_val"):
+        dynquant.compute_scale([3e38], 0.5)
+
+
+def test_factors_beyond_float32():
+    config = dynquant.SmoothQuantConfig(1.0, 3e38)
+    with pytest.raises(dynquant.ParameterError, match="within float32"):
+        dynquant.compute_smooth_factors(np.array([[3e38]], np.float32), [[1.0]], config)
+
+
+def test_an_iterator_may_fill_one_buffer_again_and_again():
+    def batches():
+        buffer = np.empty(1, np.float32)
+        for value in range(3):
+            buffer[:] = value
+            yield buffer
+
+    stats = dynquant.CalibStats.collect(batches())
+    assert (stats.min, stats.max, stats.mean, stats.p99) == (0, 2, 1, 2)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from dynquant import (
     DynQuantFormat,
     DynQuantTensor,
     MaxAbs,
+    ParameterError,
     Percentile,
     dynamic_quantize,
     dynamic_quantize_int4,
@@ -295,3 +297,53 @@ def test_tensors_compare_by_identity():
     assert q == q
     assert q != copy.copy(q)
     assert len({q, copy.copy(q)}) == 2
+
+
+def test_a_format_has_the_four_fields_and_no_more():
+    fmt = DynQuantFormat(4, "per_row", packed=True)
+    assert [field.name for field in dataclasses.fields(fmt)] == [
+        "bits",
+        "granularity",
+        "group_size",
+        "packed",
+    ]
+    assert DynQuantFormat(**dataclasses.asdict(fmt)) == fmt
+
+
+@pytest.mark.parametrize(
+    ("args", "name"),
+    [((8.0, "per_row"), "bits"), ((True, "per_row"), "bits"), ((4, "per_row", None, "yes"), "packed")],
+)
+def test_fields_of_the_wrong_type(args, name):
+    with pytest.raises(ParameterError, match=name):
+        DynQuantFormat(*args)
+
+
+@pytest.mark.parametrize("packed", ["no", 1, None, np.array([1, 0])])
+def test_packed_is_a_bool(packed):
+    with pytest.raises(ParameterError, match="packed"):
+        dynamic_quantize_int4([1.0], packed=packed)
+
+
+@pytest.mark.parametrize(
+    ("shape", "fmt", "name"),
+    [
+        ((3,), "x", "format"),
+        ((3,), None, "format"),
+        (3, DynQuantFormat.INT8_PER_TENSOR, "shape"),
+        (None, DynQuantFormat.INT8_PER_TENSOR, "shape"),
+        ((3.0,), DynQuantFormat.INT8_PER_TENSOR, "shape"),
+        ((-3,), DynQuantFormat.INT8_PER_TENSOR, "shape"),
+    ],
+)
+def test_a_tensor_of_wrong_shape_or_format(shape, fmt, name):
+    with pytest.raises(ParameterError, match=name):
+        DynQuantTensor(np.zeros(3, np.int8), np.zeros(1, np.float32), None, shape, fmt)
+
+
+def test_a_tensor_is_frozen_and_can_be_referred_to_weakly():
+    tensor = dynamic_quantize_int4([1.0, 2.0])
+    assert weakref.ref(tensor)() is tensor
+    for name in ("data", "shape", "anything"):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(tensor, name, 1)

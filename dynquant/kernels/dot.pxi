@@ -30,7 +30,7 @@ cdef inline int32_t dot_block(const int8_t* w, const int8_t* a, Py_ssize_t k) no
 
 # w (rows, k) in [-128, 127], a (k,) in [-127, 127] ->
 # out[r] = float32(w[r] . a) * w_scales[r] * a_scale, each sum the exact integer for every k.
-# |w[r] . a| passes 2**31 at k = 132,104 at the earliest: blocks are summed in int32 and added up in int64.
+# |w[r] . a| passes 2**31 at k = 132,105 at the earliest: blocks are summed in int32 and added up in int64.
 # The loop over rows is in here because a short row takes no longer than a call does.
 cdef void matvec_s8s8_f32(const int8_t* w, const float* w_scales, const int8_t* a, float a_scale, float* out,
                           Py_ssize_t rows, Py_ssize_t k) noexcept nogil:

@@ -6,8 +6,9 @@
    dot step        DQ_DOT_STEP products of int8 added to a vector of int32 sums. Left to itself gcc widens
                    to int16 and multiplies without adding pairs.
 
-   Each has a form in plain C that every compiler takes, and one for AVX2; the quantize step also one for
-   AVX-512. A form may differ from another in speed only, never in a bit of any result. */
+   sums step       DQ_DEPTH products for each of DQ_LANES outputs, the step of a matrix product.
+
+   Each has a form in plain C that every compiler takes, and forms for what instructions offer. A form may differ from another in speed only, never in a bit of any result. */
 #ifndef DQ_SIMD_H
 #define DQ_SIMD_H
 
@@ -33,28 +34,19 @@ static inline float dq_float(int32_t b) {
 }
 
 /* 1.5 * 2**23: added to y, |y| < 2**22, it leaves the integer nearest y (half to even) in the low bits of
-   the sum, in two's complement. The bits of the sum rise with y over the whole range of float, so that
-   clamping them as integers clamps y. */
+   the sum, in two's complement. As integers the bits of the sum rise with y as long as the sum is positive, and
+   are negative where it is not, so that clamping them clamps y. */
 #define DQ_MAGIC 12582912.0f
 #define DQ_MAGIC_BITS 0x4B400000
-
-/* Bits of x * r + DQ_MAGIC. Fused or not is free to differ between builds: quantize.pxi uses the answer
-   only where both of its bounds give the same integer. */
-static inline int32_t dq_biased(float x, float r) {
-#if defined(__AVX2__)
-    return dq_bits(fmaf(x, r, DQ_MAGIC));
-#else
-    return dq_bits(x * r + DQ_MAGIC);
-#endif
-}
 
 /* codes[i] = clamp(integer nearest x[i] * lo, -clip, clip) for DQ_STEP floats.
    Returns nonzero when x[i] * lo and x[i] * hi do not round to the same integer for some i; only where it
    returns zero are the codes meant.
    With `stream` the codes, then aligned to DQ_STEP, are written past the caches: a line that will not be
    read soon need not be read before it is written. dq_stream_end() must follow the last such step.
-   The vector forms clamp late, by saturating packs and in bytes. Taking off DQ_MAGIC_BITS wraps only where
-   the sum is negative, below -1.5 * 2**23, and there x * lo and x * hi are integers apart. */
+   Whether the product is rounded before the sum is free to differ between forms: the codes count only where
+   both bounds agree. The vector forms clamp late, by saturating packs and in bytes. Taking off DQ_MAGIC_BITS
+   wraps only where the sum is negative, x * lo below -1.5 * 2**23, and there x * hi is integers away. */
 #if defined(__AVX512BW__)
 
 #define DQ_STEP 64
@@ -114,8 +106,8 @@ static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t c
     int32_t differ = 0;
     (void)stream;
     for (int j = 0; j < DQ_STEP; j++) {
-        int32_t a = dq_biased(x[j], lo);
-        differ |= a ^ dq_biased(x[j], hi);
+        int32_t a = dq_bits(x[j] * lo + DQ_MAGIC);
+        differ |= a ^ dq_bits(x[j] * hi + DQ_MAGIC);
         a = a < DQ_MAGIC_BITS - clip ? DQ_MAGIC_BITS - clip : a;
         a = a > DQ_MAGIC_BITS + clip ? DQ_MAGIC_BITS + clip : a;
         codes[j] = (int8_t)(a & 0xFF);
