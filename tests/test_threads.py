@@ -23,6 +23,7 @@ from dynquant import (
     smooth_activations,
     w8a8_matvec,
 )
+from dynquant._threads import over_rows
 
 X = np.random.default_rng(0).standard_normal((53, 700)).astype(F32)
 FORMATS = [
@@ -92,21 +93,29 @@ def test_when_no_more_threads_can_be_started(monkeypatch):
 
 def test_an_interrupt_waits_for_the_threads(monkeypatch):
     """A KeyboardInterrupt while the caller waits is raised, but not before the others have ended."""
-    join, pending = threading.Thread.join, [KeyboardInterrupt(), KeyboardInterrupt()]
+    join, pending, release = (
+        threading.Thread.join,
+        [KeyboardInterrupt(), KeyboardInterrupt()],
+        threading.Event(),
+    )
+    ended = []
+
+    def work(first, end):
+        if first:
+            release.wait()
+            ended.append(first)
+        return True
 
     def interrupted(thread, timeout=None):
-        if thread.name == "dynquant" and pending:
+        if pending:
             raise pending.pop()
+        release.set()
         join(thread, timeout)
 
-    # Sorting the threads' work: theirs takes longer than the caller's, so that they are alive to be joined.
-    x = np.random.default_rng(0).standard_normal((2, 4_000_000)).astype(F32)
-    x[0] = 0
-    before = threading.active_count()
     monkeypatch.setattr(threading.Thread, "join", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        dynamic_quantize_int8_per_row(x, Percentile(0.5), num_threads=2)
-    assert threading.active_count() == before
+        over_rows(work, (), 4, 2)
+    assert ended == [2]
 
 
 def everything(x):
