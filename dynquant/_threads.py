@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import threading
 
 
 def over_rows(work: Callable[..., bool], args: tuple[Any, ...], m: int, num_threads: int) -> bool:
@@ -27,6 +29,8 @@ def over_rows(work: Callable[..., bool], args: tuple[Any, ...], m: int, num_thre
 
 
 def _over_runs(work: Callable[..., bool], args: tuple[Any, ...], m: int, num_threads: int) -> bool:
+    import threading  # here, because most programs never ask for threads and imports are to be short
+
     results: dict[int, bool] = {}
     errors: dict[int, BaseException] = {}
 

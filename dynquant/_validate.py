@@ -137,14 +137,14 @@ def checked_out(
     """
     if not isinstance(out, np.ndarray):
         raise DTypeError(f"out: expected a numpy.ndarray, got {type(out).__name__}")
-    if out.dtype != dtype:
+    if out.dtype is not dtype and out.dtype != dtype:
         raise DTypeError(f"out: expected dtype {dtype}, got {out.dtype}")
     if out.shape != shape:
         raise ShapeMismatchError(shape, out.shape, "out")
     if not out.flags.carray:
         _raise_layout(out)
     for x in inputs:
-        if may_share_memory(out, as_array(x, "input")):
+        if may_share_memory(out, x if type(x) is ndarray else as_array(x, "input")):
             raise LayoutError("out: expected memory apart from every input, got memory that overlaps one")
     if in_place is not None and not _apart_or_same(out, as_array(in_place, "input")):
         raise LayoutError("out: expected the input itself or memory apart from it, got a partial overlap")
