@@ -386,7 +386,7 @@ def _multiply(
         y[:] = 0 if bias is None else bias
         return y
     width = _core.activation_bytes(k)
-    chunk = max(1, _CHUNK_BYTES // width)
+    chunk = _chunk_rows(m, _CHUNK_BYTES // width)
     # A new array may be given up half written; the caller's may not.
     if out is not None and chunk < m:
         _check_rows(x, smooth, name)
@@ -398,6 +398,13 @@ def _multiply(
             _check_rows(x, smooth, name)
         over_rows(_core.matmul, (panels, scales, bias, a, a_scales, into, k), _core.panel_count(n), threads)
     return y
+
+
+def _chunk_rows(m: int, most: int) -> int:
+    """Rows of a chunk: as few chunks as `most` allows, nearly equal, in whole tiles of four rows."""
+    most = max(4, most // 4 * 4)
+    chunks = max(1, -(-m // most))
+    return min(m, -(-m // (4 * chunks)) * 4) or 1
 
 
 def _check_rows(x: NDArray[Any], smooth: NDArray[np.float32] | None, name: str) -> None:
