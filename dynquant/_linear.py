@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -246,22 +247,26 @@ class QuantLinear:
         return cls(tensor.data, tensor.scales, offset, factors)
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, Any]) -> QuantLinear:
+    def from_arrays(cls, arrays: Mapping[str, Any]) -> QuantLinear:
         """The layer whose `to_arrays` gave `arrays`.
 
         Parameters
         ----------
-        arrays : dict
+        arrays : mapping
             ``weight_i8`` (out_features, in_features) int8, ``weight_scales`` (out_features,) and, if the
             layer has them, ``bias`` (out_features,) and ``smooth`` (in_features,). Copied.
 
         Raises
         ------
         ParameterError
-            If a name is missing or unknown, or a factor is not above zero.
+            If it is no mapping, a name is missing or unknown, or a factor is not above zero.
         DTypeError, ShapeMismatchError, FeatureDimMismatchError, NonFiniteError, EmptyInputError
             If an array is not as described.
         """
+        if not isinstance(arrays, Mapping):
+            raise ParameterError(
+                f"arrays: expected a mapping of names to arrays, got {type(arrays).__name__}"
+            )
         missing = {"weight_i8", "weight_scales"} - set(arrays)
         unknown = set(arrays) - {"weight_i8", "weight_scales", "bias", "smooth"}
         if missing or unknown:
@@ -335,10 +340,10 @@ class QuantLinear:
         threads = as_thread_count(num_threads)
         if out is not None:
             checked_out(out, shape, F32, x)
-            out = out.reshape(-1, self.out_features)
         rows = array.reshape(-1, self.in_features)
-        y = _multiply(self._panels, self._weight_scales, self._bias, self._smooth, rows, out, threads, "x")
-        return y.reshape(shape)
+        into = None if out is None else out.reshape(-1, self.out_features)
+        y = _multiply(self._panels, self._weight_scales, self._bias, self._smooth, rows, into, threads, "x")
+        return y.reshape(shape) if out is None else out
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self).from_arrays, (self.to_arrays(),)
