@@ -2,7 +2,8 @@
 
 from ._calibrate import CalibStats
 from ._isa import simd_info
-from ._linear import QuantLinear, w8a8_matmul, w8a8_matvec
+from ._linear import QuantLinear
+from ._matmul import w4a8_matmul, w4a8_matvec, w8a8_matmul, w8a8_matvec
 from ._metrics import ErrorMetrics, error_metrics, quantization_mae
 from ._quantize import (
     compute_scale,
@@ -20,6 +21,7 @@ from ._smooth import (
     smooth_weights,
 )
 from ._tensor import DynamicScaleMode, DynQuantFormat, DynQuantTensor, MaxAbs, Percentile
+from ._weights import quantize_weights
 from .errors import (
     DTypeError,
     DynQuantError,
@@ -67,9 +69,12 @@ __all__ = [
     "error_metrics",
     "hadamard_transform",
     "quantization_mae",
+    "quantize_weights",
     "simd_info",
     "smooth_activations",
     "smooth_weights",
+    "w4a8_matmul",
+    "w4a8_matvec",
     "w8a8_matmul",
     "w8a8_matvec",
 ]

@@ -16,12 +16,12 @@
 # raises.
 
 cimport cython
-from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_RawFree, PyMem_RawMalloc
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.math cimport pow
 from libc.stdint cimport int8_t, int32_t, uint8_t, uint16_t
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from dynquant._table cimport Kernels
 
@@ -48,6 +48,7 @@ cdef enum:
     RUN = 64 * BLOCK
     STREAM = 1 << 23
     MAX_STEPS = 8
+    SEARCH_STEPS = 23
 
 
 cdef Kernels* kernels = NULL
@@ -218,16 +219,49 @@ cdef bint scale_of(const Floats* x, float clip, Py_ssize_t rank, float* scale) n
     return True
 
 
+# Floats start .. start + n of x, as floats of their own.
+cdef inline Floats part_of(const Floats* x, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
+    cdef Floats part
+    part.kind = x.kind
+    part.data = x.data + start * (4 if x.kind == F32 else 2)
+    part.n = n
+    return part
+
+
+# The end of the group that holds element i, or `end` where that comes first.
+cdef inline Py_ssize_t group_end(Py_ssize_t i, Py_ssize_t group, Py_ssize_t end) noexcept nogil:
+    cdef Py_ssize_t next = (i // group + 1) * group
+    return next if next < end else end
+
+
+# scale_of for each group of one row; `last_rank` is that among the elements of the last group.
+cdef bint group_scales(const Floats* x, float clip, Py_ssize_t rank, Py_ssize_t last_rank, Py_ssize_t group,
+                       float* scales) noexcept nogil:
+    cdef Py_ssize_t start = 0, end
+    cdef Floats part
+    if x.n <= group:
+        return scale_of(x, clip, last_rank, scales)
+    while start < x.n:
+        end = group_end(start, group, x.n)
+        part = part_of(x, start, end - start)
+        if not scale_of(&part, clip, last_rank if end == x.n else rank, &scales[start // group]):
+            return False
+        start = end
+    return True
+
+
 def scale_rows(FloatRows x not None, float[::1] scales not None, float clip, Py_ssize_t rank,
-               Py_ssize_t first=0, Py_ssize_t end=PY_SSIZE_T_MAX):
+               Py_ssize_t last_rank, Py_ssize_t group, Py_ssize_t first=0, Py_ssize_t end=PY_SSIZE_T_MAX):
     """The scales of rows first .. end; returns whether they are finite, and stops at a row that is not."""
-    cdef Py_ssize_t r
+    cdef Py_ssize_t r, groups = scales.shape[0] // (x.m or 1)
     cdef Floats row
     cdef bint finite = True
+    if groups == 0:
+        return True
     with nogil:
         for r in range(first, end if end < x.m else x.m):
             row = x.row(r)
-            finite = scale_of(&row, clip, rank, &scales[r])
+            finite = group_scales(&row, clip, rank, last_rank, group, &scales[r * groups])
             if not finite:
                 break
     return finite
@@ -242,73 +276,209 @@ cdef inline Py_ssize_t bytes_of_row(Py_ssize_t k, bint packed) noexcept nogil:
     return (k + 1) // 2 if packed else k
 
 
-# Codes of floats start .. start + n, n <= BLOCK; zeros where the scale is 0.
-cdef inline void code_block(const Floats* x, Py_ssize_t start, Py_ssize_t n, float scale, int32_t clip,
-                            bint stream, int8_t* codes) noexcept nogil:
+# One row of a quantised tensor. Every `group` elements have a scale, and a zero point unless the codes are
+# symmetric and zero_points NULL.
+cdef struct QuantRow:
+    int8_t* codes
+    const float* scales
+    const uint8_t* zero_points
+    Py_ssize_t group
+    bint packed
+
+
+# Row r of a tensor with rows of k elements.
+cdef inline QuantRow quant_row(const int8_t* codes, const float* scales, const uint8_t* zero_points,
+                               bint packed, Py_ssize_t group, Py_ssize_t k, Py_ssize_t r) noexcept nogil:
+    cdef QuantRow row
+    cdef Py_ssize_t groups = (k + group - 1) // group
+    row.codes = <int8_t*> codes + r * bytes_of_row(k, packed)
+    row.scales = scales + r * groups
+    row.zero_points = NULL
+    if zero_points != NULL:
+        row.zero_points = zero_points + r * groups
+    row.group, row.packed = group, packed
+    return row
+
+
+# Codes, a byte each, of floats start .. start + n, n <= BLOCK; zeros where the scale is 0.
+cdef void code_block(const Floats* x, const QuantRow* row, Py_ssize_t start, Py_ssize_t n, int32_t clip,
+                     bint stream, int8_t* codes) noexcept nogil:
     cdef float scratch[BLOCK]
-    if scale == 0:
-        memset(codes, 0, n)
-    else:
-        kernels.quantize_row_f32_s8(block_of(x, start, n, scratch), scale, clip, stream, codes, n)
+    cdef const float* block = block_of(x, start, n, scratch)
+    cdef Py_ssize_t i = start, g, end
+    cdef float scale
+    while i < start + n:
+        g = i // row.group
+        end = group_end(i, row.group, start + n)
+        scale = row.scales[g]
+        if scale == 0:
+            memset(codes, 0, end - i)
+        elif row.zero_points == NULL:
+            kernels.quantize_row_f32_s8(block, scale, clip, stream, codes, end - i)
+        else:
+            kernels.quantize_row_f32_u4(block, scale, row.zero_points[g], codes, end - i)
+        block += end - i
+        codes += end - i
+        i = end
 
 
-# Codes of floats start .. end of one row. `codes` takes a byte an element, or when packed a nibble. A row
-# that the caches cannot hold anyway has its codes written past them.
-cdef void code_run(const Floats* x, Py_ssize_t start, Py_ssize_t end, float scale, int32_t clip, bint packed,
-                   int8_t* codes) noexcept nogil:
+# Codes of floats start .. end of one row. A row that the caches cannot hold anyway has its codes written past
+# them.
+cdef void code_run(const Floats* x, const QuantRow* row, Py_ssize_t start, Py_ssize_t end,
+                   int32_t clip) noexcept nogil:
     cdef int8_t block[BLOCK]
     cdef Py_ssize_t n
     while start < end:
         n = block_len(start, end)
-        if packed:
-            code_block(x, start, n, scale, clip, False, block)
-            kernels.pack_row_s8_s4(block, <uint8_t*> codes + start // 2, n)
+        if row.packed:
+            code_block(x, row, start, n, clip, False, block)
+            kernels.pack_row_s8_s4(block, <uint8_t*> row.codes + start // 2, n)
         else:
-            code_block(x, start, n, scale, clip, x.n >= STREAM, codes + start)
+            code_block(x, row, start, n, clip, row.group >= STREAM, row.codes + start)
         start += n
 
 
 # Codes of one row, its last run of a megabyte first: what the pass for the scale read last is still in
 # cache. Shorter runs would undo the hardware's prefetching.
-cdef void code_row(const Floats* x, float scale, int32_t clip, bint packed, int8_t* codes) noexcept nogil:
+cdef void code_row(const Floats* x, const QuantRow* row, int32_t clip) noexcept nogil:
     cdef Py_ssize_t start = x.n - x.n % RUN
     while start >= 0:
-        code_run(x, start, x.n if x.n - start < RUN else start + RUN, scale, clip, packed, codes)
+        code_run(x, row, start, x.n if x.n - start < RUN else start + RUN, clip)
         start -= RUN
 
 
-def code_rows(FloatRows x not None, const float[::1] scales not None, int clip, bint packed,
-              int8_t[::1] codes not None, Py_ssize_t first=0, Py_ssize_t end=PY_SSIZE_T_MAX):
-    """Codes of rows first .. end, each by its own scale; returns True."""
-    cdef Py_ssize_t r, row_bytes = bytes_of_row(x.k, packed)
+def code_rows(FloatRows x not None, const float[::1] scales not None, const uint8_t[::1] zero_points,
+              int clip, bint packed, Py_ssize_t group, int8_t[::1] codes not None, Py_ssize_t first=0,
+              Py_ssize_t end=PY_SSIZE_T_MAX):
+    """Codes of rows first .. end, each group by its own scale; returns True."""
+    cdef Py_ssize_t r
     cdef Floats row
-    if x.k == 0:
+    cdef QuantRow q
+    cdef const uint8_t* z = NULL
+    if x.m == 0 or x.k == 0:
         return True
+    if zero_points is not None:
+        z = &zero_points[0]
     with nogil:
         for r in range(first, end if end < x.m else x.m):
             row = x.row(r)
-            code_row(&row, scales[r], clip, packed, &codes[r * row_bytes])
+            q = quant_row(&codes[0], &scales[0], z, packed, group, x.k, r)
+            code_row(&row, &q, clip)
     return True
 
 
-def quantize_rows(FloatRows x not None, float[::1] scales not None, int clip, Py_ssize_t rank, bint packed,
-                  int8_t[::1] codes not None, Py_ssize_t first=0, Py_ssize_t end=PY_SSIZE_T_MAX):
+def quantize_rows(FloatRows x not None, float[::1] scales not None, int clip, Py_ssize_t rank,
+                  Py_ssize_t last_rank, bint packed, Py_ssize_t group, int8_t[::1] codes not None,
+                  Py_ssize_t first=0, Py_ssize_t end=PY_SSIZE_T_MAX):
     """Scales and codes of rows first .. end; a row's second pass reads from cache.
 
     Returns whether they are finite; stops at a row that is not, with the rows before it written.
     """
-    cdef Py_ssize_t r, row_bytes = bytes_of_row(x.k, packed)
+    cdef Py_ssize_t r
     cdef Floats row
+    cdef QuantRow q
     cdef bint finite = True
+    if x.m == 0 or x.k == 0:
+        scales[:] = 0
+        return True
     with nogil:
         for r in range(first, end if end < x.m else x.m):
             row = x.row(r)
-            finite = scale_of(&row, clip, rank, &scales[r])
+            q = quant_row(&codes[0], &scales[0], NULL, packed, group, x.k, r)
+            finite = group_scales(&row, clip, rank, last_rank, group, <float*> q.scales)
             if not finite:
                 break
-            if x.k:
-                code_row(&row, scales[r], clip, packed, &codes[r * row_bytes])
+            code_row(&row, &q, clip)
     return finite
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Ranges of weights
+
+
+# Scale, and zero point unless that is NULL, of codes for the range [least, most] around 0: symmetric codes in
+# [-levels, levels], or codes in [0, levels].
+cdef void range_codes(float least, float most, int levels, float* scale, uint8_t* zero_point) noexcept nogil:
+    cdef float z
+    if zero_point == NULL:
+        scale[0] = (most if most > -least else -least) / levels
+        return
+    scale[0] = (most - least) / levels
+    zero_point[0] = 0
+    if scale[0] > 0:
+        z = -least / scale[0] + <float> 0.499999970197677612
+        zero_point[0] = <uint8_t> (levels if z > levels else z)
+
+
+# Squared error of x coded as `row` says, one group.
+cdef double square_error(const Floats* x, const QuantRow* row, int clip) noexcept nogil:
+    cdef int8_t codes[BLOCK]
+    cdef float value[BLOCK]
+    cdef float scratch[BLOCK]
+    cdef double sums[6]
+    cdef Py_ssize_t start = 0, n
+    cdef QuantRow coded = row[0]
+    coded.codes, coded.packed = codes, False
+    memset(sums, 0, sizeof(sums))
+    while start < x.n:
+        n = block_len(start, x.n)
+        code_block(x, &coded, start, n, clip, False, codes)
+        value_block(&coded, 0, value, n)
+        kernels.error_sums_row_f32_f64(block_of(x, start, n, scratch), value, sums, n)
+        start += n
+    return sums[1]
+
+
+# Scale and zero point of one group, of its range or, with `search`, of that range times the one of 1, 31/32,
+# ..., 10/32 which leaves the least squared error; the largest of equals.
+cdef void fit_group(const Floats* x, int levels, bint search, float* scale,
+                    uint8_t* zero_point) noexcept nogil:
+    cdef float least = 0, most = 0, t, best_scale
+    cdef float scratch[BLOCK]
+    cdef uint8_t best_zero_point = 0
+    cdef double error, best = -1
+    cdef Py_ssize_t start = 0, n
+    cdef int i
+    cdef QuantRow row
+    while start < x.n:
+        n = block_len(start, x.n)
+        kernels.min_max_row_f32(block_of(x, start, n, scratch), &least, &most, n)
+        start += n
+    range_codes(least, most, levels, scale, zero_point)
+    if not search:
+        return
+    best_scale = scale[0]
+    row.scales, row.zero_points, row.group = scale, zero_point, x.n
+    for i in range(SEARCH_STEPS):
+        t = <float> (1 - i / 32.0)
+        range_codes(least * t, most * t, levels, scale, zero_point)
+        error = square_error(x, &row, levels)
+        if best < 0 or error < best:
+            best, best_scale = error, scale[0]
+            if zero_point != NULL:
+                best_zero_point = zero_point[0]
+    scale[0] = best_scale
+    if zero_point != NULL:
+        zero_point[0] = best_zero_point
+
+
+def fit_rows(FloatRows x not None, float[::1] scales not None, uint8_t[::1] zero_points, int levels,
+             bint search, Py_ssize_t group, Py_ssize_t first=0, Py_ssize_t end=PY_SSIZE_T_MAX):
+    """Scales, and zero points if given, of the groups of finite rows first .. end; returns True."""
+    cdef Py_ssize_t r, g, start, stop, groups = (x.k + group - 1) // group
+    cdef Floats row, part
+    cdef uint8_t* z = NULL
+    with nogil:
+        for r in range(first, end if end < x.m else x.m):
+            row = x.row(r)
+            for g in range(groups):
+                start = g * group
+                stop = group_end(start, group, x.k)
+                part = part_of(&row, start, stop - start)
+                if zero_points is not None:
+                    z = &zero_points[r * groups + g]
+                fit_group(&part, levels, search, &scales[r * groups + g], z)
+    return True
 
 
 def min_max(FloatRows x not None):
@@ -338,66 +508,91 @@ def quantize_u8(FloatRows x not None, float scale, int zero_point, uint8_t[::1] 
             start += n
 
 
-# Values start .. start + n of one row of codes, n <= BLOCK.
-cdef inline void value_block(const int8_t* codes, float scale, bint packed, Py_ssize_t start, float* out,
-                             Py_ssize_t n) noexcept nogil:
+# Values start .. start + n of one row, n <= BLOCK.
+cdef void value_block(const QuantRow* row, Py_ssize_t start, float* out, Py_ssize_t n) noexcept nogil:
     cdef int8_t unpacked[BLOCK]
-    cdef const int8_t* source = codes + start
-    if packed:
-        kernels.unpack_row_s4_s8(<const uint8_t*> codes + start // 2, unpacked, n)
-        source = unpacked
-    kernels.dequantize_row_s8_f32(source, scale, out, n)
+    cdef int8_t* codes = row.codes + start
+    cdef Py_ssize_t i = start, g, end
+    if row.packed:
+        kernels.unpack_row_s4_s8(<const uint8_t*> row.codes + start // 2, unpacked, n)
+        codes = unpacked
+    while i < start + n:
+        g = i // row.group
+        end = group_end(i, row.group, start + n)
+        if row.zero_points != NULL:
+            kernels.shift_row_u4_s8(codes, row.zero_points[g], end - i)
+        kernels.dequantize_row_s8_f32(codes, row.scales[g], out, end - i)
+        codes += end - i
+        out += end - i
+        i = end
 
 
-def dequantize_rows(const int8_t[::1] codes not None, const float[::1] scales not None, bint packed,
+def dequantize_rows(const int8_t[::1] codes not None, const float[::1] scales not None,
+                    const uint8_t[::1] zero_points, bint packed, Py_ssize_t group,
                     float[:, ::1] out not None):
-    """out[r] = codes[r] * scales[r]."""
-    cdef Py_ssize_t r, start, n, k = out.shape[1], row_bytes = bytes_of_row(k, packed)
-    if k == 0:
+    """out = codes * scales; with zero points, for packed codes only, (codes - zero_points) * scales."""
+    cdef Py_ssize_t r, start, n, k = out.shape[1]
+    cdef QuantRow q
+    cdef const uint8_t* z = NULL
+    if out.shape[0] == 0 or k == 0:
         return
+    if zero_points is not None:
+        z = &zero_points[0]
     with nogil:
         for r in range(out.shape[0]):
+            q = quant_row(&codes[0], &scales[0], z, packed, group, k, r)
             start = 0
             while start < k:
                 n = block_len(start, k)
-                value_block(&codes[r * row_bytes], scales[r], packed, start, &out[r, start], n)
+                value_block(&q, start, &out[r, start], n)
                 start += n
 
 
 def sum_abs_error(FloatRows x not None, const int8_t[::1] codes not None, const float[::1] scales not None,
-                  bint packed):
-    """Sum of |x - codes * scales| over all elements, in double."""
+                  const uint8_t[::1] zero_points, bint packed, Py_ssize_t group):
+    """Sum of |x - value| over all elements, at least one, in double; `value` as dequantize_rows has it."""
     cdef float value[BLOCK]
     cdef float scratch[BLOCK]
-    cdef Py_ssize_t r, start, n, row_bytes = bytes_of_row(x.k, packed)
+    cdef Py_ssize_t r, start, n
     cdef Floats row
+    cdef QuantRow q
     cdef double total = 0
+    cdef const uint8_t* z = NULL
+    if zero_points is not None:
+        z = &zero_points[0]
     with nogil:
         for r in range(x.m):
             row = x.row(r)
+            q = quant_row(&codes[0], &scales[0], z, packed, group, x.k, r)
             start = 0
             while start < x.k:
                 n = block_len(start, x.k)
-                value_block(&codes[r * row_bytes], scales[r], packed, start, value, n)
+                value_block(&q, start, value, n)
                 total += kernels.abs_error_row_f32_f64(block_of(&row, start, n, scratch), value, n)
                 start += n
     return total
 
 
 def error_sums(FloatRows x not None, const int8_t[::1] codes not None, const float[::1] scales not None,
-               bint packed, bint per_row, double[:, ::1] sums not None):
-    """The sums of stats.pxi for x against codes * scales, added to sums[r] for row r or all to sums[0]."""
+               const uint8_t[::1] zero_points, bint packed, Py_ssize_t group, bint per_row,
+               double[:, ::1] sums not None):
+    """The sums of stats.pxi for x, not empty, against the values, added to sums[r] or all to sums[0]."""
     cdef float value[BLOCK]
     cdef float scratch[BLOCK]
-    cdef Py_ssize_t r, start, n, row_bytes = bytes_of_row(x.k, packed)
+    cdef Py_ssize_t r, start, n
     cdef Floats row
+    cdef QuantRow q
+    cdef const uint8_t* z = NULL
+    if zero_points is not None:
+        z = &zero_points[0]
     with nogil:
         for r in range(x.m):
             row = x.row(r)
+            q = quant_row(&codes[0], &scales[0], z, packed, group, x.k, r)
             start = 0
             while start < x.k:
                 n = block_len(start, x.k)
-                value_block(&codes[r * row_bytes], scales[r], packed, start, value, n)
+                value_block(&q, start, value, n)
                 kernels.error_sums_row_f32_f64(block_of(&row, start, n, scratch), value,
                                                &sums[r if per_row else 0, 0], n)
                 start += n
@@ -527,115 +722,231 @@ def w8a8_matvec(const int8_t[:, ::1] weight not None, const float[::1] weight_sc
                                 weight.shape[0], weight.shape[1])
 
 
-def panel_count(Py_ssize_t n):
-    """How many panels hold n outputs."""
-    return (n + kernels.panel_outputs - 1) // kernels.panel_outputs
-
-
-def packed_bytes(Py_ssize_t n, Py_ssize_t k):
-    """Bytes of the panels of n outputs and k inputs."""
-    return panel_count(n) * kernels.panel_bytes(k)
-
-
-def activation_bytes(Py_ssize_t k):
-    """Bytes of a row of k activations in the form that `matmul` takes."""
-    return kernels.activation_bytes(k)
-
-
-def pack_weights(const int8_t[:, ::1] weight not None, int8_t[::1] panels not None):
-    """Pack weights into panels, packed_bytes of them."""
-    cdef Py_ssize_t n = weight.shape[0], k = weight.shape[1], first = 0, wide = kernels.panel_outputs
-    if k == 0:
-        return
-    with nogil:
-        while first < n:
-            kernels.pack_panel_s8(&weight[first, 0], n - first if n - first < wide else wide,
-                                  &panels[first // wide * kernels.panel_bytes(k)], k)
-            first += wide
-
-
-def unpack_weights(const int8_t[::1] panels not None, int8_t[:, ::1] weight not None):
-    """The inverse of pack_weights."""
-    cdef Py_ssize_t n = weight.shape[0], k = weight.shape[1], first = 0, wide = kernels.panel_outputs
-    if k == 0:
-        return
-    with nogil:
-        while first < n:
-            kernels.unpack_panel_s8(&panels[first // wide * kernels.panel_bytes(k)], &weight[first, 0],
-                                    n - first if n - first < wide else wide, k)
-            first += wide
-
-
-# x / factors in `smoothed`, or x itself where factors is NULL.
-cdef Floats smoothed_row(Floats x, const float* factors, float* smoothed) noexcept nogil:
+# x / factors, rotated in runs of `block` elements, in `prepared`; or x itself where factors is NULL and block
+# 0.
+cdef Floats prepared_row(Floats x, const float* factors, Py_ssize_t block, float* prepared) noexcept nogil:
     cdef float scratch[BLOCK]
+    cdef const float* source
     cdef Py_ssize_t start = 0, n
-    if factors == NULL:
+    if factors == NULL and block == 0:
         return x
     while start < x.n:
         n = block_len(start, x.n)
-        kernels.divide_row_f32(block_of(&x, start, n, scratch), factors + start, smoothed + start, n)
+        source = block_of(&x, start, n, scratch)
+        if factors == NULL:
+            memcpy(prepared + start, source, n * sizeof(float))
+        else:
+            kernels.divide_row_f32(source, factors + start, prepared + start, n)
         start += n
-    x.data, x.kind = <const char*> smoothed, F32
+    if block:
+        for start in range(0, x.n // block):
+            kernels.hadamard_row_f32(prepared + start * block, block)
+    x.data, x.kind = <const char*> prepared, F32
     return x
 
 
-# Codes of one row in the form that `matmul` takes.
+# Codes of one row in the form that gemm_panel_s8s8_f32 takes.
 cdef void code_activation(const Floats* x, float scale, uint8_t* a) noexcept nogil:
     cdef int8_t codes[BLOCK]
     cdef Py_ssize_t start = 0, n
+    cdef QuantRow q
+    q.scales, q.zero_points, q.group = &scale, NULL, x.n
     while start < x.n:
         n = block_len(start, x.n)
-        code_block(x, start, n, scale, 127, False, codes)
+        code_block(x, &q, start, n, 127, False, codes)
         kernels.pack_activation_s8(codes, a + kernels.activation_offset(start), n)
         start += n
 
 
-def quantize_activations(FloatRows x not None, const float[::1] factors, float[::1] scales not None,
-                         uint8_t[::1] a not None):
-    """Scales and int8 codes of the rows of x / factors, the codes in the form that `matmul` takes.
+# The same in the form that gemm_panel_u4s8_f32 takes; codes (x.n,) is scratch.
+cdef void code_group_activation(const Floats* x, float scale, Py_ssize_t group, int8_t* codes,
+                                uint8_t* a) noexcept nogil:
+    cdef QuantRow q
+    q.codes, q.scales, q.zero_points, q.group, q.packed = codes, &scale, NULL, x.n, False
+    code_run(x, &q, 0, x.n, 127)
+    kernels.pack_group_activation_s8(codes, a, x.n, group)
 
-    `factors` may be None, and x is then taken as it is. Returns whether the rows are finite, and stops at one
-    that is not.
+
+# Memory that starts at a cache line: vectors that straddle two of them load at half the speed.
+cdef struct Aligned:
+    void* block
+    uint8_t* data
+
+
+cdef Aligned aligned_memory(Py_ssize_t n) except *:
+    cdef Aligned memory
+    memory.block = PyMem_RawMalloc(n + 63)
+    if memory.block == NULL:
+        raise MemoryError
+    memory.data = <uint8_t*> memory.block + (-<Py_ssize_t> memory.block & 63)
+    return memory
+
+
+@cython.final
+@cython.no_gc
+cdef class Activations:
+    """Quantised rows of activations, at most m at a time, for one PackedLinear."""
+    cdef Aligned memory
+    cdef float* scales
+    cdef Py_ssize_t m
+
+    def __cinit__(self, PackedLinear layer not None, Py_ssize_t m):
+        cdef Py_ssize_t codes = m * layer.activation_bytes()
+        self.memory = aligned_memory(codes + m * <Py_ssize_t> sizeof(float))
+        self.scales = <float*> (self.memory.data + codes)
+
+    def __dealloc__(self):
+        PyMem_RawFree(self.memory.block)
+
+
+# What a linear layer consists of, in the form that the kernels of one instruction set take.
+@cython.final
+cdef class PackedLinear:
+    """n outputs of k > 0 inputs: int8 weights, a scale for each output; or with a `group` > 0 4-bit weights.
+
+    Inputs are divided by `factors`, if there are any, and then rotated in runs of `block`, if that is not 0.
     """
-    cdef Py_ssize_t r, width = kernels.activation_bytes(x.k)
-    cdef Floats row
-    cdef bint finite = True
-    cdef const float* f = NULL
-    cdef float* smoothed = NULL
-    if factors is not None and x.k:
-        f = &factors[0]
-        smoothed = <float*> PyMem_Malloc(x.k * sizeof(float))
-        if smoothed == NULL:
+    cdef Py_ssize_t n, k, group, block
+    cdef Aligned memory
+    cdef uint8_t* panels
+    cdef float* scales
+    cdef uint8_t* zero_points
+    cdef const float[::1] bias, factors
+    cdef readonly Py_ssize_t panel_count, weight_bytes
+
+    def __cinit__(self, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group, const float[::1] bias,
+                  const float[::1] factors, Py_ssize_t block):
+        cdef Py_ssize_t wide = kernels.panel_outputs, panels, scales = 0, zero_points = 0
+        self.n, self.k, self.group, self.block = n, k, group, block
+        self.bias, self.factors = bias, factors
+        self.panel_count = (n + wide - 1) // wide
+        panels = self.panel_count * self.panel_bytes()
+        if group:
+            zero_points = self.panel_count * wide * ((k + group - 1) // group)
+        scales = (zero_points if group else n) * <Py_ssize_t> sizeof(float)
+        self.weight_bytes = panels + scales + zero_points
+        self.memory = aligned_memory(self.weight_bytes)
+        self.panels = self.memory.data
+        self.scales = <float*> (self.panels + panels)
+        self.zero_points = self.panels + panels + scales
+
+    def __dealloc__(self):
+        PyMem_RawFree(self.memory.block)
+
+    cdef Py_ssize_t panel_bytes(self) noexcept nogil:
+        if self.group:
+            return kernels.group_panel_bytes(self.k, self.group)
+        return kernels.panel_bytes(self.k)
+
+    cpdef Py_ssize_t activation_bytes(self):
+        """Bytes that a row of activations takes when quantised."""
+        if self.group:
+            return kernels.group_activation_bytes(self.k, self.group)
+        return kernels.activation_bytes(self.k)
+
+    # Outputs of panel p.
+    cdef inline Py_ssize_t outputs(self, Py_ssize_t p) noexcept nogil:
+        cdef Py_ssize_t wide = kernels.panel_outputs
+        return wide if (p + 1) * wide <= self.n else self.n - p * wide
+
+    def pack_int8(self, const int8_t[:, ::1] weight not None, const float[::1] scales not None):
+        """Fill in the weights of a layer with group 0."""
+        cdef Py_ssize_t p
+        with nogil:
+            memcpy(self.scales, &scales[0], self.n * sizeof(float))
+            for p in range(self.panel_count):
+                kernels.pack_panel_s8(&weight[p * kernels.panel_outputs, 0], self.outputs(p),
+                                      <int8_t*> self.panels + p * self.panel_bytes(), self.k)
+
+    def unpack_int8(self, int8_t[:, ::1] weight not None, float[::1] scales not None):
+        """The inverse of pack_int8."""
+        cdef Py_ssize_t p
+        with nogil:
+            memcpy(&scales[0], self.scales, self.n * sizeof(float))
+            for p in range(self.panel_count):
+                kernels.unpack_panel_s8(<const int8_t*> self.panels + p * self.panel_bytes(),
+                                        &weight[p * kernels.panel_outputs, 0], self.outputs(p), self.k)
+
+    # Where the scales and the zero points of panel p start.
+    cdef inline Py_ssize_t meta(self, Py_ssize_t p) noexcept nogil:
+        return p * kernels.panel_outputs * ((self.k + self.group - 1) // self.group)
+
+    def pack_int4(self, const uint8_t[:, ::1] codes not None, const float[:, ::1] scales not None,
+                  const uint8_t[:, ::1] zero_points):
+        """Fill in the weights of a layer with groups; symmetric where zero_points is None."""
+        cdef Py_ssize_t p, first
+        cdef const uint8_t* z = NULL
+        with nogil:
+            for p in range(self.panel_count):
+                first = p * kernels.panel_outputs
+                if zero_points is not None:
+                    z = &zero_points[first, 0]
+                kernels.pack_panel_u4(&codes[first, 0], &scales[first, 0], z, self.outputs(p),
+                                      self.panels + p * self.panel_bytes(), self.scales + self.meta(p),
+                                      self.zero_points + self.meta(p), self.k, self.group)
+
+    def unpack_int4(self, uint8_t[:, ::1] codes not None, float[:, ::1] scales not None,
+                    uint8_t[:, ::1] zero_points):
+        """The inverse of pack_int4."""
+        cdef Py_ssize_t p, first
+        cdef uint8_t* z = NULL
+        with nogil:
+            for p in range(self.panel_count):
+                first = p * kernels.panel_outputs
+                if zero_points is not None:
+                    z = &zero_points[first, 0]
+                kernels.unpack_panel_u4(self.panels + p * self.panel_bytes(), self.scales + self.meta(p),
+                                        self.zero_points + self.meta(p), &codes[first, 0],
+                                        &scales[first, 0], z, self.outputs(p), self.k, self.group)
+
+    def quantize(self, FloatRows x not None, Activations a not None):
+        """Quantise the rows of x into `a`; returns whether they are finite, and stops at one that is not."""
+        cdef Py_ssize_t r, width = self.activation_bytes()
+        cdef Floats row
+        cdef bint finite = True
+        cdef const float* factors = NULL
+        cdef float* prepared = <float*> PyMem_RawMalloc(x.k * (sizeof(float) + 1))
+        cdef int8_t* codes = <int8_t*> (prepared + x.k)
+        if prepared == NULL:
             raise MemoryError
-    with nogil:
-        for r in range(x.m):
-            row = smoothed_row(x.row(r), f, smoothed)
-            finite = scale_of(&row, 127, -1, &scales[r])
-            if not finite:
-                break
-            if x.k:
-                code_activation(&row, scales[r], &a[r * width])
-    PyMem_Free(smoothed)
-    return finite
+        if self.factors is not None:
+            factors = &self.factors[0]
+        a.m = x.m
+        with nogil:
+            for r in range(x.m):
+                row = prepared_row(x.row(r), factors, self.block, prepared)
+                finite = scale_of(&row, 127, -1, &a.scales[r])
+                if not finite:
+                    break
+                if self.group:
+                    code_group_activation(&row, a.scales[r], self.group, codes, a.memory.data + r * width)
+                else:
+                    code_activation(&row, a.scales[r], a.memory.data + r * width)
+        PyMem_RawFree(prepared)
+        return finite
 
-
-def matmul(const int8_t[::1] panels not None, const float[::1] weight_scales not None,
-           const float[::1] bias, const uint8_t[::1] a not None, const float[::1] a_scales not None,
-           float[:, ::1] out not None, Py_ssize_t k, Py_ssize_t first=0, Py_ssize_t end=PY_SSIZE_T_MAX):
-    """out = a . weights + bias for the outputs of panels first .. end; returns True."""
-    cdef Py_ssize_t m = out.shape[0], n = out.shape[1], wide = kernels.panel_outputs, p, c
-    cdef const float* shift = NULL
-    if m == 0 or n == 0 or k == 0:
+    def multiply(self, Activations a not None, float[:, ::1] out not None, Py_ssize_t first=0,
+                 Py_ssize_t end=PY_SSIZE_T_MAX):
+        """out = a . weights + bias for the outputs of panels first .. end; returns True."""
+        cdef Py_ssize_t p, c
+        cdef const float* bias = NULL
+        if a.m == 0:
+            return True
+        with nogil:
+            for p in range(first, end if end < self.panel_count else self.panel_count):
+                c = p * kernels.panel_outputs
+                if self.bias is not None:
+                    bias = &self.bias[c]
+                if self.group:
+                    kernels.gemm_panel_u4s8_f32(
+                        self.panels + p * self.panel_bytes(), self.scales + self.meta(p),
+                        self.zero_points + self.meta(p), bias, a.memory.data, a.scales, &out[0, c], self.n,
+                        a.m, self.outputs(p), self.k, self.group)
+                else:
+                    kernels.gemm_panel_s8s8_f32(
+                        <const int8_t*> self.panels + p * self.panel_bytes(), self.scales + c, bias,
+                        a.memory.data, a.scales, &out[0, c], self.n, a.m, self.outputs(p), self.k)
         return True
-    with nogil:
-        for p in range(first, end if end < (n + wide - 1) // wide else (n + wide - 1) // wide):
-            c = p * wide
-            if bias is not None:
-                shift = &bias[c]
-            kernels.gemm_panel_s8s8_f32(&panels[p * kernels.panel_bytes(k)], &weight_scales[c], shift, &a[0],
-                                        &a_scales[0], &out[0, c], n, m, n - c if n - c < wide else wide, k)
-    return True
 
 
 # ---------------------------------------------------------------------------------------------------------

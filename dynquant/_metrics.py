@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from . import _core
-from ._tensor import DynQuantTensor, as_run
+from ._tensor import DynQuantTensor, runs_of
 from ._validate import as_floats, check_finite, float_rows
 from .errors import ParameterError, ShapeMismatchError
 
@@ -134,8 +134,7 @@ def quantization_mae(original: ArrayLike, quantized: DynQuantTensor) -> float:
     if array.size == 0:
         return 0.0
     rows = float_rows(array, *quantized.format.rows_of(quantized.shape))
-    codes, scales = as_run(quantized.data), as_run(quantized.scales)
-    return _core.sum_abs_error(rows, codes, scales, quantized.format.packed) / array.size
+    return _core.sum_abs_error(rows, *runs_of(quantized)) / array.size
 
 
 def _checked_original(original: ArrayLike, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -165,9 +164,8 @@ def _error_sums(
     sums = np.zeros((m if per_row else 1, 6))
     rows = float_rows(array, m, k)
     if isinstance(quantized, DynQuantTensor):
-        codes, scales = as_run(quantized.data), as_run(quantized.scales)
         if array.size:
-            _core.error_sums(rows, codes, scales, quantized.format.packed, per_row, sums)
+            _core.error_sums(rows, *runs_of(quantized), per_row, sums)
     else:
         check_finite(quantized, "quantized")
         if array.size:

@@ -38,6 +38,13 @@ if TYPE_CHECKING:
 
 _MAX_ABS = MaxAbs()
 
+# Axes that `x` must have at the least, and how an error says so.
+_LEAST_AXES = {
+    "per_tensor": (0, ""),
+    "per_row": (2, "(..., k) with at least two axes"),
+    "per_group": (1, "(..., k) with at least one axis"),
+}
+
 
 def compute_scale(x: ArrayLike, clip_val: float, mode: DynamicScaleMode = _MAX_ABS) -> float:
     """The scale that maps `x` to codes in [-clip_val, clip_val].
@@ -81,7 +88,8 @@ def compute_scale(x: ArrayLike, clip_val: float, mode: DynamicScaleMode = _MAX_A
     array = as_floats(x, "x")
     clip = as_clip(clip_val)
     scale = np.empty(1, F32)
-    if not _core.scale_rows(float_rows(array, 1, array.size), scale, clip, _rank(mode, array.size)):
+    rank = _rank(mode, array.size)
+    if not _core.scale_rows(float_rows(array, 1, array.size), scale, clip, rank, rank, array.size or 1):
         raise_non_finite(array, "x")
     if not np.isfinite(scale[0]):
         raise ParameterError(f"clip_val: expected a scale within float32, got {scale[0]} with {clip_val!r}")
@@ -149,7 +157,7 @@ def dynamic_quantize(
 
     Parameters
     ----------
-    x : array_like of floats, any shape; (..., k) with at least two axes for a per-row format
+    x : array_like of floats, any shape; (..., k) with at least two axes for a per-row format, one per group
         float32 is read where it lies if it is C-contiguous; float16 and bfloat16 are widened as they are
         read; float64 and strided arrays are copied to float32 first.
     format : DynQuantFormat
@@ -270,29 +278,28 @@ def quantize_named(
     """`dynamic_quantize` for an argument called `name`."""
     array = as_floats(x, name)
     shape = array.shape
-    if fmt.granularity == "per_row":
-        if len(shape) < 2:
-            raise ShapeMismatchError("(..., k) with at least two axes", shape, name)
-        m, k = fmt.rows_of(shape)
-    else:
-        m, k = 1, array.size
-    clip, packed, rank = fmt.clip, fmt.packed, _rank(mode, k)
+    axes, expected = _LEAST_AXES[fmt.granularity]
+    if len(shape) < axes:
+        raise ShapeMismatchError(expected, shape, name)
+    m, k = fmt.rows_of(shape)
+    clip, packed, group = fmt.clip, fmt.packed, fmt.group_of(k)
+    rank, last_rank = _rank(mode, group if k else 0), _rank(mode, (k - 1) % group + 1 if k else 0)
     data_shape, dtype = (fmt.data_shape(shape), U8) if packed else (shape, I8)
     data = empty(data_shape, dtype) if out is None else checked_out(out, data_shape, dtype, x)
-    scales = empty(m, F32)
+    scales = empty(fmt.scales_shape(shape), F32)
+    run = scales if scales.ndim == 1 else scales.reshape(-1)
     rows = float_rows(array, m, k)
     codes = data if data.ndim == 1 and not packed else as_run(data)
 
     # A new array may be given up half written; the caller's may not.
-    check_first = out is not None and m > 1
+    check_first = out is not None and run.size > 1
     if check_first:
-        finite = over_rows(_core.scale_rows, (rows, scales, clip, rank), m, threads)
+        finite = over_rows(_core.scale_rows, (rows, run, clip, rank, last_rank, group), m, threads)
     else:
-        finite = over_rows(_core.quantize_rows, (rows, scales, clip, rank, packed, codes), m, threads)
+        work = (rows, run, clip, rank, last_rank, packed, group, codes)
+        finite = over_rows(_core.quantize_rows, work, m, threads)
     if not finite:
         raise_non_finite(array, name)
     if check_first:
-        over_rows(_core.code_rows, (rows, scales, clip, packed, codes), m, threads)
-    if len(shape) > 2:
-        scales = scales.reshape(fmt.scales_shape(shape))
+        over_rows(_core.code_rows, (rows, run, None, clip, packed, group, codes), m, threads)
     return tensor_of_checked(data, scales, shape, fmt)

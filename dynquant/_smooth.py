@@ -277,10 +277,15 @@ def hadamard_transform(
     return result
 
 
+def hadamard_block(n: int) -> int:
+    """The largest power of two that divides n."""
+    return n & -n or 1
+
+
 def _block_size(block_size: int | None, n: int) -> int:
-    """`block_size`, or the largest power of two that divides n."""
+    """`block_size`, checked, or the one for n."""
     if block_size is None:
-        return n & -n or 1
+        return hadamard_block(n)
     try:
         block = operator.index(block_size)
     except TypeError as error:

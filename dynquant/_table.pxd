@@ -19,10 +19,13 @@ ctypedef struct Kernels:
                                 Py_ssize_t n) noexcept nogil
     void (*quantize_row_f32_u8)(const float* x, float scale, int32_t zero_point, uint8_t* codes,
                                 Py_ssize_t n) noexcept nogil
+    void (*quantize_row_f32_u4)(const float* x, float scale, int32_t zero_point, int8_t* codes,
+                                Py_ssize_t n) noexcept nogil
     void (*pack_row_s8_s4)(const int8_t* codes, uint8_t* packed, Py_ssize_t n) noexcept nogil
     # dequantize.pxi
     void (*dequantize_row_s8_f32)(const int8_t* codes, float scale, float* out, Py_ssize_t n) noexcept nogil
     void (*unpack_row_s4_s8)(const uint8_t* packed, int8_t* codes, Py_ssize_t n) noexcept nogil
+    void (*shift_row_u4_s8)(int8_t* codes, int32_t zero_point, Py_ssize_t n) noexcept nogil
     # smooth.pxi
     void (*column_amax_row_f32)(const float* x, int32_t* amax_bits, Py_ssize_t n) noexcept nogil
     void (*column_amax_4_rows_f32)(const float* x, Py_ssize_t stride, int32_t* amax_bits,
@@ -43,6 +46,21 @@ ctypedef struct Kernels:
     void (*gemm_panel_s8s8_f32)(const int8_t* panel, const float* w_scales, const float* bias,
                                 const uint8_t* a, const float* a_scales, float* out, Py_ssize_t out_stride,
                                 Py_ssize_t m, Py_ssize_t cols, Py_ssize_t k) noexcept nogil
+    # gemm_u4.pxi
+    Py_ssize_t (*group_panel_bytes)(Py_ssize_t k, Py_ssize_t group) noexcept nogil
+    Py_ssize_t (*group_activation_bytes)(Py_ssize_t k, Py_ssize_t group) noexcept nogil
+    void (*pack_panel_u4)(const uint8_t* w, const float* scales, const uint8_t* zero_points, Py_ssize_t rows,
+                          uint8_t* panel, float* panel_scales, uint8_t* panel_zero_points, Py_ssize_t k,
+                          Py_ssize_t group) noexcept nogil
+    void (*unpack_panel_u4)(const uint8_t* panel, const float* panel_scales, const uint8_t* panel_zero_points,
+                            uint8_t* w, float* scales, uint8_t* zero_points, Py_ssize_t rows, Py_ssize_t k,
+                            Py_ssize_t group) noexcept nogil
+    void (*pack_group_activation_s8)(const int8_t* codes, uint8_t* a, Py_ssize_t k,
+                                     Py_ssize_t group) noexcept nogil
+    void (*gemm_panel_u4s8_f32)(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
+                                const float* bias, const uint8_t* a, const float* a_scales,
+                                float* out, Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t cols,
+                                Py_ssize_t k, Py_ssize_t group) noexcept nogil
     # stats.pxi
     void (*min_max_row_f32)(const float* x, float* least, float* most, Py_ssize_t n) noexcept nogil
     double (*sum_row_f32_f64)(const float* x, Py_ssize_t n) noexcept nogil

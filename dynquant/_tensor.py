@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 import numpy as np
 
 from . import _core
-from ._validate import F32, I8, U8, as_number, checked_out
+from ._validate import F32, I8, U8, as_length, as_number, checked_out
 from .errors import DTypeError, InvalidPercentileError, ParameterError, ShapeMismatchError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Percentile:
 
 DynamicScaleMode: TypeAlias = MaxAbs | Percentile
 
-Granularity: TypeAlias = Literal["per_tensor", "per_row"]
+Granularity: TypeAlias = Literal["per_tensor", "per_row", "per_group"]
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,11 @@ class DynQuantFormat:
     ----------
     bits : {8, 4}
         Codes lie in [-127, 127] or [-7, 7].
-    granularity : {"per_tensor", "per_row"}
-        What shares one scale: everything, or what lies along the last axis.
-    group_size : None
-        No format of this version divides rows into groups.
+    granularity : {"per_tensor", "per_row", "per_group"}
+        What shares one scale: everything, what lies along the last axis, or every `group_size` elements of
+        that.
+    group_size : int or None
+        At least 1 per group, None otherwise. The last group of a row may be shorter.
     packed : bool
         Two 4-bit codes to a byte, the even element in the low nibble. Only with ``bits=4``.
 
@@ -101,12 +102,26 @@ class DynQuantFormat:
             raise ParameterError(f"bits: expected 4 or 8, got {self.bits!r}")
         if type(self.packed) is not bool:
             raise ParameterError(f"packed: expected a bool, got {self.packed!r}")
-        if self.granularity not in ("per_tensor", "per_row"):
-            raise ParameterError(f"granularity: expected 'per_tensor' or 'per_row', got {self.granularity!r}")
-        if self.group_size is not None:
-            raise ParameterError(f"group_size: expected None, got {self.group_size!r}")
+        if self.granularity not in ("per_tensor", "per_row", "per_group"):
+            raise ParameterError(
+                f"granularity: expected 'per_tensor', 'per_row' or 'per_group', got {self.granularity!r}"
+            )
+        if self.granularity == "per_group":
+            object.__setattr__(self, "group_size", as_length(self.group_size, "group_size"))
+        elif self.group_size is not None:
+            raise ParameterError(f"group_size: expected None {self.granularity}, got {self.group_size!r}")
         if self.packed and self.bits != 4:
             raise ParameterError(f"packed: expected False for {self.bits}-bit codes, got {self.packed!r}")
+
+    @classmethod
+    def int8_per_group(cls, group_size: int) -> DynQuantFormat:
+        """8-bit codes with a scale for every `group_size` elements of a row."""
+        return cls(8, "per_group", group_size)
+
+    @classmethod
+    def int4_per_group(cls, group_size: int) -> DynQuantFormat:
+        """4-bit codes, a byte each, with a scale for every `group_size` elements of a row."""
+        return cls(4, "per_group", group_size)
 
     @cached_property
     def clip(self) -> int:
@@ -114,14 +129,21 @@ class DynQuantFormat:
         return 127 if self.bits == 8 else 7
 
     def rows_of(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """(m, k): how many scales a tensor of `shape` has, and how many elements share each."""
+        """(m, k): as how many rows of how many elements a tensor of `shape` is taken."""
         if self.granularity == "per_tensor":
             return 1, math.prod(shape)
         return math.prod(shape[:-1]), shape[-1]
 
+    def group_of(self, k: int) -> int:
+        """How many of the `k` elements of a row share a scale, at least 1."""
+        return self.group_size or k or 1
+
     def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scales of a tensor of `shape`."""
-        return (1,) if self.granularity == "per_tensor" else shape[:-1]
+        if self.granularity == "per_tensor":
+            return (1,)
+        groups = () if self.group_size is None else (-(-shape[-1] // self.group_size),)
+        return (*shape[:-1], *groups)
 
     def data_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the codes of a tensor of `shape`: that shape, or rows of bytes when packed."""
@@ -152,9 +174,11 @@ class DynQuantTensor:
         int8, of `shape`; or, when ``format.packed``, uint8 with two codes a byte: one run of
         ``ceil(n / 2)`` bytes per tensor, or per row a last axis of ``ceil(shape[-1] / 2)``.
     scales : ndarray of float32
-        Shape (1,) per tensor, ``shape[:-1]`` per row.
-    zero_points : None
-        Every format of this version is symmetric.
+        Shape (1,) per tensor, ``shape[:-1]`` per row, ``(*shape[:-1], ceil(shape[-1] / group_size))`` per
+        group.
+    zero_points : ndarray of uint8, or None
+        None where codes are symmetric. Otherwise of the shape of `scales`: the codes are then 0..15, which
+        only a packed format can have, and stand for ``(code - zero_point) * scale``.
     shape : tuple of int
         Shape of the tensor that was quantised.
     format : DynQuantFormat
@@ -164,14 +188,15 @@ class DynQuantTensor:
     DTypeError, ShapeMismatchError
         If an array does not fit `shape` and `format`.
     ParameterError
-        If `zero_points` is not None, or `shape` or `format` are not what they should be.
+        If there are `zero_points` for a format that is not packed, or one above 15, or `shape` or `format`
+        are not what they should be.
     """
 
     __slots__ = ("__weakref__", "data", "format", "scales", "shape", "zero_points")
 
     data: NDArray[Any]
     scales: NDArray[np.float32]
-    zero_points: None
+    zero_points: NDArray[np.uint8] | None
     shape: tuple[int, ...]
     format: DynQuantFormat
 
@@ -179,12 +204,16 @@ class DynQuantTensor:
         if not isinstance(self.format, DynQuantFormat):
             raise ParameterError(f"format: expected a DynQuantFormat, got {self.format!r}")
         object.__setattr__(self, "shape", _as_shape(self.shape))
-        if self.zero_points is not None:
-            raise ParameterError(f"zero_points: expected None, got {type(self.zero_points).__name__}")
-        if self.format.granularity == "per_row" and not self.shape:
+        if self.format.granularity != "per_tensor" and not self.shape:
             raise ShapeMismatchError("(..., k)", self.shape, "shape")
         _check_field(self.data, "data", self.format.data_shape(self.shape), self.format.data_dtype)
         _check_field(self.scales, "scales", self.format.scales_shape(self.shape), F32)
+        if self.zero_points is not None:
+            if not self.format.packed:
+                raise ParameterError(f"zero_points: expected None unless codes are packed, got {self.format}")
+            _check_field(self.zero_points, "zero_points", self.scales.shape, U8)
+            if self.zero_points.max(initial=0) > 15:
+                raise ParameterError(f"zero_points: expected numbers up to 15, got {self.zero_points.max()}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.data, self.scales, self.zero_points, self.shape, self.format)
@@ -196,8 +225,9 @@ class DynQuantTensor:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of codes and scales together."""
-        return self.data.nbytes + self.scales.nbytes
+        """Bytes of codes, scales and zero points together."""
+        zero_bytes = 0 if self.zero_points is None else self.zero_points.nbytes
+        return self.data.nbytes + self.scales.nbytes + zero_bytes
 
     @property
     def compression_ratio(self) -> float:
@@ -205,7 +235,7 @@ class DynQuantTensor:
         return 4 * self.element_count / self.memory_bytes if self.element_count else 0.0
 
     def dequantize(self, *, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """The values that the codes stand for: ``code * scale`` in float32.
+        """The float32 values that the codes stand for: ``code * scale`` or ``(code - zero_point) * scale``.
 
         Parameters
         ----------
@@ -225,17 +255,18 @@ class DynQuantTensor:
         if out is None:
             out = np.empty(self.shape, F32)
         else:
-            checked_out(out, self.shape, F32, self.data, self.scales)
-        m, k = self.format.rows_of(self.shape)
-        _core.dequantize_rows(as_run(self.data), as_run(self.scales), self.format.packed, out.reshape(m, k))
+            checked_out(out, self.shape, F32, self.data, self.scales, self.zero_points)
+        _core.dequantize_rows(*runs_of(self), out.reshape(self.format.rows_of(self.shape)))
         return out
 
     def __repr__(self) -> str:
         fmt = self.format
+        group = "" if fmt.group_size is None else f" of {fmt.group_size}"
+        zero_points = "" if self.zero_points is None else ", zero points"
         packed = ", packed" if fmt.packed else ""
         return (
-            f"DynQuantTensor(shape={self.shape}, int{fmt.bits} {fmt.granularity}{packed}, "
-            f"{self.memory_bytes} bytes)"
+            f"DynQuantTensor(shape={self.shape}, int{fmt.bits} {fmt.granularity}{group}{zero_points}"
+            f"{packed}, {self.memory_bytes} bytes)"
         )
 
 
@@ -247,13 +278,17 @@ _set_data, _set_scales, _set_zero_points, _set_shape, _set_format = (
 
 
 def tensor_of_checked(
-    data: NDArray[Any], scales: NDArray[np.float32], shape: tuple[int, ...], format: DynQuantFormat
+    data: NDArray[Any],
+    scales: NDArray[np.float32],
+    shape: tuple[int, ...],
+    format: DynQuantFormat,
+    zero_points: NDArray[np.uint8] | None = None,
 ) -> DynQuantTensor:
     """A tensor of arrays that are known to fit; skips the checks, which cost more than a small call."""
     tensor = _new_object(DynQuantTensor)
     _set_data(tensor, data)
     _set_scales(tensor, scales)
-    _set_zero_points(tensor, None)
+    _set_zero_points(tensor, zero_points)
     _set_shape(tensor, shape)
     _set_format(tensor, format)
     return tensor
@@ -283,6 +318,17 @@ def as_run(array: NDArray[Any]) -> NDArray[Any]:
     if not run.flags.aligned:
         run = run.copy()
     return run.view(I8) if run.dtype == U8 else run
+
+
+def runs_of(
+    tensor: DynQuantTensor,
+) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.uint8] | None, bool, int]:
+    """Codes, scales, zero points, whether packed, and elements of a group, as the kernels take them."""
+    fmt, zero_points = tensor.format, tensor.zero_points
+    if zero_points is not None:
+        zero_points = np.ascontiguousarray(zero_points).reshape(-1)
+    _, k = fmt.rows_of(tensor.shape)
+    return as_run(tensor.data), as_run(tensor.scales), zero_points, fmt.packed, fmt.group_of(k)
 
 
 def packed_format(format: DynQuantFormat, packed: bool) -> DynQuantFormat:

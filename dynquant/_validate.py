@@ -179,11 +179,26 @@ def as_number(value: Any, name: str) -> float:
 
 def as_thread_count(value: Any) -> int:
     """`value` as a number of threads, at least 1."""
-    if type(value) is int and value >= 1:
-        return value
+    return value if type(value) is int and value >= 1 else as_length(value, "num_threads")
+
+
+def as_flag(value: Any, name: str) -> bool:
+    """`value` as a bool; NumPy's is one too."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ParameterError(f"{name}: expected a bool, got {value!r}")
+    return bool(value)
+
+
+def as_length(value: Any, name: str) -> int:
+    """`value` as a number of elements, at least 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ParameterError(f"num_threads: expected an int >= 1, got {value!r}")
+        raise ParameterError(f"{name}: expected an int >= 1, got {value!r}")
     return int(value)
+
+
+def as_scalar(value: Any) -> Any:
+    """What an array without axes holds, as a file gives it back; anything else as it is."""
+    return value[()] if isinstance(value, ndarray) and value.shape == () else value
 
 
 def as_clip(value: Any) -> float:

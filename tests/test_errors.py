@@ -301,7 +301,7 @@ BAD_CALLS = [
     # Modes and formats
     *each(NOT_A_PERCENTILE, InvalidPercentileError, "p: expected", Percentile, field="p"),
     *each([0, 3, 16, "8", None, [8]], ParameterError, "bits:", lambda bits: DynQuantFormat(bits, "per_row")),
-    *each(["per_group", "", None, 1], ParameterError, "granularity:", lambda name: DynQuantFormat(8, name)),
+    *each(["per_channel", "", None, 1], ParameterError, "granularity:", lambda name: DynQuantFormat(8, name)),
     *each([0, 32, "32"], ParameterError, "group_size:", lambda size: DynQuantFormat(8, "per_row", size)),
     Bad(ParameterError, "packed:", DynQuantFormat, (8, "per_row"), {"packed": True}),
     # DynQuantTensor

@@ -207,6 +207,9 @@ def test_signatures():
         "dynamic_quantize_linear": "x",
         "error_metrics": "original, quantized, *, per_row=False",
         "hadamard_transform": "x, *, block_size=None, out=None",
+        "quantize_weights": "w, *, bits=8, group_size=None, symmetric=None, search=False, num_threads=1",
+        "w4a8_matvec": "weight, activation, *, out=None",
+        "w4a8_matmul": "weight, activations, bias=None, *, out=None, num_threads=1",
         "simd_info": "",
     }
     functions = {name: value for name, value in public().items() if inspect.isfunction(value)}

@@ -78,7 +78,8 @@ def test_more_rows_than_a_chunk(isa):
     """Rows are taken in chunks of half a megabyte of activations."""
     k = 30_000
     weight, scales, x, bias = layer_arrays(45, 9, k)
-    assert 45 * _core.activation_bytes(k) > 2 * dynquant._linear._CHUNK_BYTES
+    row_bytes = _core.PackedLinear(9, k, 0, None, None, 0).activation_bytes()
+    assert 45 * row_bytes > 2 * dynquant._matmul._CHUNK_BYTES
     assert_same_bits(w8a8_matmul(weight, scales, x, bias), expected(weight, scales, x, bias))
 
 

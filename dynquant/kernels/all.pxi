@@ -35,6 +35,22 @@ cdef extern from "kernels/simd.h" nogil:
     dq_spread_act dq_spread(const uint8_t* a)
     dq_weights dq_weights_load(const int8_t* w)
     dq_sums dq_sums_step(dq_sums acc, dq_weights w, dq_spread_act a)
+    enum: DQ_CODES
+    enum: DQ_CODES_RUN
+    ctypedef struct dq_part:
+        pass
+    ctypedef struct dq_floats:
+        pass
+    ctypedef struct dq_codes:
+        pass
+    dq_codes dq_codes_load(const uint8_t* w)
+    dq_part dq_part_zero()
+    dq_part dq_codes_step(dq_part part, dq_codes w, dq_spread_act even, dq_spread_act odd)
+    dq_sums dq_part_add(dq_sums s, dq_part part)
+    dq_floats dq_floats_load(const float* x)
+    void dq_floats_store(float* out, dq_floats x)
+    dq_floats dq_zero_points_load(const uint8_t* z)
+    dq_floats dq_group_add(dq_floats acc, dq_sums s, dq_floats zero_points, float a_sum, dq_floats scales)
     dq_acc dq_acc_zero()
     dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a)
     dq_acc dq_acc_add(dq_acc x, dq_acc y)
@@ -46,6 +62,7 @@ cdef enum:
     LANES = 16
     DOT_BLOCK = 1 << 16
     GEMM_BLOCK = 1 << 16
+    EXACT = 1 << 13
     PANEL = 2 * DQ_LANES
     ROWS = 4
 
@@ -57,6 +74,7 @@ include "dequantize.pxi"
 include "smooth.pxi"
 include "dot.pxi"
 include "gemm.pxi"
+include "gemm_u4.pxi"
 include "stats.pxi"
 include "hadamard.pxi"
 
@@ -71,9 +89,11 @@ kernels.count_top_bits_f32 = count_top_bits_f32
 kernels.count_next_bits_f32 = count_next_bits_f32
 kernels.quantize_row_f32_s8 = quantize_row_f32_s8
 kernels.quantize_row_f32_u8 = quantize_row_f32_u8
+kernels.quantize_row_f32_u4 = quantize_row_f32_u4
 kernels.pack_row_s8_s4 = pack_row_s8_s4
 kernels.dequantize_row_s8_f32 = dequantize_row_s8_f32
 kernels.unpack_row_s4_s8 = unpack_row_s4_s8
+kernels.shift_row_u4_s8 = shift_row_u4_s8
 kernels.column_amax_row_f32 = column_amax_row_f32
 kernels.column_amax_4_rows_f32 = column_amax_4_rows_f32
 kernels.divide_row_f32 = divide_row_f32
@@ -87,6 +107,12 @@ kernels.pack_panel_s8 = pack_panel_s8
 kernels.unpack_panel_s8 = unpack_panel_s8
 kernels.pack_activation_s8 = pack_activation_s8
 kernels.gemm_panel_s8s8_f32 = gemm_panel_s8s8_f32
+kernels.group_panel_bytes = group_panel_bytes
+kernels.group_activation_bytes = group_activation_bytes
+kernels.pack_panel_u4 = pack_panel_u4
+kernels.unpack_panel_u4 = unpack_panel_u4
+kernels.pack_group_activation_s8 = pack_group_activation_s8
+kernels.gemm_panel_u4s8_f32 = gemm_panel_u4s8_f32
 kernels.min_max_row_f32 = min_max_row_f32
 kernels.sum_row_f32_f64 = sum_row_f32_f64
 kernels.square_deviation_row_f32_f64 = square_deviation_row_f32_f64

@@ -16,3 +16,10 @@ cdef void unpack_row_s4_s8(const uint8_t* packed, int8_t* codes, Py_ssize_t n) n
         codes[2 * i + 1] = <int8_t> (((packed[i] >> 4) ^ 8) - 8)
     if n % 2:
         codes[n - 1] = <int8_t> (((packed[n // 2] & 0x0F) ^ 8) - 8)
+
+
+# Nibbles as unpack_row_s4_s8 gives them, but meant as 0..15 -> codes[i] - zero_point, in place.
+cdef void shift_row_u4_s8(int8_t* codes, int32_t zero_point, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        codes[i] = <int8_t> ((codes[i] & 0x0F) - zero_point)

@@ -69,7 +69,21 @@ cdef void quantize_row_f32_u8(const float* x, float scale, int32_t zero_point, u
         codes[i] = <uint8_t> ((dq_bits(v + <float> DQ_MAGIC) + zero_point) & 0xFF)
 
 
-# codes (n,) in [-8, 7] -> packed (ceil(n / 2),): the even element in the low nibble, an odd last one alone.
+# x (n,), scale > 0 -> codes (n,) = clamp(round half away (x / scale) + zero_point, 0, 15): the int4 of
+# weights. The bounds are integers, so the quotient may be clamped before it is rounded, as in
+# divide_round_row.
+cdef void quantize_row_f32_u4(const float* x, float scale, int32_t zero_point, int8_t* codes,
+                              Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef float v, least = -zero_point, most = 15 - zero_point
+    for i in range(n):
+        v = x[i] / scale
+        v = least if v < least else v
+        v = most if v > most else v
+        codes[i] = <int8_t> (<int32_t> (v + copysignf(<float> 0.499999970197677612, v)) + zero_point)
+
+
+# codes (n,) in [-8, 15] -> packed (ceil(n / 2),): the even element in the low nibble, an odd last one alone.
 cdef void pack_row_s8_s4(const int8_t* codes, uint8_t* packed, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(n // 2):

@@ -7,6 +7,8 @@
                    to int16 and multiplies without adding pairs.
 
    sums step       DQ_DEPTH products for each of DQ_LANES outputs, the step of a matrix product.
+   codes step      the same for weights of 4 bits, 8 products for each of DQ_LANES outputs; and the end of a
+                   group, where sums become floats.
 
    Each has a form in plain C that every compiler takes, and forms for what instructions offer. A form may differ from another in speed only, never in a bit of any result. */
 #ifndef DQ_SIMD_H
@@ -317,6 +319,153 @@ static inline dq_spread_act dq_spread(const uint8_t* a) {
 static inline dq_weights dq_weights_load(const int8_t* w) { return (dq_weights){w[0], w[1]}; }
 static inline dq_sums dq_sums_step(dq_sums acc, dq_weights w, dq_spread_act a) {
     return acc + w.k0 * a.k0 + w.k1 * a.k1;
+}
+
+#endif
+
+/* part[lane] += sum over 8 k of code[k][lane] * a[k], codes in [0, 15], a in [-127, 127]: the step of a matrix
+   product with 4-bit weights. Codes come DQ_LANES outputs side by side, four bytes each, two codes a byte, the
+   even k in the low nibble. Activations come as the four even k, then the four odd k, which dq_spread gives to
+   every lane. At most DQ_CODES_RUN steps may go into one dq_part; dq_part_add then adds it to sums.
+
+   dq_group_add is the end of a group: acc + float((sums - zero_point * a_sum)) * scale, where |sums| and
+   |zero_point * a_sum| are below 2**24, so that floats hold them and their difference exactly. */
+#define DQ_CODES 8
+#if defined(__AVX512BW__)
+
+typedef __m512i dq_part;
+typedef __m512 dq_floats;
+typedef struct {
+    __m512i even, odd;
+} dq_codes;
+static inline dq_codes dq_codes_load(const uint8_t* w) {
+    const __m512i v = _mm512_loadu_si512(w), low = _mm512_set1_epi8(0x0F);
+    return (dq_codes){_mm512_and_si512(v, low), _mm512_and_si512(_mm512_srli_epi16(v, 4), low)};
+}
+static inline dq_part dq_part_zero(void) { return _mm512_setzero_si512(); }
+#if defined(__AVX512VNNI__)
+#define DQ_CODES_RUN (1 << 20)
+static inline dq_part dq_codes_step(dq_part part, dq_codes w, dq_spread_act even, dq_spread_act odd) {
+    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(part, w.even, even), w.odd, odd);
+}
+static inline dq_sums dq_part_add(dq_sums s, dq_part part) { return _mm512_add_epi32(s, part); }
+#else
+#define DQ_CODES_RUN 4
+static inline dq_part dq_codes_step(dq_part part, dq_codes w, dq_spread_act even, dq_spread_act odd) {
+    /* int16 lanes: a step adds two pairs of at most 2 * 15 * 127 = 3,810, and 8 * 3,810 < 2**15. */
+    part = _mm512_add_epi16(part, _mm512_maddubs_epi16(w.even, even));
+    return _mm512_add_epi16(part, _mm512_maddubs_epi16(w.odd, odd));
+}
+static inline dq_sums dq_part_add(dq_sums s, dq_part part) {
+    return _mm512_add_epi32(s, _mm512_madd_epi16(part, _mm512_set1_epi16(1)));
+}
+#endif
+static inline dq_floats dq_floats_load(const float* x) { return _mm512_loadu_ps(x); }
+static inline void dq_floats_store(float* out, dq_floats x) { _mm512_storeu_ps(out, x); }
+static inline dq_floats dq_zero_points_load(const uint8_t* z) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)z)));
+}
+static inline dq_floats dq_group_add(dq_floats acc, dq_sums s, dq_floats zero_points, float a_sum,
+                                     dq_floats scales) {
+    const __m512 sum = _mm512_fnmadd_ps(zero_points, _mm512_set1_ps(a_sum), _mm512_cvtepi32_ps(s));
+    return _mm512_add_ps(acc, _mm512_mul_ps(sum, scales));
+}
+
+#elif defined(__AVX2__)
+
+typedef __m256i dq_part;
+typedef __m256 dq_floats;
+typedef struct {
+    __m256i even, odd;
+} dq_codes;
+#define DQ_CODES_RUN 4
+static inline dq_codes dq_codes_load(const uint8_t* w) {
+    const __m256i v = _mm256_loadu_si256((const __m256i*)w), low = _mm256_set1_epi8(0x0F);
+    return (dq_codes){_mm256_and_si256(v, low), _mm256_and_si256(_mm256_srli_epi16(v, 4), low)};
+}
+static inline dq_part dq_part_zero(void) { return _mm256_setzero_si256(); }
+static inline dq_part dq_codes_step(dq_part part, dq_codes w, dq_spread_act even, dq_spread_act odd) {
+    /* int16 lanes, as above. */
+    part = _mm256_add_epi16(part, _mm256_maddubs_epi16(w.even, even));
+    return _mm256_add_epi16(part, _mm256_maddubs_epi16(w.odd, odd));
+}
+static inline dq_sums dq_part_add(dq_sums s, dq_part part) {
+    return _mm256_add_epi32(s, _mm256_madd_epi16(part, _mm256_set1_epi16(1)));
+}
+static inline dq_floats dq_floats_load(const float* x) { return _mm256_loadu_ps(x); }
+static inline void dq_floats_store(float* out, dq_floats x) { _mm256_storeu_ps(out, x); }
+static inline dq_floats dq_zero_points_load(const uint8_t* z) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)z)));
+}
+static inline dq_floats dq_group_add(dq_floats acc, dq_sums s, dq_floats zero_points, float a_sum,
+                                     dq_floats scales) {
+    const __m256 sum = _mm256_fnmadd_ps(zero_points, _mm256_set1_ps(a_sum), _mm256_cvtepi32_ps(s));
+    return _mm256_add_ps(acc, _mm256_mul_ps(sum, scales));
+}
+
+#elif defined(__SSE2__)
+
+/* int32 lanes: `low` has two of each of the first two outputs, `high` of the other two. */
+typedef struct {
+    __m128i low, high;
+} dq_part;
+typedef __m128 dq_floats;
+typedef struct {
+    __m128i even, odd;
+} dq_codes;
+#define DQ_CODES_RUN (1 << 20)
+static inline dq_codes dq_codes_load(const uint8_t* w) {
+    const __m128i v = _mm_loadu_si128((const __m128i*)w), low = _mm_set1_epi8(0x0F);
+    return (dq_codes){_mm_and_si128(v, low), _mm_and_si128(_mm_srli_epi16(v, 4), low)};
+}
+static inline dq_part dq_part_zero(void) { return (dq_part){_mm_setzero_si128(), _mm_setzero_si128()}; }
+static inline dq_part dq_codes_add(dq_part part, __m128i w, dq_spread_act a) {
+    const __m128i zero = _mm_setzero_si128(), wide = _mm_srai_epi16(_mm_unpacklo_epi8(a, a), 8);
+    part.low = _mm_add_epi32(part.low, _mm_madd_epi16(_mm_unpacklo_epi8(w, zero), wide));
+    part.high = _mm_add_epi32(part.high, _mm_madd_epi16(_mm_unpackhi_epi8(w, zero), wide));
+    return part;
+}
+static inline dq_part dq_codes_step(dq_part part, dq_codes w, dq_spread_act even, dq_spread_act odd) {
+    return dq_codes_add(dq_codes_add(part, w.even, even), w.odd, odd);
+}
+static inline dq_sums dq_part_add(dq_sums s, dq_part part) {
+    const __m128 low = _mm_castsi128_ps(part.low), high = _mm_castsi128_ps(part.high);
+    const __m128i first = _mm_castps_si128(_mm_shuffle_ps(low, high, 0x88));
+    return _mm_add_epi32(s, _mm_add_epi32(first, _mm_castps_si128(_mm_shuffle_ps(low, high, 0xDD))));
+}
+static inline dq_floats dq_floats_load(const float* x) { return _mm_loadu_ps(x); }
+static inline void dq_floats_store(float* out, dq_floats x) { _mm_storeu_ps(out, x); }
+static inline dq_floats dq_zero_points_load(const uint8_t* z) { return _mm_setr_ps(z[0], z[1], z[2], z[3]); }
+static inline dq_floats dq_group_add(dq_floats acc, dq_sums s, dq_floats zero_points, float a_sum,
+                                     dq_floats scales) {
+    const __m128 sum = _mm_sub_ps(_mm_cvtepi32_ps(s), _mm_mul_ps(zero_points, _mm_set1_ps(a_sum)));
+    return _mm_add_ps(acc, _mm_mul_ps(sum, scales));
+}
+
+#else
+
+typedef int32_t dq_part;
+typedef float dq_floats;
+typedef struct {
+    uint8_t byte[4];
+} dq_codes;
+#define DQ_CODES_RUN (1 << 20)
+static inline dq_codes dq_codes_load(const uint8_t* w) { return (dq_codes){{w[0], w[1], w[2], w[3]}}; }
+static inline dq_part dq_part_zero(void) { return 0; }
+static inline dq_part dq_codes_step(dq_part part, dq_codes w, dq_spread_act even, dq_spread_act odd) {
+    int8_t e[4], o[4];
+    memcpy(e, &even, 4);
+    memcpy(o, &odd, 4);
+    for (int j = 0; j < 4; j++) part += (w.byte[j] & 0x0F) * e[j] + (w.byte[j] >> 4) * o[j];
+    return part;
+}
+static inline dq_sums dq_part_add(dq_sums s, dq_part part) { return s + part; }
+static inline dq_floats dq_floats_load(const float* x) { return *x; }
+static inline void dq_floats_store(float* out, dq_floats x) { *out = x; }
+static inline dq_floats dq_zero_points_load(const uint8_t* z) { return *z; }
+static inline dq_floats dq_group_add(dq_floats acc, dq_sums s, dq_floats zero_points, float a_sum,
+                                     dq_floats scales) {
+    return acc + ((float)s - zero_points * a_sum) * scales;
 }
 
 #endif

@@ -1,0 +1,396 @@
+"""Integer linear algebra: exact products of int8 or 4-bit weights with activations quantised on the way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _core
+from ._quantize import quantize_named
+from ._tensor import DynQuantFormat, DynQuantTensor, MaxAbs
+from ._threads import over_rows
+from ._validate import (
+    F32,
+    as_finite_vector,
+    as_floats,
+    as_int8_matrix,
+    as_thread_count,
+    check_finite,
+    checked_out,
+    float_rows,
+)
+from .errors import EmptyInputError, ParameterError, ShapeMismatchError
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+_MAX_ABS = MaxAbs()
+
+# Bytes of activations that are quantised before the weights are read for them: they stay in a core's own
+# cache, and scratch is bounded however many rows there are.
+_CHUNK_BYTES = 1 << 19
+
+
+def w8a8_matvec(
+    weight_i8: ArrayLike,
+    weight_scales: ArrayLike,
+    activation: ArrayLike,
+    *,
+    out: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
+    """Product of an int8 weight matrix with an activation that is quantised to int8 on the way.
+
+    Parameters
+    ----------
+    weight_i8 : array_like of int8, (out_features, in_features)
+        All values, -128 included.
+    weight_scales : array_like of floats, (out_features,)
+    activation : array_like of floats, (in_features,)
+        Quantised as by `dynamic_quantize_int8`, with one scale.
+    out : ndarray of float32, (out_features,), optional
+        C-contiguous, apart from the inputs. Allocated if not given.
+
+    Returns
+    -------
+    ndarray of float32, (out_features,)
+        ``float32(sum) * weight_scale * activation_scale``, in that order. `out` if it was given.
+
+    Raises
+    ------
+    EmptyInputError
+        If `activation` has no elements.
+    DTypeError
+        If `weight_i8` is not int8, or another argument does not hold floats.
+    ShapeMismatchError
+        If the shapes do not fit each other.
+    NonFiniteError
+        If `weight_scales` or `activation` hold NaN or infinity.
+    LayoutError
+        If `out` is not C-contiguous, read-only, or overlaps an input. After any of these it is as it was.
+
+    Notes
+    -----
+    Each sum is the exact integer for every in_features: partial sums of 65,536 products, at most
+    65,536 * 128 * 127 < 2**31 in magnitude, are added up in int64. Nothing saturates on any instruction set.
+
+    Examples
+    --------
+    >>> w8a8_matvec(np.array([[2, -128]], np.int8), [0.5], [127.0, 1.0]).tolist()
+    [63.0]
+    """
+    weight = as_int8_matrix(weight_i8, "weight_i8")
+    n, k = weight.shape
+    vector = as_floats(activation, "activation")
+    if vector.size == 0:
+        raise EmptyInputError(f"activation: expected at least one element, got shape {vector.shape}")
+    if vector.shape != (k,):
+        raise ShapeMismatchError((k,), vector.shape, "activation")
+    scales = as_finite_vector(weight_scales, "weight_scales", n)
+    if out is None:
+        out = np.empty(n, F32)
+    else:
+        checked_out(out, (n,), F32, weight_i8, weight_scales, activation)
+    quantized = quantize_named(vector, DynQuantFormat.INT8_PER_TENSOR, _MAX_ABS, None, 1, "activation")
+    _core.w8a8_matvec(weight, scales, quantized.data, quantized.scales[0], out)
+    return out
+
+
+def w8a8_matmul(
+    weight_i8: ArrayLike,
+    weight_scales: ArrayLike,
+    activations: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    out: NDArray[np.float32] | None = None,
+    num_threads: int = 1,
+) -> NDArray[np.float32]:
+    """Product of activations, quantised to int8 row by row, with an int8 weight matrix.
+
+    Parameters
+    ----------
+    weight_i8 : array_like of int8, (out_features, in_features)
+        All values, -128 included.
+    weight_scales : array_like of floats, (out_features,)
+    activations : array_like of floats, (tokens, in_features)
+        Each row is quantised by itself, as by `dynamic_quantize_int8_per_row`.
+    bias : array_like of floats, (out_features,), optional
+    out : ndarray of float32, (tokens, out_features), optional
+        C-contiguous, apart from the inputs. Allocated if not given.
+    num_threads : int
+        How many threads share the outputs. The result does not depend on it.
+
+    Returns
+    -------
+    ndarray of float32, (tokens, out_features)
+        ``float32(sum) * weight_scale * activation_scale + bias``, in that order. `out` if it was given.
+
+    Raises
+    ------
+    DTypeError
+        If `weight_i8` is not int8, or another argument does not hold floats.
+    ShapeMismatchError
+        If the shapes do not fit each other.
+    NonFiniteError
+        If an argument holds NaN or infinity.
+    LayoutError
+        If `out` is not C-contiguous, read-only, or overlaps an input.
+    ParameterError
+        If `num_threads` is not a positive integer. After any of these `out` is as it was.
+
+    Notes
+    -----
+    Each sum is the exact integer for every in_features. The weights are packed for the kernels anew in every
+    call, which costs about as much as multiplying a dozen rows: `QuantLinear` packs weights once.
+
+    Examples
+    --------
+    >>> w8a8_matmul(np.array([[2, -128]], np.int8), [0.5], [[127.0, 1.0], [0.0, 127.0]]).tolist()
+    [[63.0], [-8128.0]]
+    """
+    weight = as_int8_matrix(weight_i8, "weight_i8")
+    n, k = weight.shape
+    scales = as_finite_vector(weight_scales, "weight_scales", n)
+    offset = None if bias is None else as_finite_vector(bias, "bias", n)
+    x = as_floats(activations, "activations")
+    if x.ndim != 2 or x.shape[1] != k:
+        raise ShapeMismatchError(("tokens", k), x.shape, "activations")
+    threads = as_thread_count(num_threads)
+    if out is not None:
+        checked_out(out, (x.shape[0], n), F32, weight_i8, weight_scales, activations, bias)
+    if weight.size == 0:
+        return _only_bias(n, offset, x, out, "activations")
+    tensor = DynQuantTensor(weight, scales, None, (n, k), DynQuantFormat.INT8_PER_ROW)
+    return multiply(packed_linear(tensor, offset, None, 0), n, None, x, out, threads, "activations")
+
+
+def w4a8_matvec(
+    weight: DynQuantTensor, activation: ArrayLike, *, out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """Product of a 4-bit weight matrix with an activation that is quantised to int8 on the way.
+
+    Parameters
+    ----------
+    weight : DynQuantTensor, (out_features, in_features)
+        Packed 4-bit codes with scales per row or per group, as from `quantize_weights`.
+    activation : array_like of floats, (in_features,)
+        Quantised as by `dynamic_quantize_int8`, with one scale.
+    out : ndarray of float32, (out_features,), optional
+        C-contiguous, apart from the inputs. Allocated if not given.
+
+    Returns
+    -------
+    ndarray of float32, (out_features,)
+        As a row from `w4a8_matmul`. `out` if it was given.
+
+    Raises
+    ------
+    EmptyInputError
+        If `activation` has no elements.
+    DTypeError, ParameterError, ShapeMismatchError, NonFiniteError, LayoutError
+        As from `w4a8_matmul`. After any of these `out` is as it was.
+
+    Examples
+    --------
+    >>> from dynquant import quantize_weights
+    >>> w4a8_matvec(quantize_weights([[15.0, 1.0]], bits=4), [127.0, 1.0]).tolist()
+    [1906.0]
+    """
+    _check_int4(weight)
+    vector = as_floats(activation, "activation")
+    if vector.size == 0:
+        raise EmptyInputError(f"activation: expected at least one element, got shape {vector.shape}")
+    n, k = weight.shape
+    if vector.shape != (k,):
+        raise ShapeMismatchError((k,), vector.shape, "activation")
+    if out is not None:
+        checked_out(out, (n,), F32, activation, weight.data, weight.scales, weight.zero_points)
+    row = None if out is None else out.reshape(1, n)
+    y = _multiply_int4(weight, None, vector.reshape(1, k), row, 1, "activation")
+    return y.reshape(n) if out is None else out
+
+
+def w4a8_matmul(
+    weight: DynQuantTensor,
+    activations: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    out: NDArray[np.float32] | None = None,
+    num_threads: int = 1,
+) -> NDArray[np.float32]:
+    """Product of activations, quantised to int8 row by row, with a 4-bit weight matrix.
+
+    Parameters
+    ----------
+    weight : DynQuantTensor, (out_features, in_features)
+        Packed 4-bit codes with scales per row or per group, as from `quantize_weights`.
+    activations : array_like of floats, (tokens, in_features)
+        Each row is quantised by itself, as by `dynamic_quantize_int8_per_row`.
+    bias : array_like of floats, (out_features,), optional
+    out : ndarray of float32, (tokens, out_features), optional
+        C-contiguous, apart from the inputs. Allocated if not given.
+    num_threads : int
+        How many threads share the outputs. The result does not depend on it.
+
+    Returns
+    -------
+    ndarray of float32, (tokens, out_features)
+        ``total * activation_scale + bias``, where ``total`` adds up ``float32(sum) * group_scale`` over the
+        groups in ascending order, from 0, in float32, and ``sum`` is the exact integer ``sum((code -
+        zero_point) * a)`` of a group. `out` if it was given.
+
+    Raises
+    ------
+    DTypeError
+        If an argument does not hold floats.
+    ParameterError
+        If `weight` is no tensor of packed 4-bit codes with scales per row or per group, or `num_threads` is
+        not a positive integer.
+    ShapeMismatchError
+        If the shapes do not fit each other.
+    NonFiniteError
+        If an argument holds NaN or infinity.
+    LayoutError
+        If `out` is not C-contiguous, read-only, or overlaps an input. After any of these `out` is as it was.
+
+    Notes
+    -----
+    A sum is exact for every length of a group: up to 8,192 codes it is below 15 * 127 * 8,192 < 2**24 in
+    magnitude, which float32 holds; longer groups are added up from such runs in int64. The weights are packed
+    for the kernels anew in every call, which costs as much as multiplying several rows: `QuantLinear` packs
+    once.
+
+    Examples
+    --------
+    >>> from dynquant import quantize_weights
+    >>> w4a8_matmul(quantize_weights([[15.0, 1.0]], bits=4), [[127.0, 1.0], [0.0, 127.0]]).tolist()
+    [[1906.0], [127.0]]
+    """
+    _check_int4(weight)
+    n, k = weight.shape
+    offset = None if bias is None else as_finite_vector(bias, "bias", n)
+    x = as_floats(activations, "activations")
+    if x.ndim != 2 or x.shape[1] != k:
+        raise ShapeMismatchError(("tokens", k), x.shape, "activations")
+    threads = as_thread_count(num_threads)
+    if out is not None:
+        arrays = (weight.data, weight.scales, weight.zero_points)
+        checked_out(out, (x.shape[0], n), F32, activations, bias, *arrays)
+    return _multiply_int4(weight, offset, x, out, threads, "activations")
+
+
+def _check_int4(weight: Any) -> None:
+    if not isinstance(weight, DynQuantTensor):
+        raise ParameterError(f"weight: expected a DynQuantTensor, got {type(weight).__name__}")
+    fmt = weight.format
+    if not fmt.packed or fmt.granularity == "per_tensor":
+        raise ParameterError(f"weight: expected packed 4-bit codes per row or per group, got {weight!r}")
+    if len(weight.shape) != 2:
+        raise ShapeMismatchError("(out_features, in_features)", weight.shape, "weight")
+    check_finite(weight.scales, "weight.scales")
+
+
+def _multiply_int4(
+    weight: DynQuantTensor,
+    bias: NDArray[np.float32] | None,
+    x: NDArray[Any],
+    out: NDArray[np.float32] | None,
+    threads: int,
+    name: str,
+) -> NDArray[np.float32]:
+    n, k = weight.shape
+    if n == 0 or k == 0:
+        return _only_bias(n, bias, x, out, name)
+    return multiply(packed_linear(weight, bias, None, 0), n, None, x, out, threads, name)
+
+
+def by_group(
+    scales: NDArray[np.float32], zero_points: NDArray[np.uint8] | None
+) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
+    """Scales and zero points with an axis of groups, of length 1 where there is one group to a row."""
+    if scales.ndim == 2:
+        return scales, zero_points
+    return scales[:, None], None if zero_points is None else zero_points[:, None]
+
+
+def packed_linear(
+    weight: DynQuantTensor,
+    bias: NDArray[np.float32] | None,
+    smooth: NDArray[np.float32] | None,
+    block: int,
+) -> _core.PackedLinear:
+    """Weights, not empty, in the form of the kernels in use."""
+    n, k = weight.shape
+    data, scales = np.ascontiguousarray(weight.data), np.ascontiguousarray(weight.scales)
+    if weight.format.bits == 8:
+        layer = _core.PackedLinear(n, k, 0, bias, smooth, block)
+        layer.pack_int8(data, scales)
+        return layer
+    layer = _core.PackedLinear(n, k, min(k, weight.format.group_of(k)), bias, smooth, block)
+    zero_points = weight.zero_points
+    if zero_points is not None:
+        zero_points = np.ascontiguousarray(zero_points)
+    layer.pack_int4(data, *by_group(scales, zero_points))
+    return layer
+
+
+def _only_bias(
+    n: int, bias: NDArray[np.float32] | None, x: NDArray[Any], out: NDArray[np.float32] | None, name: str
+) -> NDArray[np.float32]:
+    """What a layer without inputs or outputs gives."""
+    check_finite(x, name)
+    y = np.empty((x.shape[0], n), F32) if out is None else out
+    y[:] = 0 if bias is None else bias
+    return y
+
+
+def multiply(
+    layer: _core.PackedLinear,
+    n: int,
+    smooth: NDArray[np.float32] | None,
+    x: NDArray[Any],
+    out: NDArray[np.float32] | None,
+    threads: int,
+    name: str,
+) -> NDArray[np.float32]:
+    """Rows of `x` times packed weights with n outputs, a chunk of rows at a time."""
+    m = x.shape[0]
+    y = np.empty((m, n), F32) if out is None else out
+    chunk = _chunk_rows(m, _CHUNK_BYTES // layer.activation_bytes())
+    a = _core.Activations(layer, min(m, chunk))
+    # A new array may be given up half written; the caller's may not.
+    if out is not None and chunk < m:
+        for first in range(0, m, chunk):
+            _quantize(layer, x[first : first + chunk], a, x, smooth, name)
+    for first in range(0, m, chunk):
+        part, into = (x, y) if m <= chunk else (x[first : first + chunk], y[first : first + chunk])
+        _quantize(layer, part, a, x, smooth, name)
+        over_rows(layer.multiply, (a, into), layer.panel_count, threads)
+    return y
+
+
+def _quantize(
+    layer: _core.PackedLinear,
+    part: NDArray[Any],
+    a: _core.Activations,
+    x: NDArray[Any],
+    smooth: NDArray[np.float32] | None,
+    name: str,
+) -> None:
+    """Quantise some rows of `x` into `a`, or raise for what is wrong with x."""
+    if layer.quantize(float_rows(part, *part.shape), a):
+        return
+    check_finite(x, name)
+    if smooth is not None:
+        with np.errstate(over="ignore"):
+            check_finite(x.astype(F32, copy=False) / smooth, f"{name} / smooth")
+    raise ParameterError(f"{name}: expected rows within float32 when rotated, got one that is not")
+
+
+def _chunk_rows(m: int, most: int) -> int:
+    """Rows of a chunk: as few chunks as `most` allows, nearly equal, in whole tiles of four rows."""
+    if m <= most:
+        return m or 1
+    most = max(4, most // 4 * 4)
+    chunks = -(-m // most)
+    return -(-m // (4 * chunks)) * 4

@@ -1,0 +1,123 @@
+"""Quantising the weights of a linear layer, once, ahead of the products."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _core
+from ._tensor import DynQuantFormat, DynQuantTensor, as_run, tensor_of_checked
+from ._threads import over_rows
+from ._validate import F32, U8, as_flag, as_matrix, as_thread_count, check_finite, float_rows
+from .errors import ParameterError
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+
+def quantize_weights(
+    w: ArrayLike,
+    *,
+    bits: int = 8,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    search: bool = False,
+    num_threads: int = 1,
+) -> DynQuantTensor:
+    """Quantise a weight matrix.
+
+    Parameters
+    ----------
+    w : array_like of floats, (out_features, in_features)
+    bits : {8, 4}
+        8: int8 codes in [-127, 127], one scale for each output. 4: two codes to a byte, the even one in the
+        low nibble.
+    group_size : int, optional
+        Only with ``bits=4``: a scale for each run of so many in_features, the last run of a row may be
+        shorter. By default one for each output.
+    symmetric : bool, optional
+        Codes around zero, in [-7, 7] with ``bits=4``; otherwise codes 0..15 with a zero point for each scale.
+        8-bit codes are always symmetric; 4-bit ones are by default not, for a zero point costs a product
+        nothing.
+    search : bool
+        Choose each range by the least squared error among the whole one and its 31/32 ... 10/32, instead of
+        the whole one. Takes about 25 times as long.
+    num_threads : int
+        How many threads share the outputs. The result does not depend on it.
+
+    Returns
+    -------
+    DynQuantTensor
+
+    Raises
+    ------
+    ShapeMismatchError, EmptyInputError
+        If `w` has not two axes, or no elements.
+    DTypeError, NonFiniteError
+        If it does not hold floats, or holds NaN or infinity.
+    ParameterError
+        If an option has a value that it cannot take, or a range is beyond float32.
+
+    Notes
+    -----
+    Symmetric: ``scale = max|w| / clip``, ``code = clamp(round(w / scale), -clip, clip)``. Asymmetric:
+    ``scale = (max(0, max) - min(0, min)) / 15``, ``zero_point = clamp(round(-min / scale), 0, 15)``,
+    ``code = clamp(round(w / scale) + zero_point, 0, 15)``, for the value ``(code - zero_point) * scale``.
+    Halves are rounded away from zero, in float32. Zero is always represented exactly. Where the scale is 0,
+    so are the codes and the zero point.
+
+    Examples
+    --------
+    >>> t = quantize_weights([[0.0, 1.0, 15.0, -0.0]], bits=4)
+    >>> [hex(b) for b in t.data[0]], t.scales.tolist(), t.zero_points.tolist()
+    (['0x10', '0xf'], [1.0], [0])
+    """
+    fmt, symmetric = weight_format(bits, group_size, symmetric)
+    search = as_flag(search, "search")
+    threads = as_thread_count(num_threads)
+    matrix = as_matrix(w, "w", "(out_features, in_features)")
+    check_finite(matrix, "w")
+    return quantize_matrix(matrix, fmt, symmetric, search, threads)
+
+
+def weight_format(bits: Any, group_size: Any, symmetric: Any) -> tuple[DynQuantFormat, bool]:
+    """The format that `quantize_weights` gives for these options, and whether it is symmetric."""
+    fmt = DynQuantFormat(bits, "per_row" if group_size is None else "per_group", group_size, bits == 4)
+    if symmetric is None:
+        symmetric = fmt.bits == 8
+    symmetric = as_flag(symmetric, "symmetric")
+    if fmt.bits == 8 and group_size is not None:
+        raise ParameterError(f"group_size: expected None for 8-bit weights, got {group_size!r}")
+    if fmt.bits == 8 and not symmetric:
+        raise ParameterError(f"symmetric: expected True or None for 8-bit weights, got {symmetric!r}")
+    return fmt, symmetric
+
+
+def quantize_matrix(
+    w: NDArray[Any], fmt: DynQuantFormat, symmetric: bool, search: bool, threads: int
+) -> DynQuantTensor:
+    """`quantize_weights` for a finite matrix and options that have been checked."""
+    rows = float_rows(w, *w.shape)
+    group = fmt.group_of(w.shape[1])
+    scales, zero_points = fit_ranges(w, fmt, symmetric, search, threads)
+    data = np.empty(fmt.data_shape(w.shape), fmt.data_dtype)
+    z = None if zero_points is None else zero_points.reshape(-1)
+    work = (rows, scales.reshape(-1), z, fmt.clip, fmt.packed, group, as_run(data))
+    over_rows(_core.code_rows, work, w.shape[0], threads)
+    return tensor_of_checked(data, scales, w.shape, fmt, zero_points)
+
+
+def fit_ranges(
+    w: NDArray[Any], fmt: DynQuantFormat, symmetric: bool, search: bool, threads: int
+) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
+    """Scales, and zero points unless symmetric, of a finite matrix."""
+    scales = np.empty(fmt.scales_shape(w.shape), F32)
+    zero_points = None if symmetric else np.empty(scales.shape, U8)
+    z = None if zero_points is None else zero_points.reshape(-1)
+    levels = fmt.clip if symmetric else 15
+    work = (float_rows(w, *w.shape), scales.reshape(-1), z, levels, search, fmt.group_of(w.shape[1]))
+    over_rows(_core.fit_rows, work, w.shape[0], threads)
+    if not np.isfinite(scales).all():
+        raise ParameterError("w: expected the range of each group within float32, got one beyond it")
+    return scales, zero_points

@@ -1,0 +1,322 @@
+# The exact integer product of 4-bit weights, a scale and a zero point for each group of k, and int8
+# activations.
+#
+# A panel holds the codes 0..15 of PANEL = 2 * DQ_LANES outputs, in units of DQ_CODES = 8 k: four bytes for
+# each output, the even k in the low nibbles. A group starts a unit. What lies past the last output or the end
+# of a group is zero. Scales and zero points of a panel stand apart, PANEL next to each other for each group.
+# So a product with a single row reads three streams, each from the start of its array to the end, at the
+# speed of memory; with the scales at the end of each panel it took half as long again, for the prefetcher
+# then has to find each of them anew.
+#
+# Activations lie row by row, each in group_activation_bytes: the codes in the same units, the four even k
+# first; then their float32 sums, one for each block of at most EXACT k of a group. A zero point then costs a
+# product with that sum, once for each group.
+
+
+# Units that n k take.
+cdef inline Py_ssize_t units_of(Py_ssize_t n) noexcept nogil:
+    return (n + DQ_CODES - 1) // DQ_CODES
+
+
+# Elements of the group that starts at k = start.
+cdef inline Py_ssize_t group_len(Py_ssize_t start, Py_ssize_t k, Py_ssize_t group) noexcept nogil:
+    return group if group < k - start else k - start
+
+
+# Units of a whole row, each group filled up.
+cdef inline Py_ssize_t units_of_row(Py_ssize_t k, Py_ssize_t group) noexcept nogil:
+    return k // group * units_of(group) + units_of(k % group)
+
+
+cdef inline Py_ssize_t groups_of(Py_ssize_t k, Py_ssize_t group) noexcept nogil:
+    return (k + group - 1) // group
+
+
+# Blocks of at most EXACT k in a group of n.
+cdef inline Py_ssize_t blocks_of(Py_ssize_t n) noexcept nogil:
+    return (n + EXACT - 1) // EXACT
+
+
+# Elements of block b of a group of n.
+cdef inline Py_ssize_t block_len(Py_ssize_t b, Py_ssize_t n) noexcept nogil:
+    return EXACT if n - b * EXACT > EXACT else n - b * EXACT
+
+
+cdef Py_ssize_t group_panel_bytes(Py_ssize_t k, Py_ssize_t group) noexcept nogil:
+    return 4 * PANEL * units_of_row(k, group)
+
+
+# An odd number of cache lines, as activation_bytes.
+cdef Py_ssize_t group_activation_bytes(Py_ssize_t k, Py_ssize_t group) noexcept nogil:
+    cdef Py_ssize_t n = DQ_CODES * units_of_row(k, group)
+    n += groups_of(k, group) * blocks_of(group) * <Py_ssize_t> sizeof(float)
+    return ((n + 63) // 64 | 1) * 64
+
+
+# Nibble i of a run of them.
+cdef inline uint8_t nibble(const uint8_t* packed, Py_ssize_t i) noexcept nogil:
+    return packed[i // 2] >> (4 * (i & 1)) & 0x0F
+
+
+# One group of one output, n k, from a row of nibbles at k = start; flip is XORed to every byte.
+cdef inline void pack_group(const uint8_t* w, Py_ssize_t start, Py_ssize_t n, uint8_t flip,
+                            uint8_t* unit) noexcept nogil:
+    cdef Py_ssize_t u, j
+    cdef uint32_t four
+    cdef uint8_t code
+    if start % 2 == 0:
+        for u in range(n // DQ_CODES):
+            memcpy(&four, w + start // 2 + 4 * u, 4)
+            four ^= flip * <uint32_t> 0x01010101
+            memcpy(unit + 4 * PANEL * u, &four, 4)
+        j = n // DQ_CODES * DQ_CODES
+    else:
+        j = 0
+    while j < n:
+        code = nibble(w, start + j) ^ (flip & 0x0F)
+        unit[4 * PANEL * (j // DQ_CODES) + j % DQ_CODES // 2] |= <uint8_t> (code << (4 * (j & 1)))
+        j += 1
+
+
+# w (rows, ceil(k / 2)) packed codes, rows <= PANEL, scales and zero_points (rows, groups) -> panel,
+# group_panel_bytes, panel_scales and panel_zero_points (groups, PANEL). Where zero_points is NULL the codes
+# are symmetric, in two's complement: 8 is added, which makes 8 their zero point.
+cdef void pack_panel_u4(const uint8_t* w, const float* scales, const uint8_t* zero_points, Py_ssize_t rows,
+                        uint8_t* panel, float* panel_scales, uint8_t* panel_zero_points, Py_ssize_t k,
+                        Py_ssize_t group) noexcept nogil:
+    cdef Py_ssize_t groups = groups_of(k, group), r, g
+    memset(panel, 0, group_panel_bytes(k, group))
+    memset(panel_scales, 0, groups * PANEL * sizeof(float))
+    memset(panel_zero_points, 0, groups * PANEL)
+    for r in range(rows):
+        for g in range(groups):
+            pack_group(w + r * ((k + 1) // 2), g * group, group_len(g * group, k, group),
+                       0 if zero_points != NULL else 0x88, panel + 4 * (g * units_of(group) * PANEL + r))
+            panel_scales[g * PANEL + r] = scales[r * groups + g]
+            panel_zero_points[g * PANEL + r] = 8 if zero_points == NULL else zero_points[r * groups + g]
+
+
+# The inverse of pack_panel_u4.
+cdef void unpack_panel_u4(const uint8_t* panel, const float* panel_scales, const uint8_t* panel_zero_points,
+                          uint8_t* w, float* scales, uint8_t* zero_points, Py_ssize_t rows, Py_ssize_t k,
+                          Py_ssize_t group) noexcept nogil:
+    cdef Py_ssize_t groups = groups_of(k, group), bytes = (k + 1) // 2, r, g, i, n
+    cdef const uint8_t* unit
+    cdef uint8_t code
+    memset(w, 0, rows * bytes)
+    for r in range(rows):
+        for g in range(groups):
+            unit = panel + 4 * (g * units_of(group) * PANEL + r)
+            n = group_len(g * group, k, group)
+            for i in range(n):
+                code = nibble(unit + 4 * PANEL * (i // DQ_CODES), i % DQ_CODES)
+                code ^= 8 if zero_points == NULL else 0
+                w[r * bytes + (g * group + i) // 2] |= <uint8_t> (code << (4 * ((g * group + i) & 1)))
+            scales[r * groups + g] = panel_scales[g * PANEL + r]
+            if zero_points != NULL:
+                zero_points[r * groups + g] = panel_zero_points[g * PANEL + r]
+
+
+# codes (k,) in [-127, 127] -> a, group_activation_bytes.
+cdef void pack_group_activation_s8(const int8_t* codes, uint8_t* a, Py_ssize_t k,
+                                   Py_ssize_t group) noexcept nogil:
+    cdef float* sums = <float*> (a + DQ_CODES * units_of_row(k, group))
+    cdef Py_ssize_t start = 0, n, b
+    while start < k:
+        n = group_len(start, k, group)
+        pack_units(codes + start, a, n)
+        for b in range(blocks_of(n)):
+            sums[b] = <float> sum_codes(codes + start + b * EXACT, block_len(b, n))
+        a += DQ_CODES * units_of(n)
+        sums += blocks_of(group)
+        start += n
+
+
+cdef inline void pack_units(const int8_t* codes, uint8_t* a, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t u, j
+    cdef const uint8_t* c = <const uint8_t*> codes
+    for u in range(n // DQ_CODES):
+        for j in range(4):
+            a[DQ_CODES * u + j] = c[DQ_CODES * u + 2 * j]
+            a[DQ_CODES * u + 4 + j] = c[DQ_CODES * u + 2 * j + 1]
+    if n % DQ_CODES:
+        u = n // DQ_CODES * DQ_CODES
+        memset(a + u, 0, DQ_CODES)
+        for j in range(n - u):
+            a[u + 4 * (j & 1) + j // 2] = c[u + j]
+
+
+cdef inline int32_t sum_codes(const int8_t* codes, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int32_t sum = 0
+    for i in range(n):
+        sum += codes[i]
+    return sum
+
+
+# acc (PANEL,) += one group of one row: `units` units of codes times activations, as dq_group_add has it. Two
+# units at a time, each with sums of its own: one chain of multiply-adds would be slower than memory.
+cdef inline void group_tile_1(const uint8_t* w, const float* scales, const uint8_t* zero_points,
+                              const uint8_t* a, float a_sum, float* acc, Py_ssize_t units) noexcept nogil:
+    cdef dq_sums s0 = dq_sums_zero(), s1 = s0
+    cdef dq_part p0, p1, q0, q1
+    cdef dq_spread_act even, odd
+    cdef Py_ssize_t i, n
+    while units > 0:
+        n = units if units < DQ_CODES_RUN else DQ_CODES_RUN
+        p0 = p1 = q0 = q1 = dq_part_zero()
+        for i in range(n // 2):
+            even, odd = dq_spread(a), dq_spread(a + 4)
+            p0 = dq_codes_step(p0, dq_codes_load(w), even, odd)
+            p1 = dq_codes_step(p1, dq_codes_load(w + 4 * DQ_LANES), even, odd)
+            even, odd = dq_spread(a + DQ_CODES), dq_spread(a + DQ_CODES + 4)
+            q0 = dq_codes_step(q0, dq_codes_load(w + 4 * PANEL), even, odd)
+            q1 = dq_codes_step(q1, dq_codes_load(w + 4 * PANEL + 4 * DQ_LANES), even, odd)
+            w += 8 * PANEL
+            a += 2 * DQ_CODES
+        if n % 2:
+            even, odd = dq_spread(a), dq_spread(a + 4)
+            p0 = dq_codes_step(p0, dq_codes_load(w), even, odd)
+            p1 = dq_codes_step(p1, dq_codes_load(w + 4 * DQ_LANES), even, odd)
+            w += 4 * PANEL
+            a += DQ_CODES
+        s0, s1 = dq_part_add(dq_part_add(s0, p0), q0), dq_part_add(dq_part_add(s1, p1), q1)
+        units -= n
+    add_group(acc, s0, s1, dq_zero_points_load(zero_points), dq_zero_points_load(zero_points + DQ_LANES),
+              a_sum, scales)
+
+
+cdef inline void add_group(float* acc, dq_sums s0, dq_sums s1, dq_floats z0, dq_floats z1, float a_sum,
+                           const float* scales) noexcept nogil:
+    dq_floats_store(acc, dq_group_add(dq_floats_load(acc), s0, z0, a_sum, dq_floats_load(scales)))
+    dq_floats_store(acc + DQ_LANES, dq_group_add(dq_floats_load(acc + DQ_LANES), s1, z1, a_sum,
+                                                 dq_floats_load(scales + DQ_LANES)))
+
+
+# acc (4, PANEL) += the same for four rows, each with the sum at a_sums; as tile_4, and named for its reason.
+cdef inline void group_tile_4(const uint8_t* w, const float* scales, const uint8_t* zero_points,
+                              const uint8_t* a0, const uint8_t* a1, const uint8_t* a2, const uint8_t* a3,
+                              const float* a_sums, float* acc, Py_ssize_t units) noexcept nogil:
+    cdef dq_sums s00 = dq_sums_zero(), s01 = s00, s10 = s00, s11 = s00, s20 = s00, s21 = s00, s30 = s00
+    cdef dq_sums s31 = s00
+    cdef dq_part p00, p01, p10, p11, p20, p21, p30, p31
+    cdef dq_codes w0, w1
+    cdef dq_spread_act even, odd
+    cdef dq_floats z0, z1
+    cdef Py_ssize_t i, n, start = 0
+    while start < units:
+        n = units - start if units - start < DQ_CODES_RUN else DQ_CODES_RUN
+        p00 = p01 = p10 = p11 = p20 = p21 = p30 = p31 = dq_part_zero()
+        for i in range(start, start + n):
+            w0, w1 = dq_codes_load(w), dq_codes_load(w + 4 * DQ_LANES)
+            even, odd = dq_spread(a0 + DQ_CODES * i), dq_spread(a0 + DQ_CODES * i + 4)
+            p00 = dq_codes_step(p00, w0, even, odd)
+            p01 = dq_codes_step(p01, w1, even, odd)
+            even, odd = dq_spread(a1 + DQ_CODES * i), dq_spread(a1 + DQ_CODES * i + 4)
+            p10 = dq_codes_step(p10, w0, even, odd)
+            p11 = dq_codes_step(p11, w1, even, odd)
+            even, odd = dq_spread(a2 + DQ_CODES * i), dq_spread(a2 + DQ_CODES * i + 4)
+            p20 = dq_codes_step(p20, w0, even, odd)
+            p21 = dq_codes_step(p21, w1, even, odd)
+            even, odd = dq_spread(a3 + DQ_CODES * i), dq_spread(a3 + DQ_CODES * i + 4)
+            p30 = dq_codes_step(p30, w0, even, odd)
+            p31 = dq_codes_step(p31, w1, even, odd)
+            w += 4 * PANEL
+        s00, s01 = dq_part_add(s00, p00), dq_part_add(s01, p01)
+        s10, s11 = dq_part_add(s10, p10), dq_part_add(s11, p11)
+        s20, s21 = dq_part_add(s20, p20), dq_part_add(s21, p21)
+        s30, s31 = dq_part_add(s30, p30), dq_part_add(s31, p31)
+        start += n
+    z0, z1 = dq_zero_points_load(zero_points), dq_zero_points_load(zero_points + DQ_LANES)
+    add_group(acc, s00, s01, z0, z1, a_sums[0], scales)
+    add_group(acc + PANEL, s10, s11, z0, z1, a_sums[1], scales)
+    add_group(acc + 2 * PANEL, s20, s21, z0, z1, a_sums[2], scales)
+    add_group(acc + 3 * PANEL, s30, s31, z0, z1, a_sums[3], scales)
+
+
+# acc (rows, PANEL) = all groups of at most EXACT k, added up in ascending order, for rows <= 4 rows of a.
+# Two and three rows take the tile of four, with the last row repeated.
+cdef inline void short_groups(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
+                              const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows, float* acc, Py_ssize_t k,
+                              Py_ssize_t group) noexcept nogil:
+    cdef Py_ssize_t sums_at = DQ_CODES * units_of_row(k, group), g, units = units_of(group), at = 0
+    cdef Py_ssize_t groups = groups_of(k, group)
+    cdef const uint8_t* a1 = a + (1 if rows > 1 else 0) * stride
+    cdef const uint8_t* a2 = a + (rows - 1 if rows < 3 else 2) * stride
+    cdef const uint8_t* a3 = a + (rows - 1) * stride
+    cdef float a_sums[4]
+    memset(acc, 0, ROWS * PANEL * sizeof(float))
+    for g in range(groups):
+        if g == groups - 1:
+            units = units_of(k - g * group)
+        a_sums[0] = (<const float*> (a + sums_at))[g]
+        if rows == 1:
+            group_tile_1(panel, scales, zero_points, a + at, a_sums[0], acc, units)
+        else:
+            a_sums[1] = (<const float*> (a1 + sums_at))[g]
+            a_sums[2] = (<const float*> (a2 + sums_at))[g]
+            a_sums[3] = (<const float*> (a3 + sums_at))[g]
+            group_tile_4(panel, scales, zero_points, a + at, a1 + at, a2 + at, a3 + at, a_sums, acc, units)
+        panel += 4 * PANEL * units
+        at += DQ_CODES * units
+        scales += PANEL
+        zero_points += PANEL
+
+
+# The same for groups of more than EXACT k, one row at a time. A sum over EXACT k is exact as a float: it is
+# taken as an integer from there, and its group's sum is rounded to a float once.
+cdef inline void long_groups(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
+                             const uint8_t* a, float* acc, Py_ssize_t k, Py_ssize_t group) noexcept nogil:
+    cdef const float* a_sums = <const float*> (a + DQ_CODES * units_of_row(k, group))
+    cdef float ones[PANEL]
+    cdef float block[PANEL]
+    cdef int64_t sums[PANEL]
+    cdef Py_ssize_t start = 0, n, b, c, units
+    for c in range(PANEL):
+        ones[c] = 1
+    memset(acc, 0, PANEL * sizeof(float))
+    while start < k:
+        n = group_len(start, k, group)
+        memset(sums, 0, sizeof(sums))
+        for b in range(blocks_of(n)):
+            units = units_of(block_len(b, n))
+            memset(block, 0, sizeof(block))
+            group_tile_1(panel, ones, zero_points, a, a_sums[b], block, units)
+            for c in range(PANEL):
+                sums[c] += <int64_t> block[c]
+            panel += 4 * PANEL * units
+            a += DQ_CODES * units
+        for c in range(PANEL):
+            acc[c] += <float> sums[c] * scales[c]
+        a_sums += blocks_of(group)
+        scales += PANEL
+        zero_points += PANEL
+        start += n
+
+
+# One panel times m rows of activations: out[r][c] = acc * a_scales[r] + bias[c] for c < cols <= PANEL, rows
+# of out `out_stride` apart, where acc is the float32 sum over the groups, in ascending order and from 0, of
+# float32(exact sum of (code - zero_point) * a) * scale.
+cdef void gemm_panel_u4s8_f32(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
+                              const float* bias, const uint8_t* a, const float* a_scales, float* out,
+                              Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t cols, Py_ssize_t k,
+                              Py_ssize_t group) noexcept nogil:
+    cdef float acc[ROWS * PANEL]
+    cdef Py_ssize_t stride = group_activation_bytes(k, group), r, c, rows
+    while m > 0:
+        if group <= EXACT:
+            rows = m if m < ROWS else ROWS
+            short_groups(panel, scales, zero_points, a, stride, rows, acc, k, group)
+        else:
+            rows = 1
+            long_groups(panel, scales, zero_points, a, acc, k, group)
+        for r in range(rows):
+            for c in range(cols):
+                out[r * out_stride + c] = acc[r * PANEL + c] * a_scales[r]
+            if bias != NULL:
+                for c in range(cols):
+                    out[r * out_stride + c] += bias[c]
+        a += rows * stride
+        a_scales += rows
+        out += rows * out_stride
+        m -= rows
