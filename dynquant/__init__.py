@@ -12,9 +12,11 @@ from ._quantize import (
     dynamic_quantize_int8_per_row,
     dynamic_quantize_linear,
 )
+from ._search import AlphaSearch, search_alpha
 from ._smooth import (
     SmoothQuantConfig,
     compute_smooth_factors,
+    fold_smooth_factors,
     hadamard_transform,
     smooth_activations,
     smooth_weights,
@@ -37,6 +39,7 @@ from .errors import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlphaSearch",
     "CalibStats",
     "DTypeError",
     "DynQuantError",
@@ -65,8 +68,10 @@ __all__ = [
     "dynamic_quantize_int8_per_row",
     "dynamic_quantize_linear",
     "error_metrics",
+    "fold_smooth_factors",
     "hadamard_transform",
     "quantization_mae",
+    "search_alpha",
     "simd_info",
     "smooth_activations",
     "smooth_weights",

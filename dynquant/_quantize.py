@@ -81,7 +81,7 @@ def compute_scale(x: ArrayLike, clip_val: float, mode: DynamicScaleMode = _MAX_A
     array = as_floats(x, "x")
     clip = as_clip(clip_val)
     scale = np.empty(1, F32)
-    if not _core.scale_rows(float_rows(array, 1, array.size), scale, clip, _rank(mode, array.size)):
+    if not _core.scale_rows(float_rows(array, 1, array.size), scale, clip, rank_of(mode, array.size)):
         raise_non_finite(array, "x")
     if not np.isfinite(scale[0]):
         raise ParameterError(f"clip_val: expected a scale within float32, got {scale[0]} with {clip_val!r}")
@@ -250,7 +250,7 @@ def dynamic_quantize_linear(x: ArrayLike) -> tuple[NDArray[np.uint8], np.float32
     return y, scale, zero_point
 
 
-def _rank(mode: DynamicScaleMode, n: int) -> int:
+def rank_of(mode: DynamicScaleMode, n: int) -> int:
     """What the kernels take for `mode`: a rank among `n` magnitudes, or -1 for the largest."""
     if isinstance(mode, MaxAbs):
         return -1
@@ -276,7 +276,7 @@ def quantize_named(
         m, k = fmt.rows_of(shape)
     else:
         m, k = 1, array.size
-    clip, packed, rank = fmt.clip, fmt.packed, _rank(mode, k)
+    clip, packed, rank = fmt.clip, fmt.packed, rank_of(mode, k)
     data_shape, dtype = (fmt.data_shape(shape), U8) if packed else (shape, I8)
     data = empty(data_shape, dtype) if out is None else checked_out(out, data_shape, dtype, x)
     scales = empty(m, F32)

@@ -199,7 +199,10 @@ def test_signatures():
         "dynamic_quantize_int8": "x, mode=MaxAbs(), *, out=None",
         "dynamic_quantize_int8_per_row": "x, mode=MaxAbs(), *, out=None, num_threads=1",
         "quantization_mae": "original, quantized",
-        "compute_smooth_factors": "activations, weights, config=SmoothQuantConfig(alpha=0.5, epsilon=1e-05)",
+        "compute_smooth_factors": "activations, weights, config=SmoothQuantConfig(alpha=0.5, epsilon=1e-05), "
+        "*, mode=MaxAbs()",
+        "fold_smooth_factors": "factors, gamma, beta=None",
+        "search_alpha": "activations, weights, *, alphas=None, epsilon=1e-05, mode=MaxAbs(), relative=False",
         "smooth_activations": "activations, factors, *, out=None",
         "smooth_weights": "weights, factors, *, out=None",
         "w8a8_matvec": "weight_i8, weight_scales, activation, *, out=None",
