@@ -176,20 +176,28 @@ def _row_errors(
     build: Callable[..., QuantLinear],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Squared error (candidates, tokens) and squared output (tokens,) of every row."""
-    (tokens, k), n = a.shape, len(w)
-    errors, power = np.zeros((len(candidates), tokens)), np.zeros(tokens)
-    outputs = max(1, _LAYER_BYTES // (len(candidates) * k * _OUTPUTS)) * _OUTPUTS
-    rows = max(1, _ROW_FLOATS // (k + min(outputs, n)))
-    for first in range(0, n, outputs):
+    errors, power = np.zeros((len(candidates), len(a))), np.zeros(len(a))
+    outputs = max(1, _LAYER_BYTES // (len(candidates) * a.shape[1] * _OUTPUTS)) * _OUTPUTS
+    for first in range(0, len(w), outputs):
         part = w[first : first + outputs].astype(F32, copy=False)
-        layers = [build(part, smooth=factors) for factors in candidates]
-        wide = part.astype(np.float64)
-        for start in range(0, tokens, rows):
-            here = slice(start, start + rows)
-            x = a[here].astype(F32, copy=False)
-            exact = x.astype(np.float64) @ wide.T
-            power[here] += np.square(exact).sum(axis=1)
-            for layer, row_errors in zip(layers, errors, strict=True):
-                with np.errstate(all="ignore"):
-                    row_errors[here] += np.square(layer(x) - exact).sum(axis=1)
+        _add_row_errors(a, part, [build(part, smooth=factors) for factors in candidates], errors, power)
     return errors, power
+
+
+def _add_row_errors(
+    a: NDArray[Any],
+    w: NDArray[np.float32],
+    layers: list[QuantLinear],
+    errors: NDArray[np.float64],
+    power: NDArray[np.float64],
+) -> None:
+    wide = w.astype(np.float64)
+    rows = max(1, _ROW_FLOATS // sum(w.shape))
+    for start in range(0, len(a), rows):
+        here = slice(start, start + rows)
+        x = a[here].astype(F32, copy=False)
+        exact = x.astype(np.float64) @ wide.T
+        power[here] += np.square(exact).sum(axis=1)
+        for layer, row_errors in zip(layers, errors, strict=True):
+            with np.errstate(all="ignore"):
+                row_errors[here] += np.square(layer(x) - exact).sum(axis=1)
