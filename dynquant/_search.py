@@ -99,7 +99,7 @@ def search_alpha(
     -----
     For each candidate `QuantLinear` is built and called, and the squares of what its output is away from the
     product in float64 are added up. Layers are built for some outputs at a time and called on some rows at a
-    time: about 30 MiB of scratch, and 8 bytes for each candidate and token. The float64 product is NumPy's,
+    time: about 25 MiB of scratch, and 8 bytes for each candidate and token. The float64 product is NumPy's,
     on as many threads as NumPy is set to.
 
     Channels that were never active have factor 1 in either mode.
