@@ -1,7 +1,8 @@
 """What each way of quantising costs on a real feed-forward block, and what it saves.
 
 For both linear layers of the block: bytes and mean absolute error of the quantised activations, the error of
-the layer's output, and the time to quantise them beside the time of the NumPy expression. Run by `make demo`.
+the layer's output, and the time to quantise them beside the time of the NumPy expression; and what the choice
+of the smoothing factors is worth. Run by `make demo`.
 """
 
 import os
@@ -110,6 +111,7 @@ def show_layer(name, weight, calibration, x):
             f"{ours:7.0f} us{numpys:7.0f} us{numpys / ours:7.1f}x"
         )
     show_products(weight, factors, x, exact)
+    show_smoothing(weight, calibration, x)
 
 
 def show_products(weight, factors, x, exact):
@@ -124,6 +126,37 @@ def show_products(weight, factors, x, exact):
                 f"  {label:15}{len(rows):3} tokens: output {sqnr_db(exact, layer(x)):.1f} dB, {ours:.0f} us, "
                 f"NumPy float32 {numpys:.0f} us: {numpys / ours:.1f}x"
             )
+
+
+def smoothings(weight, calibration):
+    """Name -> smoothing factors; None is none."""
+    searched = dq.search_alpha(calibration, weight)
+    relative = dq.search_alpha(calibration, weight, relative=True)
+    percentile = dq.Percentile(0.99)
+    massive = calibration.copy()
+    massive[0] *= 200
+    return {
+        "none": None,
+        "alpha 0.5": dq.compute_smooth_factors(calibration, weight),
+        "alpha 0.5, p99": dq.compute_smooth_factors(calibration, weight, mode=percentile),
+        f"searched: alpha {searched.alpha}": searched.factors,
+        f"searched, relative: alpha {relative.alpha}": relative.factors,
+        "alpha 0.5, one token x 200": dq.compute_smooth_factors(massive, weight),
+        "alpha 0.5, one token x 200, p99": dq.compute_smooth_factors(massive, weight, mode=percentile),
+    }
+
+
+def show_smoothing(weight, calibration, x):
+    """W8A8 with factors chosen in several ways, on the tokens they were chosen by and on others."""
+    (taken,) = median_times(lambda: dq.search_alpha(calibration, weight))
+    print(f"{'smoothing':34}{'calibration':>12}{'evaluation':>14}    (search: {taken / 1e3:.0f} ms)")
+    for label, factors in smoothings(weight, calibration).items():
+        layer = dq.QuantLinear.from_float(weight, smooth=factors)
+        seen, unseen = (
+            sqnr_db(tokens.astype(np.float64) @ weight.T.astype(np.float64), layer(tokens))
+            for tokens in (calibration, x)
+        )
+        print(f"  {label:32}{seen:9.1f} dB{unseen:11.1f} dB")
 
 
 def main():

@@ -1,6 +1,7 @@
 """Dynamic int8 and int4 quantisation on the CPU: exact, NumPy in, NumPy out."""
 
 from ._calibrate import CalibStats
+from ._hadamard import hadamard_transform
 from ._isa import simd_info
 from ._linear import QuantLinear
 from ._matmul import w4a8_matmul, w4a8_matvec, w8a8_matmul, w8a8_matvec
@@ -13,10 +14,11 @@ from ._quantize import (
     dynamic_quantize_int8_per_row,
     dynamic_quantize_linear,
 )
+from ._search import AlphaSearch, search_alpha
 from ._smooth import (
     SmoothQuantConfig,
     compute_smooth_factors,
-    hadamard_transform,
+    fold_smooth_factors,
     smooth_activations,
     smooth_weights,
 )
@@ -39,6 +41,7 @@ from .errors import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlphaSearch",
     "CalibStats",
     "DTypeError",
     "DynQuantError",
@@ -67,9 +70,11 @@ __all__ = [
     "dynamic_quantize_int8_per_row",
     "dynamic_quantize_linear",
     "error_metrics",
+    "fold_smooth_factors",
     "hadamard_transform",
     "quantization_mae",
     "quantize_weights",
+    "search_alpha",
     "simd_info",
     "smooth_activations",
     "smooth_weights",

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._hadamard import hadamard_block, hadamard_transform
 from ._matmul import by_group, multiply, packed_linear
-from ._smooth import hadamard_block, hadamard_transform, smooth_weights
+from ._smooth import smooth_weights
 from ._tensor import DynQuantFormat, DynQuantTensor
 from ._validate import (
     F32,

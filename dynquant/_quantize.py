@@ -88,7 +88,7 @@ def compute_scale(x: ArrayLike, clip_val: float, mode: DynamicScaleMode = _MAX_A
     array = as_floats(x, "x")
     clip = as_clip(clip_val)
     scale = np.empty(1, F32)
-    rank = _rank(mode, array.size)
+    rank = rank_of(mode, array.size)
     if not _core.scale_rows(float_rows(array, 1, array.size), scale, clip, rank, rank, array.size or 1):
         raise_non_finite(array, "x")
     if not np.isfinite(scale[0]):
@@ -258,7 +258,7 @@ def dynamic_quantize_linear(x: ArrayLike) -> tuple[NDArray[np.uint8], np.float32
     return y, scale, zero_point
 
 
-def _rank(mode: DynamicScaleMode, n: int) -> int:
+def rank_of(mode: DynamicScaleMode, n: int) -> int:
     """What the kernels take for `mode`: a rank among `n` magnitudes, or -1 for the largest."""
     if isinstance(mode, MaxAbs):
         return -1
@@ -283,7 +283,7 @@ def quantize_named(
         raise ShapeMismatchError(expected, shape, name)
     m, k = fmt.rows_of(shape)
     clip, packed, group = fmt.clip, fmt.packed, fmt.group_of(k)
-    rank, last_rank = _rank(mode, group if k else 0), _rank(mode, (k - 1) % group + 1 if k else 0)
+    rank, last_rank = rank_of(mode, group if k else 0), rank_of(mode, (k - 1) % group + 1 if k else 0)
     data_shape, dtype = (fmt.data_shape(shape), U8) if packed else (shape, I8)
     data = empty(data_shape, dtype) if out is None else checked_out(out, data_shape, dtype, x)
     scales = empty(fmt.scales_shape(shape), F32)

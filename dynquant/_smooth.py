@@ -1,18 +1,21 @@
-"""Preparing activations and weights: SmoothQuant factors, and rotation by a Hadamard matrix."""
+"""SmoothQuant: factors that move outliers from activations to weights."""
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import _core
+from ._quantize import rank_of
+from ._tensor import DynamicScaleMode, MaxAbs
 from ._validate import (
     F32,
     as_finite_vector,
     as_floats,
+    as_matrices,
     as_matrix,
     as_number,
     check_finite,
@@ -21,6 +24,7 @@ from ._validate import (
     raise_non_finite,
 )
 from .errors import (
+    EmptyInputError,
     FeatureDimMismatchError,
     InvalidAlphaError,
     ParameterError,
@@ -31,6 +35,12 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 _NON_FINITE_BITS = 0x7F800000
+_MAX_ABS = MaxAbs()
+
+# Columns are ranked as rows of a transposed copy: of this many floats, or where columns are long of 16 of
+# them, which is a cache line of every row.
+_TRANSPOSED = 1 << 16
+_COLUMNS = 16
 
 
 @dataclass(frozen=True)
@@ -71,54 +81,139 @@ _DEFAULT = SmoothQuantConfig()
 
 
 def compute_smooth_factors(
-    activations: ArrayLike, weights: ArrayLike, config: SmoothQuantConfig = _DEFAULT
+    activations: ArrayLike,
+    weights: ArrayLike | Sequence[ArrayLike],
+    config: SmoothQuantConfig = _DEFAULT,
+    *,
+    mode: DynamicScaleMode = _MAX_ABS,
 ) -> NDArray[np.float32]:
-    """SmoothQuant factors of one linear layer.
+    """SmoothQuant factors of one linear layer, or of several that share their input.
 
     Parameters
     ----------
-    activations : array_like of floats, (tokens, in_features)
-        What reached the layer on calibration data.
-    weights : array_like of floats, (out_features, in_features)
+    activations : array_like of floats, (tokens, in_features) or (in_features,)
+        What reached the layer on calibration data; or what is known of it: the largest or a ranked magnitude
+        of each channel, none below 0.
+    weights : array_like of floats, (out_features, in_features), or a list or tuple of such arrays
+        Of several arrays, such as those of query, key and value, the largest magnitude over all counts.
     config : SmoothQuantConfig
+    mode : MaxAbs or Percentile
+        Which magnitude stands for a channel of the activations. A percentile leaves out the few largest, so
+        that one extreme token does not set every factor; where it is 0 and the largest magnitude is not, the
+        largest counts. Channels of magnitudes, which are such a choice already, take MaxAbs() only.
 
     Returns
     -------
     ndarray of float32, (in_features,)
-        ``max((act_amax + eps)**alpha / (weight_amax + eps)**(1 - alpha), eps)``, the largest magnitudes
-        taken down each column. Activations are divided by it and weights multiplied.
+        ``max((act_amax + eps)**alpha / (weight_amax + eps)**(1 - alpha), eps)``. Activations are divided by
+        it and weights multiplied. Channels that were never active have 1; see the notes.
 
     Raises
     ------
     ShapeMismatchError
-        If either has not two axes.
+        If `activations` has neither one axis nor two, or a weight array not two.
     FeatureDimMismatchError
         If they differ in in_features.
     EmptyInputError
-        If either has no elements.
+        If an array has no elements.
     DTypeError, NonFiniteError
-        If either does not hold floats, or holds NaN or infinity.
+        If an array does not hold floats, or holds NaN or infinity.
     ParameterError
-        If `config` is no SmoothQuantConfig, or a factor overflows float32.
+        If `config` is no SmoothQuantConfig, `mode` no scale mode or not MaxAbs() beside magnitudes, a
+        magnitude is below 0, or a factor overflows float32.
 
     Notes
     -----
     Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models"
-    (ICML 2023), equation 4. One pass over each array.
+    (ICML 2023), equation 4. One pass over each array; for a percentile, exact by nearest rank, several more
+    over the activations, through a transposed copy of 256 KiB or 16 columns.
+
+    Equation 4 gives a channel without any activation a factor near `epsilon`, and should it become active
+    later it would drown its row. Activations with two axes and MaxAbs() follow the equation to the letter
+    all the same; with Percentile(p) (Percentile(1.0) is the largest magnitude) or given magnitudes such a
+    channel has factor 1. A channel without weights has a large factor: it drops out of the rows' scales.
 
     Examples
     --------
     >>> compute_smooth_factors([[4.0, 1.0]], [[1.0, 1.0]]).round(3).tolist()
     [2.0, 1.0]
+    >>> magnitudes, query, key = [4.0, 0.0], np.array([[0.25, 1.0]]), np.array([[1.0, 1.0]])
+    >>> compute_smooth_factors(magnitudes, [query, key]).round(3).tolist()
+    [2.0, 1.0]
     """
     if not isinstance(config, SmoothQuantConfig):
         raise ParameterError(f"config: expected a SmoothQuantConfig, got {config!r}")
-    a = as_matrix(activations, "activations", "(tokens, in_features)")
-    w = as_matrix(weights, "weights", "(out_features, in_features)")
-    if a.shape[1] != w.shape[1]:
-        raise FeatureDimMismatchError(a.shape[1], w.shape[1], "weights")
-    act_amax, weight_amax = _column_amax(a, "activations"), _column_amax(w, "weights")
-    factors = np.empty(a.shape[1], F32)
+    a = as_floats(activations, "activations")
+    if a.ndim == 1:
+        act_amax = _as_magnitudes(a, mode)
+        weight_amax = largest_weights(as_weights(weights, a.size))
+        return factors_of(act_amax, weight_amax, config)
+    a = as_matrix(a, "activations", "(tokens, in_features) or (in_features,)")
+    w = as_weights(weights, a.shape[1])
+    act_amax, weight_amax = channel_magnitudes(a, mode), largest_weights(w)
+    equation = _equation_4 if isinstance(mode, MaxAbs) else factors_of
+    return equation(act_amax, weight_amax, config)
+
+
+def as_weights(weights: Any, in_features: int) -> dict[str, NDArray[Any]]:
+    """Name -> matrix, of one weight array or of several that share their input."""
+    matrices = as_matrices(weights, "weights", "(out_features, in_features)")
+    for name, w in matrices.items():
+        if w.shape[1] != in_features:
+            raise FeatureDimMismatchError(in_features, w.shape[1], name)
+    return matrices
+
+
+def largest_weights(matrices: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+    """The largest magnitude of each channel over all the matrices."""
+    first, *others = (_column_amax(w, name) for name, w in matrices.items())
+    for amax in others:
+        np.maximum(first, amax, out=first)
+    return first
+
+
+def channel_magnitudes(matrix: NDArray[Any], mode: DynamicScaleMode) -> NDArray[np.float32]:
+    """The magnitude that stands for each channel of the activations; 0 only if all of its values are 0."""
+    tokens, k = matrix.shape
+    rank = rank_of(mode, tokens)
+    amax = _column_amax(matrix, "activations")
+    if not 0 <= rank < tokens - 1:
+        return amax
+    ranked = np.empty(k, F32)
+    width = max(_COLUMNS, _TRANSPOSED // tokens)
+    for first in range(0, k, width):
+        columns = np.ascontiguousarray(matrix[:, first : first + width].T)
+        part = ranked[first : first + width]
+        _core.scale_rows(float_rows(columns, *columns.shape), part, 1.0, rank, rank, tokens)
+    # A ranked 0 says that the channel is rarely active, and nothing of its size when it is.
+    np.copyto(ranked, amax, where=ranked == 0)
+    return ranked
+
+
+def _as_magnitudes(vector: NDArray[Any], mode: DynamicScaleMode) -> NDArray[np.float32]:
+    if not isinstance(mode, MaxAbs):
+        raise ParameterError(f"mode: expected MaxAbs() for magnitudes of one axis, got {mode!r}")
+    if vector.size == 0:
+        raise EmptyInputError("activations: expected at least one element, got shape (0,)")
+    magnitudes = as_finite_vector(vector, "activations")
+    if not (magnitudes >= 0).all():
+        raise ParameterError(f"activations: expected magnitudes of at least 0, got {magnitudes.min()}")
+    return magnitudes
+
+
+def factors_of(
+    act_amax: NDArray[np.float32], weight_amax: NDArray[np.float32], config: SmoothQuantConfig
+) -> NDArray[np.float32]:
+    """The factors by equation 4, but 1 for channels that were never active."""
+    factors = _equation_4(act_amax, weight_amax, config)
+    factors[act_amax == 0] = 1
+    return factors
+
+
+def _equation_4(
+    act_amax: NDArray[np.float32], weight_amax: NDArray[np.float32], config: SmoothQuantConfig
+) -> NDArray[np.float32]:
+    factors = np.empty(act_amax.size, F32)
     _core.smooth_factors(act_amax, weight_amax, config.alpha, config.epsilon, factors)
     if not np.isfinite(factors).all():
         raise ParameterError(f"config: expected factors within float32, got {factors.max()} with {config}")
@@ -206,11 +301,9 @@ def _scale_columns(
     array = as_floats(x, name)
     if array.ndim == 0:
         raise ShapeMismatchError("(..., in_features)", array.shape, name)
-    f = as_finite_vector(factors, "factors")
+    f = _as_factors(factors)
     if f.size != array.shape[-1]:
         raise FeatureDimMismatchError(array.shape[-1], f.size)
-    if not (f > 0).all():
-        raise ParameterError(f"factors: expected numbers above 0, got {f.min()}")
     if out is None:
         out = np.empty(array.shape, F32)
     else:
@@ -221,75 +314,68 @@ def _scale_columns(
     return out
 
 
-def hadamard_transform(
-    x: ArrayLike, *, block_size: int | None = None, out: NDArray[np.float32] | None = None
-) -> NDArray[np.float32]:
-    """Rotate rows by an orthonormal Hadamard matrix, which spreads outliers over all channels.
+def _as_factors(factors: Any) -> NDArray[np.float32]:
+    f = as_finite_vector(factors, "factors")
+    if not (f > 0).all():
+        raise ParameterError(f"factors: expected numbers above 0, got {f.min()}")
+    return f
+
+
+def fold_smooth_factors(
+    factors: ArrayLike, gamma: ArrayLike, beta: ArrayLike | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    """Fold smoothing factors into the normalisation before the layer, so that smoothing costs nothing.
 
     Parameters
     ----------
-    x : array_like of floats, (..., n)
-    block_size : int, optional
-        A power of two that divides n: the transform works on runs of that length. By default the largest one.
-    out : ndarray of float32, optional
-        Of the shape of `x`, C-contiguous. May be `x` itself; otherwise apart from it. Allocated if not given.
+    factors : array_like of floats, (in_features,)
+        Finite and above zero.
+    gamma : array_like of floats, (in_features,)
+        What the norm multiplies with. Where it multiplies with ``1 + weight``, pass that sum.
+    beta : array_like of floats, (in_features,), optional
+        What it adds: LayerNorm has it, RMSNorm does not.
 
     Returns
     -------
-    ndarray of float32
-        ``H x / sqrt(block_size)`` for every run, H the Hadamard matrix in Sylvester's order. `out` if it was
-        given.
+    gamma : ndarray of float32, (in_features,)
+        ``gamma / factors``.
+    beta : ndarray of float32, (in_features,), or None
+        ``beta / factors``; None if there was none. Both are new arrays.
 
     Raises
     ------
+    FeatureDimMismatchError
+        If `gamma` or `beta` is not as long as `factors`.
     ParameterError
-        If `block_size` is no power of two that divides n, or a result is beyond float32.
-    ShapeMismatchError, DTypeError, NonFiniteError, LayoutError
-        If `x` has no axis or does not hold finite floats, or `out` cannot take the result. After any of
-        these the arrays are as they were.
+        If a factor is not above zero.
+    NonFiniteError
+        If an argument holds NaN or infinity, or a quotient is beyond float32.
+    DTypeError, ShapeMismatchError
+        If an argument does not hold floats, or has not one axis.
 
     Notes
     -----
-    The transform is its own inverse up to rounding, and leaves dot products unchanged: with activations and
-    the rows of a weight matrix rotated alike their product stays what it was. n log2(block_size) additions,
-    in one order on every instruction set. Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated
-    LLMs" (NeurIPS 2024).
+    The norm then gives smoothed activations, so every layer that reads them is built from smoothed weights,
+    ``QuantLinear.from_float(smooth_weights(weight, factors))``, and has no `smooth` of its own. With several
+    such layers the factors come from all their weights; see `compute_smooth_factors`. Equal to smoothing in
+    every call up to rounding, and bit for bit where the factors are powers of two.
 
     Examples
     --------
-    >>> hadamard_transform([3.0, 1.0, 0.0, 0.0]).tolist()
-    [2.0, 1.0, 2.0, 1.0]
+    >>> gamma, beta = fold_smooth_factors([2.0, 0.5], [1.0, 1.0], [0.0, 3.0])
+    >>> gamma.tolist(), beta.tolist()
+    ([0.5, 2.0], [0.0, 6.0])
     """
-    array = as_floats(x, "x")
-    if array.ndim == 0:
-        raise ShapeMismatchError("(..., n)", array.shape, "x")
-    n = array.shape[-1]
-    block = _block_size(block_size, n)
-    if out is not None:
-        checked_out(out, array.shape, F32, in_place=x)
-    check_finite(array, "x")
-    most = float(np.finfo(F32).max) / block
-    if max(map(abs, _core.min_max(float_rows(array, 1, array.size)))) > most:
-        raise ParameterError(f"x: expected magnitudes up to {most:.3g}, so that sums stay within float32")
-    result = np.empty(array.shape, F32) if out is None else out
-    result[...] = array
-    _core.hadamard(result.reshape(array.size // max(n, 1), n), block)
-    return result
+    f = _as_factors(factors)
+    return _folded(gamma, f, "gamma"), None if beta is None else _folded(beta, f, "beta")
 
 
-def hadamard_block(n: int) -> int:
-    """The largest power of two that divides n."""
-    return n & -n or 1
-
-
-def _block_size(block_size: int | None, n: int) -> int:
-    """`block_size`, checked, or the one for n."""
-    if block_size is None:
-        return hadamard_block(n)
-    try:
-        block = operator.index(block_size)
-    except TypeError as error:
-        raise ParameterError(f"block_size: expected an int, got {block_size!r}") from error
-    if block < 1 or block & (block - 1) or n % block:
-        raise ParameterError(f"block_size: expected a power of two that divides {n}, got {block_size!r}")
-    return block
+def _folded(x: ArrayLike, factors: NDArray[np.float32], name: str) -> NDArray[np.float32]:
+    vector = as_finite_vector(x, name)
+    if vector.size != factors.size:
+        raise FeatureDimMismatchError(factors.size, vector.size, name)
+    quotients = np.empty(factors.size, F32)
+    with np.errstate(over="ignore", under="ignore"):
+        np.divide(vector, factors, out=quotients)
+    check_finite(quotients, f"{name} / factors")
+    return quotients

@@ -118,6 +118,20 @@ def as_matrix(x: Any, name: str, shape: str) -> NDArray[Any]:
     return matrix
 
 
+def as_matrices(x: Any, name: str, shape: str) -> dict[str, NDArray[Any]]:
+    """Name -> matrix, as by `as_matrix`: `x` itself, or each item of a list or tuple of matrices.
+
+    Numbers in nested lists are one matrix.
+    """
+    if isinstance(x, (list, tuple)) and any(_is_matrix(item, f"{name}[{i}]") for i, item in enumerate(x)):
+        return {f"{name}[{i}]": as_matrix(item, f"{name}[{i}]", shape) for i, item in enumerate(x)}
+    return {name: as_matrix(x, name, shape)}
+
+
+def _is_matrix(item: Any, name: str) -> bool:
+    return not isinstance(item, (list, tuple, int, float)) and as_array(item, name).ndim > 1
+
+
 def as_int8_matrix(x: Any, name: str) -> NDArray[np.int8]:
     """`x` as a C-contiguous int8 array with two axes."""
     matrix = as_array(x, name)

@@ -1,6 +1,7 @@
 """What several test files share: instruction sets, bitwise comparison, and inputs worth trying."""
 
 import contextlib
+import pathlib
 
 import numpy as np
 
@@ -10,6 +11,15 @@ F32 = np.float32
 
 _INFO = simd_info()
 ISAS = [isa for isa in _INFO["built"] if isa in _INFO["supported"]]
+
+
+BLOCK = pathlib.Path(__file__).parent.parent / "bench" / "data" / "minilm_ffn.npz"
+
+
+def real_layer(name):
+    """Weight, calibration tokens and evaluation tokens of a layer of the bundled block, "up" or "down"."""
+    with np.load(BLOCK) as file:
+        return [file[f"{name}_{part}"].astype(F32) for part in ("weight", "calib", "eval")]
 
 
 @contextlib.contextmanager

@@ -71,14 +71,23 @@ def mae(x, values):
     return float(np.abs(x.astype(np.float64) - values.astype(np.float64)).mean())
 
 
-def smooth_factors(activations, weights, alpha=0.5, epsilon=1e-5):
-    """The powers in float64, each rounded once; the sums, the quotient and the maximum in float32."""
+def smooth_factors(activations, weights, alpha=0.5, epsilon=1e-5, p=None):
+    """The powers in float64, each rounded once; the sums, the quotient and the maximum in float32.
+
+    `p` None is the largest magnitude of each channel, and the equation to the letter.
+    """
     epsilon = F32(epsilon)
-    act_amax = (np.abs(floats(activations)).max(axis=0) + epsilon).astype(np.float64)
+    magnitudes = np.sort(np.abs(floats(activations)), axis=0)
+    amax = magnitudes[-1]
+    if p is not None:
+        ranked = magnitudes[rank(p, len(magnitudes))]
+        amax = np.where(ranked == 0, amax, ranked)
+    act_amax = (amax + epsilon).astype(np.float64)
     weight_amax = (np.abs(floats(weights)).max(axis=0) + epsilon).astype(np.float64)
     numerator = np.power(act_amax, alpha).astype(F32)
     denominator = np.power(weight_amax, 1.0 - alpha).astype(F32)
-    return np.maximum(numerator / denominator, epsilon)
+    factors = np.maximum(numerator / denominator, epsilon)
+    return factors if p is None else np.where(amax == 0, F32(1), factors)
 
 
 def smooth_activations(activations, factors):

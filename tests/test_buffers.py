@@ -111,6 +111,16 @@ FUNCTIONS = {
     "factors, weights": Function(
         SHAPE, listed(compute_smooth_factors, OTHER), lambda x: [compute_smooth_factors(OTHER, x.copy())]
     ),
+    "factors, percentile": Function(
+        SHAPE,
+        listed(compute_smooth_factors, weights=OTHER, mode=Percentile(0.6)),
+        lambda x: [compute_smooth_factors(x.copy(), OTHER, mode=Percentile(0.6))],
+    ),
+    "factors, several weights": Function(
+        SHAPE,
+        lambda x: [compute_smooth_factors(OTHER, [OTHER, x])],
+        lambda x: [compute_smooth_factors(OTHER, np.concatenate([OTHER, x]))],
+    ),
     "smooth_activations": Function(
         SHAPE, listed(smooth_activations, factors=FACTORS), lambda x: [x / FACTORS], VALUES
     ),

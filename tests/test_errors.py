@@ -37,7 +37,9 @@ from dynquant import (
     dynamic_quantize_int4,
     dynamic_quantize_int8,
     dynamic_quantize_int8_per_row,
+    fold_smooth_factors,
     quantization_mae,
+    search_alpha,
     smooth_activations,
     smooth_weights,
     w8a8_matvec,
@@ -113,6 +115,18 @@ FLOAT_ARGUMENTS = {
     "mae": FloatArgument("original", (3, 4), partial(quantization_mae, quantized=Q)),
     "factors, activations": FloatArgument("activations", (3, 4), partial(compute_smooth_factors, weights=X)),
     "factors, weights": FloatArgument("weights", (3, 4), partial(compute_smooth_factors, X)),
+    "factors, percentile": FloatArgument(
+        "activations", (3, 4), partial(compute_smooth_factors, weights=X, mode=MEDIAN)
+    ),
+    "factors, magnitudes": FloatArgument("activations", (4,), partial(compute_smooth_factors, weights=X)),
+    "factors, several weights": FloatArgument(
+        "weights[1]", (3, 4), lambda w: compute_smooth_factors(X, [X, w, X])
+    ),
+    "fold, factors": FloatArgument("factors", (4,), partial(fold_smooth_factors, gamma=FACTORS)),
+    "fold, gamma": FloatArgument("gamma", (4,), partial(fold_smooth_factors, FACTORS)),
+    "search, activations": FloatArgument("activations", (3, 4), partial(search_alpha, weights=X)),
+    "search, weights": FloatArgument("weights", (3, 4), partial(search_alpha, X)),
+    "search, several weights": FloatArgument("weights[1]", (3, 4), lambda w: search_alpha(X, [X, w])),
     "smooth_activations": FloatArgument(
         "activations", (3, 4), partial(smooth_activations, factors=FACTORS), VALUES
     ),
@@ -331,12 +345,58 @@ BAD_CALLS = [
     *each(NOT_AN_ALPHA, InvalidAlphaError, "alpha: expected", SmoothQuantConfig, field="alpha"),
     *each(NOT_AN_EPSILON, ParameterError, "epsilon:", SmoothQuantConfig, (0.5,)),
     *each([None, 0.5, SmoothQuantConfig, "0.5"], ParameterError, "config:", compute_smooth_factors, (X, X)),
-    *each([2.0, ROW, X[None]], ShapeMismatchError, "activations:", lambda a: compute_smooth_factors(a, X)),
-    *each([2.0, ROW, X[None]], ShapeMismatchError, "weights:", lambda w: compute_smooth_factors(X, w)),
-    *each([X[:0], X[:, :0]], EmptyInputError, "activations:", lambda a: compute_smooth_factors(a, X)),
-    *each([X[:0], X[:, :0]], EmptyInputError, "weights:", lambda w: compute_smooth_factors(X, w)),
-    Bad(FeatureDimMismatchError, "weights:", compute_smooth_factors, (X, X[:, :3]), {},
-        {"in_features": 4, "factors_len": 3, "argument": "weights"}),
+    *each([2.0, X[None]], ShapeMismatchError, "activations:", lambda a: compute_smooth_factors(a, X)),
+    *each([ROW, [1.0, -1e-45, 1, 1]], ParameterError, "activations: expected magnitudes of at least 0",
+          lambda a: compute_smooth_factors(a, X)),
+    *each([X[:0], X[:, :0], []], EmptyInputError, "activations:", lambda a: compute_smooth_factors(a, X)),
+    *each([X, FACTORS], FeatureDimMismatchError, "weights:", lambda a: compute_smooth_factors(a, X[:, :3])),
+    *each(NOT_A_MODE, ParameterError, "mode:", lambda mode: compute_smooth_factors(X, X, mode=mode)),
+    *each([*NOT_A_MODE, MEDIAN, Percentile(1.0)], ParameterError, "mode: expected MaxAbs()",
+          lambda mode: compute_smooth_factors(FACTORS, X, mode=mode)),
+    *(
+        bad
+        for call in (compute_smooth_factors, search_alpha)
+        for bad in (
+            *each([2.0, ROW, X[None], [], [[[1.0] * 4]]], ShapeMismatchError, "weights: expected",
+                  call, (X,)),
+            *each([[X, ROW], (X, X[None]), [X, 1.0], [X, []]], ShapeMismatchError, "weights[1]: expected",
+                  call, (X,)),
+            *each([X[:0], X[:, :0]], EmptyInputError, "weights: expected", call, (X,)),
+            Bad(EmptyInputError, "weights[1]: expected", call, (X, [X, X[:0]])),
+            Bad(DTypeError, "weights[0]: expected", call, (X, [None, X])),
+            Bad(FeatureDimMismatchError, "weights:", call, (X, X[:, :3]), {},
+                {"in_features": 4, "factors_len": 3, "argument": "weights"}),
+            Bad(FeatureDimMismatchError, "weights[1]:", call, (X, [X, X[:, :3]]), {},
+                {"in_features": 4, "factors_len": 3, "argument": "weights[1]"}),
+        )
+    ),
+    Bad(ParameterError, "config: expected factors within float32", compute_smooth_factors,
+        (np.full(4, 3e38), X, SmoothQuantConfig(1.0, 1e38))),
+    # Folding
+    *each([FACTORS[:3], np.ones(5), []], FeatureDimMismatchError, "gamma:", fold_smooth_factors, (FACTORS,)),
+    *each([FACTORS[:3], np.ones(5), []], FeatureDimMismatchError, "beta:", fold_smooth_factors,
+          (FACTORS, FACTORS)),
+    *each([1.0, X], ShapeMismatchError, "gamma:", fold_smooth_factors, (FACTORS,)),
+    *each([1.0, X], ShapeMismatchError, "beta:", fold_smooth_factors, (FACTORS, FACTORS)),
+    *each([[1, 1, 1, 0.0], [1, -1, 1, 1]], ParameterError, "factors:", lambda f: fold_smooth_factors(f, ROW)),
+    Bad(NonFiniteError, "beta:", fold_smooth_factors, (FACTORS, FACTORS, [1.0, NAN, 1, 1]), {}, {"index": 1}),
+    Bad(NonFiniteError, "gamma / factors:", fold_smooth_factors, ([1, 1, 1e-5, 1], [1, 1, 1e38, 1]), {},
+        {"index": 2, "value": INF}),
+    # Search
+    *each([2.0, ROW, X[None], []], ShapeMismatchError, "activations:", lambda a: search_alpha(a, X)),
+    *each([X[:0], X[:, :0]], EmptyInputError, "activations:", lambda a: search_alpha(a, X)),
+    *each(NOT_AN_ALPHA, InvalidAlphaError, "alpha: expected",
+          lambda alpha: search_alpha(X, X, alphas=[0.5, alpha])),
+    *each([0.5, 1], ParameterError, "alphas: expected", lambda alphas: search_alpha(X, X, alphas=alphas)),
+    *each([[], (), iter([])], EmptyInputError, "alphas:", lambda alphas: search_alpha(X, X, alphas=alphas)),
+    *each(NOT_AN_EPSILON, ParameterError, "epsilon:", lambda value: search_alpha(X, X, epsilon=value)),
+    *each(NOT_A_MODE, ParameterError, "mode:", lambda mode: search_alpha(X, X, mode=mode)),
+    *each([None, 0, 1, "no", np.bool_(True)], ParameterError, "relative:",
+          lambda relative: search_alpha(X, X, relative=relative)),
+    Bad(ParameterError, "activations: expected outputs within float32", search_alpha,
+        (X * F32(1e38), X * F32(1e38)), {"alphas": [0.5]}),
+    Bad(ParameterError, "activations: expected x / smooth within float32", search_alpha,
+        (X * F32(1e38), X * F32(1e12)), {"alphas": [0.0], "epsilon": 1e-10}),
     *(
         bad
         for smooth in (smooth_activations, smooth_weights)
@@ -392,6 +452,8 @@ def test_keyword_only():
         lambda: Q.dequantize(VALUES),
         lambda: smooth_activations(X, FACTORS, VALUES),
         lambda: smooth_weights(X, FACTORS, VALUES),
+        lambda: compute_smooth_factors(X, X, SmoothQuantConfig(), MaxAbs()),
+        lambda: search_alpha(X, X, [0.5]),
         lambda: w8a8_matvec(WEIGHT, SCALES, ROW, Y),
     ):
         with pytest.raises(TypeError, match="positional"):

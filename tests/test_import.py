@@ -73,18 +73,22 @@ def test_threads_environment_and_random_state_are_left_alone():
 
 
 def test_time_and_memory_of_the_import():
-    """Beside those of NumPy. The limits leave room for a busy machine."""
+    """Beside those of NumPy. The limits leave room for a busy machine, which slows both imports."""
     pytest.importorskip("resource")
     code = """if True:
-        import resource, sys, time, numpy, dataclasses, threading
+        import resource, sys, time
+        start = time.perf_counter()
+        import numpy
+        numpy_time = time.perf_counter() - start
         unit = 1 if sys.platform == "darwin" else 1024
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         start = time.perf_counter()
         import dynquant
-        print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before)
+        ratio = (time.perf_counter() - start) / numpy_time
+        print(ratio, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before)
     """
     runs = np.array([run(code).split() for _ in range(5)], float)
-    assert runs[:, 0].min() < 0.040
+    assert runs[:, 0].min() < 0.25
     assert runs[:, 1].min() < 6e6
 
 
@@ -199,7 +203,10 @@ def test_signatures():
         "dynamic_quantize_int8": "x, mode=MaxAbs(), *, out=None",
         "dynamic_quantize_int8_per_row": "x, mode=MaxAbs(), *, out=None, num_threads=1",
         "quantization_mae": "original, quantized",
-        "compute_smooth_factors": "activations, weights, config=SmoothQuantConfig(alpha=0.5, epsilon=1e-05)",
+        "compute_smooth_factors": "activations, weights, config=SmoothQuantConfig(alpha=0.5, epsilon=1e-05), "
+        "*, mode=MaxAbs()",
+        "fold_smooth_factors": "factors, gamma, beta=None",
+        "search_alpha": "activations, weights, *, alphas=None, epsilon=1e-05, mode=MaxAbs(), relative=False",
         "smooth_activations": "activations, factors, *, out=None",
         "smooth_weights": "weights, factors, *, out=None",
         "w8a8_matvec": "weight_i8, weight_scales, activation, *, out=None",

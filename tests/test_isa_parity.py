@@ -187,6 +187,7 @@ def test_smooth_factors(rows):
         for n in LENGTHS[1:]:
             activations, weights = left[: rows * n].reshape(rows, n), right[: 2 * n].reshape(2, n)
             yield compute_smooth_factors(activations, weights, config).tobytes()
+            yield compute_smooth_factors(activations, weights, config, mode=Percentile(0.7)).tobytes()
 
     compare(calls, range(0, 64, 4))
 

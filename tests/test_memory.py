@@ -95,6 +95,7 @@ def test_other_functions(x):
     assert peak_over_result(compute_scale, x, 127, Percentile(0.5)) < MEGABYTE
     assert peak_over_result(CalibStats.collect, [x]) < MEGABYTE
     assert peak_over_result(compute_smooth_factors, x, x) < MEGABYTE
+    assert peak_over_result(compute_smooth_factors, x, [x, x], mode=Percentile(0.9)) < MEGABYTE
     for smooth in (smooth_activations, smooth_weights):
         assert peak_over_result(smooth, x, factors) < MEGABYTE
         assert peak_over_result(smooth, x, factors, out=x) < MEGABYTE
@@ -132,6 +133,7 @@ CALLS = {
     "dequantize": Q.dequantize,
     "mae": lambda: quantization_mae(A, Q),
     "smooth factors": lambda: compute_smooth_factors(A, A),
+    "smooth factors, percentile": lambda: compute_smooth_factors(A, [A, A], mode=Percentile(0.5)),
     "smooth_activations": lambda: smooth_activations(A, FACTORS, out=A),
     "smooth_weights": lambda: smooth_weights(A, FACTORS),
     "matvec": lambda: w8a8_matvec(WEIGHT, [1.0, 1.0, 1.0], FACTORS),

@@ -5,12 +5,22 @@ import dataclasses
 import numpy as np
 import pytest
 import reference
-from common import F32, assert_same_bits, distributions
+from common import F32, assert_same_bits, distributions, real_layer
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dynquant import SmoothQuantConfig, compute_smooth_factors, smooth_activations, smooth_weights
+from dynquant import (
+    MaxAbs,
+    Percentile,
+    QuantLinear,
+    SmoothQuantConfig,
+    compute_smooth_factors,
+    error_metrics,
+    fold_smooth_factors,
+    smooth_activations,
+    smooth_weights,
+)
 
 SMOOTH = {smooth_activations: reference.smooth_activations, smooth_weights: reference.smooth_weights}
 each_product = pytest.mark.parametrize("smooth", SMOOTH, ids=lambda function: function.__name__)
@@ -86,6 +96,220 @@ def test_alpha_moves_the_range():
     np.testing.assert_allclose(amax[0.0][1], 1, rtol=1e-4)
     np.testing.assert_allclose(amax[0.5][0], amax[0.5][1], rtol=0.02)
     np.testing.assert_allclose(amax[1.0][0], 1, rtol=0.02)
+
+
+# Several weights
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_weights_that_share_an_input(kind, isa):
+    a, w = layer(6, 12, 65)
+    parts = kind([w[:1], w[1:7].astype(np.float16), w[7:].astype(np.float64)[:, ::-1][:, ::-1]])
+    together = np.concatenate([part.astype(F32) for part in parts])
+    assert_same_bits(compute_smooth_factors(a, parts), compute_smooth_factors(a, together))
+    assert_same_bits(compute_smooth_factors(a, kind([w])), compute_smooth_factors(a, w))
+
+
+def test_each_of_several_weights_may_hold_the_largest():
+    weights = [np.full((2, 3), 0.1), np.full((1, 3), 0.1), np.full((3, 3), 0.1)]
+    for j, w in enumerate(weights):
+        w[-1, j] = -5
+    factors = compute_smooth_factors(np.ones((1, 3)), weights, SmoothQuantConfig(0.0))
+    np.testing.assert_allclose(factors, 0.2, rtol=1e-5)
+
+
+def test_nested_numbers_are_one_matrix():
+    a, w = layer(2, 3, 4)
+    expected = compute_smooth_factors(a, w)
+    for rows in (w.tolist(), tuple(map(tuple, w.tolist())), list(w)):
+        assert_same_bits(compute_smooth_factors(a, rows), expected)
+    assert_same_bits(compute_smooth_factors(a, [w[:1], w[1:].tolist()]), expected)
+
+
+# Which magnitude stands for a channel
+
+
+@pytest.mark.parametrize("p", [0.01, 0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize(
+    "shape", [(1, 5), (3, 70), (100, 33), (192, 700), (4096, 17), (5000, 20), (70_000, 35)]
+)
+def test_percentiles(shape, p, isa):
+    a, w = layer(shape[0], 2, shape[1])
+    expected = reference.smooth_factors(a, w, p=p)
+    np.testing.assert_array_max_ulp(compute_smooth_factors(a, w, mode=Percentile(p)), expected, maxulp=1)
+
+
+@pytest.mark.parametrize("p", [0.3, 0.98])
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_percentiles_of_other_floats(dtype, p, isa):
+    a, w = layer(300, 2, 77)
+    a = a.astype(dtype)
+    for view in (a, a[::-1], np.asfortranarray(a), a[:, ::-2]):
+        expected = reference.smooth_factors(view, w[:, : view.shape[1]], p=p)
+        factors = compute_smooth_factors(view, w[:, : view.shape[1]], mode=Percentile(p))
+        np.testing.assert_array_max_ulp(factors, expected, maxulp=1)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.95])
+def test_percentiles_of_many_shapes_of_values(p, isa):
+    columns = distributions(200, np.random.default_rng(2))
+    del columns["every exponent"]
+    a = np.stack(list(columns.values()), axis=1)
+    w = np.ones((1, a.shape[1]), F32)
+    expected = reference.smooth_factors(a, w, 1.0, 1e-10, p)
+    factors = compute_smooth_factors(a, w, SmoothQuantConfig(1.0, 1e-10), mode=Percentile(p))
+    np.testing.assert_array_max_ulp(factors, expected, maxulp=1)
+
+
+def test_the_whole_range_is_the_largest_magnitude():
+    a, w = layer(50, 4, 33)
+    assert_same_bits(compute_smooth_factors(a, w, mode=Percentile(1.0)), compute_smooth_factors(a, w))
+    assert_same_bits(compute_smooth_factors(a, w, mode=MaxAbs()), compute_smooth_factors(a, w))
+
+
+@pytest.mark.parametrize("dtype", [F32, np.float64])
+def test_given_magnitudes(dtype, isa):
+    a, w = layer(50, 4, 33)
+    for p in (0.5, 1.0):
+        magnitudes = np.sort(np.abs(a), axis=0)[reference.rank(p, 50)].astype(dtype)
+        expected = compute_smooth_factors(a, w, mode=Percentile(p))
+        assert_same_bits(compute_smooth_factors(magnitudes, w), expected)
+        assert_same_bits(compute_smooth_factors(magnitudes.tolist(), [w[:2], w[2:]]), expected)
+
+
+# Channels that are never or rarely active, or have no weights
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_channels_that_were_never_active(alpha):
+    """1, except where equation 4 is followed to the letter."""
+    a, w = layer(20, 3, 9)
+    a[:, [0, 4]] = 0
+    a[:, 4] = -0.0
+    config = SmoothQuantConfig(alpha)
+    letter = compute_smooth_factors(a, w, config)
+    np.testing.assert_array_max_ulp(letter, reference.smooth_factors(a, w, alpha), maxulp=1)
+    expected = letter.copy()
+    expected[[0, 4]] = 1
+    assert_same_bits(compute_smooth_factors(a, w, config, mode=Percentile(1.0)), expected)
+    assert_same_bits(compute_smooth_factors(np.abs(a).max(axis=0), w, config), expected)
+    assert (compute_smooth_factors(a, w, config, mode=Percentile(0.5))[[0, 4]] == 1).all()
+
+
+def test_a_channel_less_often_active_than_the_percentile_leaves_out():
+    """Its percentile is 0; its largest magnitude keeps it from drowning the rows where it is active."""
+    a, w = layer(100, 3, 5)
+    a[:, 2] = 0
+    a[17, 2] = 40
+    factors = compute_smooth_factors(a, w, mode=Percentile(0.9))
+    assert factors[2] == compute_smooth_factors(a, w)[2]
+    assert np.abs(a / factors)[17, 2] == np.abs(a[:, 2]).max() / factors[2] < 50
+
+
+def test_a_channel_without_weights_drops_out_of_the_scales():
+    rng = np.random.default_rng(9)
+    a, w = rng.standard_normal((20, 9), F32), rng.standard_normal((3, 9), F32)
+    w[:, 5] = 0
+    for factors in (compute_smooth_factors(a, w), compute_smooth_factors(a, w, mode=Percentile(0.9))):
+        smoothed = np.abs(a / factors).max(axis=0)
+        assert smoothed[5] < 0.1 * np.delete(smoothed, 5).min()
+
+
+# On a real layer
+
+
+def output_sqnr(weight, x, factors):
+    """Of the layer's output, in decibels."""
+    exact = x.astype(np.float64) @ weight.T.astype(np.float64)
+    return error_metrics(exact, QuantLinear.from_float(weight, smooth=factors)(x)).sqnr_db
+
+
+@pytest.mark.parametrize("name, plain, smoothed", [("up", 38.7, 42.0), ("down", 27.8, 29.4)])
+def test_smoothing_of_a_real_layer(name, plain, smoothed):
+    weight, calibration, x = real_layer(name)
+    assert output_sqnr(weight, x, None) > plain
+    assert output_sqnr(weight, x, compute_smooth_factors(calibration, weight)) > smoothed
+
+
+@pytest.mark.parametrize("name", ["up", "down"])
+def test_a_massive_token_in_the_calibration_data(name):
+    """It ruins factors from maxima and leaves those from a percentile, whichever token it is."""
+    weight, calibration, x = real_layer(name)
+    mode = Percentile(0.99)
+    clean = output_sqnr(weight, x, compute_smooth_factors(calibration, weight))
+    clean_ranked = output_sqnr(weight, x, compute_smooth_factors(calibration, weight, mode=mode))
+    for token in range(0, len(calibration), 16):
+        massive = calibration.copy()
+        massive[token] *= 200
+        assert output_sqnr(weight, x, compute_smooth_factors(massive, weight)) < clean - 6
+        ranked = output_sqnr(weight, x, compute_smooth_factors(massive, weight, mode=mode))
+        assert ranked > max(clean, clean_ranked) - 0.5
+
+
+def test_silent_channels_of_a_real_layer_that_speak_later():
+    """After ReLU some channels were silent in calibration and are not in use; others are rarely active."""
+    weight, calibration, x = real_layer("down")
+    calibration, x = np.maximum(calibration, 0), np.maximum(x, 0)
+    plain = output_sqnr(weight, x, None)
+    woken = (calibration.max(axis=0) == 0) & (x.max(axis=0) > 0)
+    assert woken.sum() >= 5
+    letter = compute_smooth_factors(calibration, weight)
+    assert output_sqnr(weight, x, letter) < plain - 10
+    for factors in (
+        compute_smooth_factors(calibration.max(axis=0), weight),
+        compute_smooth_factors(calibration, weight, mode=Percentile(1.0)),
+    ):
+        assert output_sqnr(weight, x, factors) > plain + 1
+    rare = (np.percentile(calibration, 99, axis=0) == 0) & (calibration.max(axis=0) > 0)
+    assert rare.sum() >= 20
+    ranked = compute_smooth_factors(calibration, weight, mode=Percentile(0.99))
+    assert output_sqnr(weight, x, ranked) > plain
+
+
+# Folding into the norm
+
+
+def layer_norm(x, gamma, beta):
+    centred = x - x.mean(axis=-1, keepdims=True)
+    y = centred / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + F32(1e-5)) * gamma
+    return y if beta is None else y + beta
+
+
+@pytest.mark.parametrize("with_beta", [True, False])
+@pytest.mark.parametrize("exact", [True, False], ids=["powers of two", "any factors"])
+def test_folding_into_the_norm_is_smoothing_in_every_call(exact, with_beta, isa):
+    rng = np.random.default_rng(8)
+    x, w = rng.standard_normal((40, 96), F32), rng.standard_normal((30, 96), F32)
+    gamma = rng.uniform(0.1, 30, 96).astype(F32)
+    beta = rng.standard_normal(96, F32) if with_beta else None
+    before = layer_norm(x, gamma, beta)
+    factors = compute_smooth_factors(before, w)
+    if exact:
+        factors = np.exp2(np.round(np.log2(factors)))
+    expected = QuantLinear.from_float(w, smooth=factors)(before)
+    gamma_s, beta_s = fold_smooth_factors(factors, gamma, beta)
+    assert (beta_s is None) == (beta is None)
+    actual = QuantLinear.from_float(smooth_weights(w, factors))(layer_norm(x, gamma_s, beta_s))
+    if exact:
+        assert_same_bits(actual, expected)
+    else:
+        # A code may fall on the other side of a half: one step of one input.
+        step = np.abs(before / factors).max() / 127 * np.abs(w * factors).max()
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2 * step)
+        assert (np.abs(actual - expected) > step / 100).mean() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [F32, np.float16, np.float64])
+def test_folded_arrays_are_new_and_float32(dtype):
+    factors = np.array([2.0, 0.5, 1.0], dtype)
+    gamma, beta = np.array([1.0, -3.0, 0.0], dtype), np.array([0.25, 0.0, -0.0], dtype)
+    before = [v.tobytes() for v in (factors, gamma, beta)]
+    folded = fold_smooth_factors(factors, gamma, beta)
+    for actual, given_array in zip(folded, (gamma, beta), strict=True):
+        assert_same_bits(actual, given_array.astype(F32) / factors.astype(F32))
+        assert not np.may_share_memory(actual, given_array)
+    assert [v.tobytes() for v in (factors, gamma, beta)] == before
+    assert_same_bits(fold_smooth_factors(np.ones(3), gamma)[0], gamma.astype(F32))
 
 
 # Products

@@ -1,0 +1,199 @@
+"""The search for alpha, against every candidate built and measured by hand."""
+
+import dataclasses
+import tracemalloc
+
+import numpy as np
+import pytest
+from common import F32, ISAS, assert_same_bits, real_layer, using
+
+from dynquant import (
+    AlphaSearch,
+    MaxAbs,
+    Percentile,
+    QuantLinear,
+    SmoothQuantConfig,
+    compute_smooth_factors,
+    error_metrics,
+    search_alpha,
+)
+
+GRID = [i / 20 for i in range(21)]
+
+
+def layer(tokens, in_features, *outputs, seed=0):
+    rng = np.random.default_rng(seed)
+    a = rng.standard_normal((tokens, in_features), F32) * np.geomspace(0.1, 30, in_features, dtype=F32)
+    return a, [rng.standard_normal((n, in_features), F32) for n in outputs]
+
+
+def measured(a, weights, factors, relative=False):
+    """Squared error of the outputs of all layers, token by token, in float64."""
+    total = 0.0
+    for w in weights:
+        exact = a.astype(np.float64) @ w.astype(np.float64).T
+        error = ((QuantLinear.from_float(w, smooth=factors)(a) - exact) ** 2).sum(axis=1)
+        total += (error / (exact**2).sum(axis=1) if relative else error).sum()
+    return total
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("mode", [MaxAbs(), Percentile(0.9)], ids=["max abs", "percentile"])
+@pytest.mark.parametrize("tokens, in_features, outputs", [
+    (1, 1, [1]),
+    (30, 70, [33]),
+    (50, 64, [16, 1, 40]),
+    # More rows and outputs than are taken at once.
+    (200, 2048, [2100]),
+])  # fmt: skip
+def test_errors_of_every_alpha(tokens, in_features, outputs, mode, relative):
+    a, weights = layer(tokens, in_features, *outputs)
+    alphas = [0.25, 1, 0.5]
+    found = search_alpha(a, weights, alphas=alphas, mode=mode, relative=relative)
+    factors = [compute_smooth_factors(a, weights, SmoothQuantConfig(alpha), mode=mode) for alpha in alphas]
+    expected = [measured(a, weights, f, relative) for f in factors]
+    assert found.alphas == (0.25, 1.0, 0.5)
+    np.testing.assert_allclose(found.errors, expected, rtol=1e-9)
+    assert found.unsmoothed_error == pytest.approx(measured(a, weights, None, relative), rel=1e-9)
+    best = int(np.argmin(expected))
+    assert found.alpha == alphas[best]
+    assert_same_bits(found.factors, factors[best])
+
+
+def test_the_default_is_every_twentieth():
+    a, (w,) = layer(20, 30, 10)
+    assert search_alpha(a, w).alphas == tuple(GRID)
+
+
+def test_one_array_and_a_list_of_it(isa):
+    a, (w,) = layer(20, 30, 10)
+    alone, listed = search_alpha(a, w), search_alpha(a, (w,))
+    assert alone.errors == listed.errors
+    assert_same_bits(alone.factors, listed.factors)
+
+
+def test_epsilon():
+    a, (w,) = layer(20, 30, 10)
+    found = search_alpha(a, w, alphas=[0.5], epsilon=0.5)
+    assert_same_bits(found.factors, compute_smooth_factors(a, w, SmoothQuantConfig(0.5, 0.5)))
+
+
+def test_other_floats_and_strides():
+    a, (w,) = layer(40, 30, 20)
+    half, weight = a.astype(np.float16), w.astype(np.float16)
+    expected = search_alpha(half.astype(F32), weight.astype(F32))
+    for x, y in (
+        (half, weight),
+        (half.astype(np.float64), weight),
+        (np.asfortranarray(half), weight.tolist()),
+    ):
+        found = search_alpha(x, y)
+        np.testing.assert_allclose(found.errors, expected.errors, rtol=1e-9)
+        assert_same_bits(found.factors, expected.factors)
+
+
+def test_alphas_come_from_any_iterable():
+    a, (w,) = layer(5, 6, 4)
+    for alphas in (np.array([0.5, 0.25], F32), (0.5, 0.25), (alpha for alpha in (0.5, 0.25))):
+        found = search_alpha(a, w, alphas=alphas)
+        assert found.alphas == (0.5, 0.25)
+        assert {type(value) for value in (found.alpha, *found.alphas, *found.errors)} == {float}
+
+
+def test_the_first_of_equals():
+    a, w = np.ones((3, 4), F32), np.ones((2, 4), F32)
+    found = search_alpha(a, w, alphas=[0.75, 0.25, 0.75])
+    assert found.errors[0] == found.errors[2]
+    assert found.alphas[found.errors.index(min(found.errors))] == found.alpha
+
+
+def test_every_instruction_set_finds_the_same():
+    a, weights = layer(60, 130, 50, 7)
+    results = []
+    for isa in ISAS:
+        with using(isa):
+            results.append(search_alpha(a, weights))
+    for result in results[1:]:
+        assert (result.alpha, result.errors) == (results[0].alpha, results[0].errors)
+        assert_same_bits(result.factors, results[0].factors)
+
+
+@pytest.mark.parametrize("mode", [MaxAbs(), Percentile(0.9)], ids=["max abs", "percentile"])
+def test_channels_that_were_never_active(mode):
+    a, (w,) = layer(30, 20, 10)
+    a[:, 3] = 0
+    found = search_alpha(a, w, mode=mode)
+    assert found.factors[3] == 1
+    assert np.delete(found.factors == 1, 3).sum() == 0
+
+
+def test_rows_without_output():
+    a, (w,) = layer(30, 20, 10)
+    expected = search_alpha(a, w, relative=True)
+    found = search_alpha(np.concatenate([a, np.zeros((5, 20), F32)]), w, relative=True)
+    np.testing.assert_allclose(found.errors, expected.errors, rtol=1e-9)
+    nothing = search_alpha(np.zeros((5, 20), F32), w, alphas=[0.5], relative=True)
+    assert (nothing.errors, nothing.unsmoothed_error) == ((0.0,), 0.0)
+
+
+def test_a_loud_token_counts_like_the_others_when_errors_are_relative():
+    """A token that is scaled has scaled errors, as long as the factors are not its doing."""
+    a, (w,) = layer(100, 40, 20)
+    loud = a.copy()
+    loud[7] *= F32(2.0**20)
+    mode = Percentile(0.9)
+    for relative in (False, True):
+        quiet_errors = search_alpha(a, w, mode=mode, relative=relative).errors
+        errors = search_alpha(loud, w, mode=mode, relative=relative).errors
+        assert np.allclose(errors, quiet_errors, rtol=0.2) == relative
+
+
+def test_the_result_is_frozen():
+    a, (w,) = layer(5, 6, 4)
+    found = search_alpha(a, w)
+    assert isinstance(found, AlphaSearch)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.alpha = 0.1
+
+
+@pytest.mark.parametrize(
+    "tokens, in_features, outputs, n_alphas", [(20_000, 64, 1024, 2), (4, 256, 16_384, 21)]
+)
+def test_scratch_is_bounded(tokens, in_features, outputs, n_alphas):
+    """Neither all outputs of all tokens are held, nor the layers of all alphas."""
+    a, (w,) = layer(tokens, in_features, outputs)
+    assert max(8 * tokens * outputs, n_alphas * w.size) > 80 << 20
+    tracemalloc.start()
+    try:
+        search_alpha(a, w, alphas=np.linspace(0, 1, n_alphas))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 40 << 20
+
+
+# On a real layer
+
+
+def output_sqnr(weight, x, factors):
+    exact = x.astype(np.float64) @ weight.T.astype(np.float64)
+    return error_metrics(exact, QuantLinear.from_float(weight, smooth=factors)(x)).sqnr_db
+
+
+@pytest.mark.parametrize("name", ["up", "down"])
+def test_as_good_as_the_best_of_the_grid_on_a_real_layer(name):
+    weight, calibration, _ = real_layer(name)
+    found = search_alpha(calibration, weight)
+    factors = [compute_smooth_factors(calibration, weight, SmoothQuantConfig(alpha)) for alpha in GRID]
+    best = max(output_sqnr(weight, calibration, f) for f in factors)
+    assert output_sqnr(weight, calibration, found.factors) >= best
+    assert min(found.errors) < 0.7 * found.unsmoothed_error
+
+
+@pytest.mark.parametrize("name, least", [("up", 42.0), ("down", 29.4)])
+def test_on_tokens_that_were_not_seen(name, least):
+    """Four of the calibration tokens of "down" hold four fifths of its output's power."""
+    weight, calibration, x = real_layer(name)
+    found = search_alpha(calibration, weight, relative=True)
+    half = compute_smooth_factors(calibration, weight)
+    assert output_sqnr(weight, x, found.factors) > max(least, output_sqnr(weight, x, half))
