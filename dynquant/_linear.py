@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 
+# Longest run of channels that a layer rotates.
+_MOST_ROTATED = 128
+
+
 class QuantLinear:
     """A linear layer with int8 or 4-bit weights, quantised and packed once and then called many times.
 
@@ -78,7 +82,7 @@ class QuantLinear:
         self._bias = bias
         self._smooth = smooth
         self._hadamard = hadamard
-        self._layer = packed_linear(weight, bias, smooth, hadamard_block(self.in_features) if hadamard else 0)
+        self._layer = packed_linear(weight, bias, smooth, _rotation(self.in_features) if hadamard else 0)
 
     @classmethod
     def from_float(
@@ -133,7 +137,7 @@ class QuantLinear:
             w = smooth_weights(w, factors)
             check_finite(w, "weight * smooth")
         if hadamard:
-            w = hadamard_transform(w)
+            w = hadamard_transform(w, block_size=_rotation(k))
         return cls(quantize_matrix(w, fmt, symmetric, search, 1), offset, factors, hadamard)
 
     @classmethod
@@ -207,7 +211,7 @@ class QuantLinear:
         """The float32 weights (out_features, in_features) that the layer stands for, as they were given."""
         weight = self._weight().dequantize()
         if self._hadamard:
-            hadamard_transform(weight, out=weight)
+            hadamard_transform(weight, block_size=_rotation(self.in_features), out=weight)
         return weight if self._smooth is None else weight / self._smooth
 
     @property
@@ -271,6 +275,11 @@ class QuantLinear:
             f"int{fmt.bits}{group}{zero_points}, bias={self._bias is not None}, "
             f"smooth={self._smooth is not None}, hadamard={self._hadamard})"
         )
+
+
+def _rotation(k: int) -> int:
+    """Channels that are rotated together."""
+    return min(hadamard_block(k), _MOST_ROTATED)
 
 
 def _as_factors(k: int, smooth: ArrayLike) -> NDArray[np.float32]:
