@@ -340,7 +340,10 @@ SHARED_ROWS = (1, 16, 128)
 
 
 def linear(n: int, k: int, m: int, *, group_size: int | None = None, threads: int = 1) -> Case:
-    """W8A8, or W4A8 in groups of `group_size`. NumPy's side is the float32 layer."""
+    """W8A8, or W4A8 in groups of `group_size`. NumPy's side is the float32 layer.
+
+    A layer is packed for the selected instruction set, so each has its own, made when first asked for.
+    """
     int8 = group_size is None
     group = "W8A8" if int8 else f"W4A8, groups of {group_size}"
     shape = f"{n}x{k}_m{m}" + f"_t{threads}" * (threads > 1)
@@ -356,7 +359,7 @@ def linear(n: int, k: int, m: int, *, group_size: int | None = None, threads: in
             "out": np.empty((m, n), np.float32),
             "threads": threads,
         },
-        ours=lambda a: a["layers"][_isa._selected](a["x"], out=a["out"], num_threads=a["threads"]),
+        ours=lambda a: a["layer"](_isa._selected)(a["x"], out=a["out"], num_threads=a["threads"]),
         numpy=lambda a: np.matmul(a["x"], a["w_f32"].T, out=a["out"]),
         oracle=oracle_w8a8 if int8 else oracle_w4a8,
         read=weight_bytes + 4 * m * k,
@@ -392,7 +395,7 @@ def int8_layer(n: int, k: int) -> Arrays:
         "w": q.data,
         "w_scales": q.scales,
         "w_f32": q.dequantize(),
-        "layers": packed_layers(lambda: dq.QuantLinear.from_arrays(arrays)),
+        "layer": functools.cache(lambda isa: dq.QuantLinear.from_arrays(arrays)),
     }
 
 
@@ -406,18 +409,8 @@ def int4_layer(n: int, k: int, group_size: int) -> Arrays:
         "w_scales": q.scales,
         "zero_points": q.zero_points,
         "w_f32": q.dequantize(),
-        "layers": packed_layers(lambda: dq.QuantLinear.from_float(w, bits=4, group_size=group_size)),
+        "layer": functools.cache(lambda isa: dq.QuantLinear.from_float(w, bits=4, group_size=group_size)),
     }
-
-
-def packed_layers(make: Callable[[], Any]) -> dict[str, Any]:
-    """A layer is packed for one instruction set, so each has its own."""
-    layers, selected = {}, _isa._selected
-    for isa in dq.simd_info()["supported"]:
-        _isa.select(isa)
-        layers[isa] = make()
-    _isa.select(selected)
-    return layers
 
 
 def calibration(batches: int, n: int) -> Case:

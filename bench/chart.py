@@ -7,6 +7,7 @@ columns the one that is hardest to beat is drawn.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -49,13 +50,11 @@ def draw(report: dict[str, Any]) -> Any:
     isa = report["rows"][-1]["isa"]
     rows = [row for row in report["rows"] if row["isa"] == isa]
     operations = [row for row in rows if row["layer"] is None]
-    kinds: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["layer"] is not None:
-            kinds.setdefault((row["group"], row["threads"]), []).append(row)
+    layers = [row for row in rows if row["layer"] is not None]
+    n_groups = len({row["group"] for row in layers})
     parts = [
         (draw_operations, operations, BAR_ROW * len(operations) + MARGIN),
-        (draw_layers, kinds, PANEL_ROW * len(kinds) + MARGIN),
+        (draw_layers, layers, PANEL_ROW * n_groups + MARGIN),
     ]
     parts = [part for part in parts if part[1]]
     heights = [height for _, _, height in parts]
@@ -82,27 +81,24 @@ def draw_operations(figure: Any, rows: list[dict[str, Any]]) -> None:
     axes.spines["right"].set_visible(False)
 
 
-def draw_layers(figure: Any, kinds: dict[tuple[str, int], list[dict[str, Any]]]) -> None:
-    """A line of panels for each kind of layer, a column for each shape; a shape that was not measured for a
-    kind leaves its place empty."""
-    every = [row for rows in kinds.values() for row in rows]
-    shapes = list(dict.fromkeys(tuple(row["layer"][:2]) for row in every))
-    counts = sorted({row["layer"][2] for row in every})
-    grid = figure.subplots(len(kinds), len(shapes), squeeze=False, sharex=True, sharey=True)
-    for panels, ((group, threads), rows) in zip(grid, kinds.items(), strict=True):
-        measured = [shape for shape in shapes if any(tuple(row["layer"][:2]) == shape for row in rows)]
-        for axes, shape in zip(panels, shapes, strict=True):
-            if shape not in measured:
-                axes.set_visible(False)
-                continue
-            _draw_panel(axes, [row for row in rows if tuple(row["layer"][:2]) == shape], counts)
-            axes.set_title(
-                f"{group}, {threads} threads\n" * (threads > 1) + f"{shape[0]} x {shape[1]}", fontsize=8
-            )
-        panels[shapes.index(measured[0])].set_ylabel(group)
-    _ratio_axis(grid[0, 0], "y", every)
+def draw_layers(figure: Any, rows: list[dict[str, Any]]) -> None:
+    """A line of panels for each kind of layer, a column for each shape and number of threads."""
+    panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        threads = f"{row['threads']} threads" if row["threads"] > 1 else "one thread"
+        title = "{} x {}\n{}".format(*row["layer"][:2], threads)
+        panels.setdefault((row["group"], title), []).append(row)
+    groups, titles = (list(dict.fromkeys(names)) for names in zip(*panels, strict=True))
+    titles.sort(key=lambda title: "one thread" not in title)
+    counts = sorted({row["layer"][2] for row in rows})
+    grid = figure.subplots(len(groups), len(titles), squeeze=False, sharex=True, sharey=True)
+    for (i, group), (j, title) in itertools.product(enumerate(groups), enumerate(titles)):
+        _draw_panel(grid[i, j], panels.get((group, title), []), counts)
+        grid[0, j].set_title(title, fontsize=8)
+        grid[i, 0].set_ylabel(group, fontsize=9)
+    _ratio_axis(grid[0, 0], "y", rows)
     grid[0, 0].set_xticks(range(len(counts)), counts)
-    figure.supxlabel("rows of activations", fontsize=9)
+    figure.supxlabel("rows of activations; the least ratio is given", fontsize=9)
 
 
 def _draw_panel(axes: Any, rows: list[dict[str, Any]], counts: list[int]) -> None:
@@ -121,6 +117,7 @@ def _draw_panel(axes: Any, rows: list[dict[str, Any]], counts: list[int]) -> Non
             ha="center",
             va="top",
             fontsize=7,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )
     axes.grid(axis="y", color="#dddddd")
     axes.axhline(1, color="black", linewidth=1)

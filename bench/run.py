@@ -42,6 +42,7 @@ except ImportError:
 
 Call = Callable[[], Any]
 SAMPLE_SECONDS = 1e-3
+WARM_UP_SECONDS = 0.1
 # A quick look leaves out what touches more memory, unless it is asked for by name.
 QUICK_BYTES = 1 << 24
 
@@ -56,7 +57,7 @@ def main() -> int:
     if not cases:
         print(f"no case's name matches {args.cases!r}; there are: " + " ".join(case.name for case in CASES))
         return 2
-    isas = [isa for isa in usable_isas() if not args.isa or isa in args.isa]
+    isas = [isa for isa in usable_isas() if isa in (args.isa or _default_isas(args.quick))]
     rounds = args.rounds or (3 if args.quick else 15)
     keep_freed_memory()
     print(f"dynquant {dq.__version__} from {Path(dq.__file__).parent}")
@@ -78,10 +79,15 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--peers", action="store_true", help="also other libraries, where installed")
     parser.add_argument("--cases", default="", metavar="PATTERN", help="regular expression to find in names")
-    parser.add_argument("--isa", nargs="+", choices=usable_isas(), help="instruction sets (default: all)")
+    parser.add_argument(
+        "--isa",
+        nargs="+",
+        choices=usable_isas(),
+        help="instruction sets (default: all; when quick, the best)",
+    )
     parser.add_argument("--rounds", type=int, help="samples of each contender (default: 15; 3 when quick)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="save the results and a chart")
-    parser.add_argument("--quick", action="store_true", help="few rounds, no large arrays: a look")
+    parser.add_argument("--quick", action="store_true", help="a look: few rounds, no large arrays")
     return parser.parse_args()
 
 
@@ -90,6 +96,10 @@ def _chosen(args: argparse.Namespace) -> list[Case]:
     if args.quick and not args.cases:
         return [case for case in cases if case.read + case.written <= QUICK_BYTES]
     return cases
+
+
+def _default_isas(quick: bool) -> list[str]:
+    return usable_isas()[-1:] if quick else usable_isas()
 
 
 def _default_out(args: argparse.Namespace) -> Path | None:
@@ -240,8 +250,11 @@ def _wait_for_rest() -> None:
 
 def _enough(call: Call) -> int:
     """How many calls make a sample; some first calls, which find and keep memory, are not looked at."""
+    end = time.perf_counter() + WARM_UP_SECONDS
     for _ in range(10):
         call()
+        if time.perf_counter() > end:
+            break
     repeats = 1
     while repeats * _sample(call, repeats) < SAMPLE_SECONDS:
         repeats *= 2
