@@ -7,6 +7,7 @@ and a work array too, so that neither pays for memory that the other does not.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ class Case:
 
     `read` and `written` are bytes of distinct memory; `passes` is how often what is read has to be read,
     2 where a scale over all of it must be known before the first code. `operation` names the peers'
-    equivalents in peers.py. `ours` must agree with `oracle` to `rtol`, 0 being bit for bit.
+    equivalents in peers.py. `ours` must agree with `oracle` to `rtol`, 0 being bit for bit. Cases of one
+    `group` and of as many `threads` share a table; `layer` is (out_features, in_features, rows).
     """
 
     name: str
@@ -44,6 +46,9 @@ class Case:
     divides: int = 0
     multiply_adds: int = 0
     rtol: float = 0.0
+    group: str = "operations"
+    layer: tuple[int, int, int] | None = None
+    threads: int = 1
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -326,37 +331,86 @@ def w8a8_matvec(n: int, k: int) -> Case:
     )
 
 
-def w8a8_linear(n: int, k: int, m: int) -> Case:
-    """A layer is packed for one instruction set, so each has its own. NumPy's side is the float32 layer."""
+# Shapes (out_features, in_features) of layers, and how many rows they are given.
+LAYERS = ((384, 1536), (1024, 1024), (4096, 4096), (11008, 4096))
+ROWS = (1, 4, 16, 128)
+# The layers and rows that two threads are measured on: enough work to share.
+SHARED_LAYERS = ((4096, 4096), (11008, 4096))
+SHARED_ROWS = (1, 16, 128)
 
-    def setup() -> Arrays:
-        q = dq.dynamic_quantize_int8_per_row(normal(n, k))
-        arrays = {"weight_i8": q.data, "weight_scales": q.scales}
-        layers, selected = {}, _isa._selected
-        for isa in dq.simd_info()["supported"]:
-            _isa.select(isa)
-            layers[isa] = dq.QuantLinear.from_arrays(arrays)
-        _isa.select(selected)
-        return {
-            "w": q.data,
-            "w_scales": q.scales,
-            "w_f32": q.dequantize(),
-            "layers": layers,
+
+def linear(n: int, k: int, m: int, *, group_size: int | None = None, threads: int = 1) -> Case:
+    """W8A8, or W4A8 in groups of `group_size`. NumPy's side is the float32 layer.
+
+    A layer is packed for the selected instruction set, so each has its own, made when first asked for.
+    """
+    int8 = group_size is None
+    group = "W8A8" if int8 else f"W4A8, groups of {group_size}"
+    shape = f"{n}x{k}_m{m}" + f"_t{threads}" * (threads > 1)
+    # Half a byte a weight; a float32 scale and a byte of zero point a group.
+    weight_bytes = n * k if int8 else n * k // 2 + 5 * n * k // group_size
+    return Case(
+        name=f"linear_w8a8_{shape}" if int8 else f"linear_w4a8_g{group_size}_{shape}",
+        what=f"{group}: linear layer, {n} x {k}, {m} rows; NumPy: float32",
+        operation="w8a8_linear" if int8 else "w4a8_linear",
+        setup=lambda: {
+            **(int8_layer(n, k) if int8 else int4_layer(n, k, group_size)),
             "x": normal(m, k, seed=1),
             "out": np.empty((m, n), np.float32),
-        }
-
-    return Case(
-        name=f"linear_{n}x{k}_m{m}",
-        what=f"W8A8 linear layer, {n} x {k}, {m} rows; NumPy: float32",
-        operation="w8a8_linear",
-        setup=setup,
-        ours=lambda a: a["layers"][_isa._selected](a["x"], out=a["out"]),
+            "threads": threads,
+        },
+        ours=lambda a: a["layer"](_isa._selected)(a["x"], out=a["out"], num_threads=a["threads"]),
         numpy=lambda a: np.matmul(a["x"], a["w_f32"].T, out=a["out"]),
-        oracle=lambda a: oracle.w8a8_matmul(a["w"], a["w_scales"], a["x"]),
-        read=n * k + 4 * m * k,
+        oracle=oracle_w8a8 if int8 else oracle_w4a8,
+        read=weight_bytes + 4 * m * k,
         written=4 * m * n,
+        group=group,
+        layer=(n, k, m),
+        threads=threads,
     )
+
+
+def linear_layers(group_size: int | None = None) -> list[Case]:
+    alone = [linear(n, k, m, group_size=group_size) for n, k in LAYERS for m in ROWS]
+    shared = [
+        linear(n, k, m, group_size=group_size, threads=2) for n, k in SHARED_LAYERS for m in SHARED_ROWS
+    ]
+    # The cases of one layer stand together, for whom its weights are made once.
+    return sorted(alone + shared, key=lambda case: case.layer[:2])
+
+
+def oracle_w8a8(a: Arrays) -> Any:
+    return oracle.w8a8_matmul(a["w"], a["w_scales"], a["x"])
+
+
+def oracle_w4a8(a: Arrays) -> Any:
+    return oracle.w4a8_matmul(oracle.unpacked(a["w_packed"]), a["zero_points"], a["w_scales"], a["x"])
+
+
+@functools.lru_cache(maxsize=1)
+def int8_layer(n: int, k: int) -> Arrays:
+    q = dq.dynamic_quantize_int8_per_row(normal(n, k))
+    arrays = {"weight_i8": q.data, "weight_scales": q.scales}
+    return {
+        "w": q.data,
+        "w_scales": q.scales,
+        "w_f32": q.dequantize(),
+        "layer": functools.cache(lambda isa: dq.QuantLinear.from_arrays(arrays)),
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def int4_layer(n: int, k: int, group_size: int) -> Arrays:
+    """With a zero point for each group, which is the default."""
+    w = normal(n, k)
+    q = dq.quantize_weights(w, bits=4, group_size=group_size)
+    return {
+        "w_packed": q.data,
+        "w_scales": q.scales,
+        "zero_points": q.zero_points,
+        "w_f32": q.dequantize(),
+        "layer": functools.cache(lambda isa: dq.QuantLinear.from_float(w, bits=4, group_size=group_size)),
+    }
 
 
 def calibration(batches: int, n: int) -> Case:
@@ -393,10 +447,8 @@ CASES = [
     quantization_mae(2**20),
     w8a8_matvec(1024, 1024),
     w8a8_matvec(4096, 4096),
-    *(
-        w8a8_linear(n, k, m)
-        for n, k in ((384, 1536), (1024, 1024), (4096, 4096), (11008, 4096))
-        for m in (1, 4, 16, 128)
-    ),
     calibration(64, 2**16),
+    *linear_layers(),
+    *linear_layers(group_size=32),
+    *linear_layers(group_size=128),
 ]

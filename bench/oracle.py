@@ -22,7 +22,13 @@ def quantized(x, clip, axis=None):
 
 def packed(nibbles):
     """Two codes to a byte, the even element in the low nibble."""
-    return ((nibbles[0::2] & 0x0F) | (nibbles[1::2] << 4)).view(np.uint8)
+    return ((nibbles[..., 0::2] & 0x0F) | (nibbles[..., 1::2] << 4)).view(np.uint8)
+
+
+def unpacked(nibbles):
+    """The codes 0..15 that are packed in the bytes of `nibbles`, along the last axis."""
+    pairs = np.stack([nibbles & 0x0F, nibbles >> 4], axis=-1)
+    return pairs.reshape(*nibbles.shape[:-1], -1)
 
 
 def rank(p, n):
@@ -44,17 +50,31 @@ def mean_abs_error(x, q, scale):
     return np.abs(x.astype(np.float64) - q * scale).mean()
 
 
+def integer_product(q, w):
+    """Rows of `q` times rows of `w`: sums of at most 2**53, so that float64 holds them exactly."""
+    return (q.astype(np.float64) @ w.T.astype(np.float64)).astype(np.int64)
+
+
 def w8a8_matvec(w, w_scales, x):
-    """Sums of at most 2**53, so that float64 holds them exactly."""
     q, scale = quantized(x, 127)
-    sums = w.astype(np.float64) @ q.astype(np.float64)
-    return sums.astype(np.float32) * w_scales * scale
+    return integer_product(q, w).astype(np.float32) * w_scales * scale
 
 
 def w8a8_matmul(w, w_scales, x):
     q, scales = quantized(x, 127, axis=1)
-    sums = q.astype(np.float64) @ w.T.astype(np.float64)
-    return sums.astype(np.float32) * w_scales * scales[:, None]
+    return integer_product(q, w).astype(np.float32) * w_scales * scales[:, None]
+
+
+def w4a8_matmul(w, zero_points, w_scales, x):
+    """Codes 0..15 in equal groups: exact sums, scaled, then added up in float32 in ascending order."""
+    q, scales = quantized(x, 127, axis=1)
+    width = w.shape[1] // w_scales.shape[1]
+    y = np.zeros((len(x), len(w)), np.float32)
+    for group, (zero_point, w_scale) in enumerate(zip(zero_points.T, w_scales.T, strict=True)):
+        part = slice(group * width, (group + 1) * width)
+        centred = w[:, part].astype(np.int8) - zero_point[:, None].astype(np.int8)
+        y += integer_product(q[:, part], centred).astype(np.float32) * w_scale
+    return y * scales[:, None]
 
 
 def calibration(batches):

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 
-# One thread for everybody; the libraries read these while they are imported.
+# One thread for everybody, unless a case asks for more; the libraries read these while they are imported.
 os.environ.update(OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", OMP_NUM_THREADS="1")
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import datetime
@@ -23,7 +24,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,16 @@ from cases import CASES, Case
 import dynquant as dq
 from dynquant import _isa
 
+try:
+    import threadpoolctl
+except ImportError:
+    threadpoolctl = None
+
 Call = Callable[[], Any]
 SAMPLE_SECONDS = 1e-3
+WARM_UP_SECONDS = 0.1
+# A quick look leaves out what touches more memory, unless it is asked for by name.
+QUICK_BYTES = 1 << 24
 
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -44,11 +53,11 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> int:
     args = _arguments()
-    cases = [case for case in CASES if re.search(args.cases, case.name)]
+    cases = _chosen(args)
     if not cases:
         print(f"no case's name matches {args.cases!r}; there are: " + " ".join(case.name for case in CASES))
         return 2
-    isas = [isa for isa in usable_isas() if not args.isa or isa in args.isa]
+    isas = [isa for isa in usable_isas() if isa in (args.isa or _default_isas(args.quick))]
     rounds = args.rounds or (3 if args.quick else 15)
     keep_freed_memory()
     print(f"dynquant {dq.__version__} from {Path(dq.__file__).parent}")
@@ -59,8 +68,8 @@ def main() -> int:
     for case in cases:
         print(f"{case.name} ...", file=sys.stderr, flush=True)
         report["rows"] += measure(case, isas, rounds, args.peers, limits)
-    for isa in isas:
-        print("\n" + table(isa, [row for row in report["rows"] if row["isa"] == isa]))
+    for title, rows in _tables(report["rows"]).items():
+        print("\n" + table(title, rows))
     if out := args.out or _default_out(args):
         save(report, out)
     return 0
@@ -68,13 +77,29 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--peers", action="store_true", help="also PyTorch and ONNX Runtime, where installed")
+    parser.add_argument("--peers", action="store_true", help="also other libraries, where installed")
     parser.add_argument("--cases", default="", metavar="PATTERN", help="regular expression to find in names")
-    parser.add_argument("--isa", nargs="+", choices=usable_isas(), help="instruction sets (default: all)")
+    parser.add_argument(
+        "--isa",
+        nargs="+",
+        choices=usable_isas(),
+        help="instruction sets (default: all; when quick, the best)",
+    )
     parser.add_argument("--rounds", type=int, help="samples of each contender (default: 15; 3 when quick)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="save the results and a chart")
-    parser.add_argument("--quick", action="store_true", help="few rounds: a look, not a measurement")
+    parser.add_argument("--quick", action="store_true", help="a look: few rounds, no large arrays")
     return parser.parse_args()
+
+
+def _chosen(args: argparse.Namespace) -> list[Case]:
+    cases = [case for case in CASES if re.search(args.cases, case.name)]
+    if args.quick and not args.cases:
+        return [case for case in cases if case.read + case.written <= QUICK_BYTES]
+    return cases
+
+
+def _default_isas(quick: bool) -> list[str]:
+    return usable_isas()[-1:] if quick else usable_isas()
 
 
 def _default_out(args: argparse.Namespace) -> Path | None:
@@ -119,7 +144,7 @@ def _header(limits: dict[str, Any], rounds: int, with_peers: bool) -> dict[str, 
 
         versions |= peers.versions()
     return {
-        "schema": 1,
+        "schema": 2,
         "date": datetime.date.today().isoformat(),
         "machine": machine.describe(),
         "versions": versions,
@@ -136,25 +161,49 @@ def _header(limits: dict[str, Any], rounds: int, with_peers: bool) -> dict[str, 
 def measure(
     case: Case, isas: list[str], rounds: int, with_peers: bool, limits: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """One row for each instruction set; all of them and the others take part in the same rounds."""
+    """One row for each instruction set; all of them and the others take part in the same rounds.
+
+    On several threads only for the strongest one: work is shared out in the same way on all of them.
+    """
+    # Correct first.
+    expected = case.oracle(case.setup())
     for isa in isas:
         _isa.select(isa)
-        check(case, case.setup())
+        check(case, case.setup(), expected)
+    isas = isas if case.threads == 1 else isas[-1:]
     arrays = case.setup()
-    calls: dict[str, Call] = {isa: lambda: case.ours(arrays) for isa in isas}
-    calls["numpy"] = lambda: case.numpy(arrays)
-    if with_peers:
-        import peers
-
-        calls |= peers.contenders(case.operation, arrays)
-    samples = _sampled(calls, isas, rounds)
+    with numpy_threads(case.threads) as numpy_column:
+        calls: dict[str, Call] = {isa: lambda: case.ours(arrays) for isa in isas}
+        calls[numpy_column] = lambda: case.numpy(arrays)
+        calls |= _other_calls(case, arrays, with_peers)
+        samples = _sampled(calls, isas, rounds, rest=case.threads > 1)
     others = [name for name in calls if name not in isas]
     return [_row(case, isa, samples, others, limits) for isa in isas]
 
 
-def check(case: Case, arrays: dict[str, Any]) -> None:
-    """Correct first: the oracle's answer is taken before a call that may work in place."""
-    expected = case.oracle(arrays)
+@contextlib.contextmanager
+def numpy_threads(threads: int) -> Iterator[str]:
+    """Gives NumPy's products so many threads, and its column a name, which tells where they have but one."""
+    if threads == 1 or threadpoolctl is None:
+        yield "numpy" if threads == 1 else "numpy_one_thread"
+    else:
+        with threadpoolctl.threadpool_limits(threads, "blas"):
+            yield "numpy"
+
+
+def _other_calls(case: Case, arrays: dict[str, Any], with_peers: bool) -> dict[str, Call]:
+    calls: dict[str, Call] = {}
+    if case.threads > 1:
+        alone = {**arrays, "threads": 1}
+        calls["one_thread"] = lambda: case.ours(alone)
+    if with_peers:
+        import peers
+
+        calls |= peers.contenders(case.operation, arrays)
+    return calls
+
+
+def check(case: Case, arrays: dict[str, Any], expected: Any) -> None:
     result = case.ours(arrays)
     for ours, theirs in zip(_parts(result), _parts(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=case.rtol, atol=0, err_msg=case.name)
@@ -168,7 +217,7 @@ def _parts(result: Any) -> tuple[Any, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def _sampled(calls: dict[str, Call], isas: list[str], rounds: int) -> dict[str, list[float]]:
+def _sampled(calls: dict[str, Call], isas: list[str], rounds: int, rest: bool) -> dict[str, list[float]]:
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
@@ -179,15 +228,33 @@ def _sampled(calls: dict[str, Call], isas: list[str], rounds: int) -> dict[str, 
         for name in names[shift:] + names[:shift]:
             if name in isas:
                 _isa.select(name)
+            if rest:
+                _wait_for_rest()
             samples[name].append(_sample(calls[name], repeats[name]))
     gc.enable()
     return samples
 
 
+def _wait_for_rest() -> None:
+    """Until no thread of this process computes, or for half a second.
+
+    The threads of a library spin for a while after their last task, and would take a core from the next one.
+    """
+    used = time.process_time()
+    for _ in range(250):
+        time.sleep(2e-3)
+        before, used = used, time.process_time()
+        if used - before < 2e-4:
+            return
+
+
 def _enough(call: Call) -> int:
     """How many calls make a sample; some first calls, which find and keep memory, are not looked at."""
+    end = time.perf_counter() + WARM_UP_SECONDS
     for _ in range(10):
         call()
+        if time.perf_counter() > end:
+            break
     repeats = 1
     while repeats * _sample(call, repeats) < SAMPLE_SECONDS:
         repeats *= 2
@@ -216,10 +283,14 @@ def _row(
         "case": case.name,
         "what": case.what,
         "isa": isa,
+        "group": case.group,
+        "layer": case.layer,
+        "threads": case.threads,
         "ratios": ratios,
         "seconds": {name: statistics.median(samples[name]) for name in (isa, *others)},
         "level": level,
-        "limit_share": least_seconds(case, limits, level) / min(ours),
+        # The limits are those of one core.
+        "limit_share": least_seconds(case, limits, level) / min(ours) if case.threads == 1 else None,
     }
 
 
@@ -237,13 +308,23 @@ def least_seconds(case: Case, limits: dict[str, Any], level: str) -> float:
 # Printing
 
 
-def table(isa: str, rows: list[dict[str, Any]]) -> str:
+def _tables(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each table, by its title; the instruction sets one after another."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for isa in dict.fromkeys(row["isa"] for row in rows):
+        for row in (row for row in rows if row["isa"] == isa):
+            threads = f", {row['threads']} threads" if row["threads"] > 1 else ""
+            tables.setdefault(f"{isa}: {row['group']}{threads}", []).append(row)
+    return tables
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
-    lines = [[isa, *columns, "limit", "at", "time"]]
+    lines = [[title, *columns, "limit", "at", "time"]]
     for row in rows:
         ratios = [f"{row['ratios'][name]:.2f}x" if name in row["ratios"] else "" for name in columns]
-        share = f"{row['limit_share']:.0%}"
-        lines.append([row["case"], *ratios, share, row["level"], _duration(row["seconds"][isa])])
+        share = "" if row["limit_share"] is None else f"{row['limit_share']:.0%}"
+        lines.append([row["case"], *ratios, share, row["level"], _duration(row["seconds"][row["isa"]])])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines
