@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._gptq import calibration_batches
 from ._hadamard import hadamard_block, hadamard_transform
 from ._matmul import by_group, multiply, packed_linear
-from ._smooth import smooth_weights
+from ._smooth import smooth_activations, smooth_weights
 from ._tensor import DynQuantFormat, DynQuantTensor
 from ._validate import (
     F32,
@@ -96,6 +97,7 @@ class QuantLinear:
         search: bool = False,
         smooth: ArrayLike | None = None,
         hadamard: bool = False,
+        calibration: ArrayLike | Iterable[ArrayLike] | None = None,
     ) -> QuantLinear:
         """Quantise and pack the weights of a linear layer.
 
@@ -109,8 +111,13 @@ class QuantLinear:
             SmoothQuant factors above zero, as from `compute_smooth_factors`: weights are multiplied by them
             here, activations divided in every call.
         hadamard : bool
-            Rotate the weights here, and activations in every call, as `hadamard_transform` does; after
-            smoothing. It spreads outliers over all channels, and needs no calibration.
+            Rotate the weights here, and activations in every call, as `hadamard_transform` does, after
+            smoothing: in runs of the largest power of two that divides in_features, at most 128. Longer runs
+            spread a massive value over more channels, which lost accuracy where it was tried. It needs no
+            calibration.
+        calibration : array_like of floats, (rows, in_features), optional
+            Inputs that the layer has had, neither smoothed nor rotated, or a list, tuple or iterator of such
+            arrays: codes are chosen so that their errors cancel in the output, as in `quantize_weights`.
 
         Returns
         -------
@@ -138,7 +145,8 @@ class QuantLinear:
             check_finite(w, "weight * smooth")
         if hadamard:
             w = hadamard_transform(w, block_size=_rotation(k))
-        return cls(quantize_matrix(w, fmt, symmetric, search, 1), offset, factors, hadamard)
+        batches = None if calibration is None else _prepared(calibration, k, factors, hadamard)
+        return cls(quantize_matrix(w, fmt, symmetric, search, batches, 1), offset, factors, hadamard)
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any]) -> QuantLinear:
@@ -275,6 +283,15 @@ class QuantLinear:
             f"int{fmt.bits}{group}{zero_points}, bias={self._bias is not None}, "
             f"smooth={self._smooth is not None}, hadamard={self._hadamard})"
         )
+
+
+def _prepared(
+    calibration: Any, k: int, factors: NDArray[np.float32] | None, hadamard: bool
+) -> Iterator[NDArray[np.float32]]:
+    """Calibration rows as the quantised weights meet them."""
+    for batch in calibration_batches(calibration, k):
+        x = batch if factors is None else smooth_activations(batch, factors)
+        yield hadamard_transform(x, block_size=_rotation(k)) if hadamard else x
 
 
 def _rotation(k: int) -> int:

@@ -1,0 +1,194 @@
+"""Rounding weights so that their errors cancel in the output, by calibration rows (GPTQ)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ._tensor import DynQuantTensor
+from ._validate import F32, as_matrices, as_matrix, check_finite
+from .errors import EmptyInputError, FeatureDimMismatchError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Of every four runs of so many rows one is held out. Runs, because neighbouring tokens resemble each other:
+# one between two that were used tells little about others.
+_RUN = 8
+_RUNS = 4
+
+# Damping to try, as a share of the mean second moment; and what is taken when no row could be held out.
+_DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+_DEFAULT_DAMPING = 1.0
+
+# Outputs that damping is tried on; columns whose errors are pushed on together; rows added up at once.
+_TRIED_OUTPUTS = 256
+_BLOCK = 128
+_ROWS = 1024
+
+# Just below a half: added with the sign of v and truncated, it rounds halves away from zero.
+_HALF = np.float32(0.499999970197677612)
+
+
+def calibration_batches(calibration: Any, k: int) -> Iterator[NDArray[np.float32]]:
+    """Finite float32 matrices with k columns: one array, or each of a list, tuple or iterator of arrays."""
+    shape = "(rows, in_features)"
+    if isinstance(calibration, Iterator):
+        items = ((f"calibration[{i}]", x) for i, x in enumerate(calibration))
+        named: Any = ((name, as_matrix(x, name, shape)) for name, x in items)
+    else:
+        named = as_matrices(calibration, "calibration", shape).items()
+    for name, batch in named:
+        if batch.shape[1] != k:
+            raise FeatureDimMismatchError(k, batch.shape[1], name)
+        check_finite(batch, name)
+        yield batch.astype(F32, copy=False)
+
+
+class SecondMoments:
+    """Sums of ``x.T @ x`` over calibration rows, apart for the rows held out.
+
+    Attributes
+    ----------
+    used, held_out : ndarray of float64, (k, k)
+    rows : list of int
+        How many rows went into each.
+    """
+
+    def __init__(self, batches: Iterable[NDArray[np.float32]], k: int) -> None:
+        self.used, self.held_out = np.zeros((k, k)), np.zeros((k, k))
+        self.rows = [0, 0]
+        for batch in batches:
+            for first in range(0, len(batch), _ROWS):
+                self._add(batch[first : first + _ROWS].astype(np.float64))
+        if not any(self.rows):
+            raise EmptyInputError("calibration: expected at least one row, got none")
+
+    def _add(self, x: NDArray[np.float64]) -> None:
+        place = sum(self.rows) + np.arange(len(x))
+        is_held_out = place // _RUN % _RUNS == _RUNS - 1
+        for i, (total, rows) in enumerate(((self.used, x[~is_held_out]), (self.held_out, x[is_held_out]))):
+            total += rows.T @ rows
+            self.rows[i] += len(rows)
+
+
+def compensate(w: NDArray[np.float32], plain: DynQuantTensor, moments: SecondMoments) -> DynQuantTensor:
+    """`plain`, which is w rounded, with the codes that leave the least error in the output.
+
+    Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (ICLR
+    2023). With H the second moments of the inputs, damped on the diagonal, and U the upper Cholesky factor of
+    the inverse of H: columns are rounded one after the other, those with the largest moment first, and the
+    error of column j, over U[j, j], times U[j, l] is taken off each later column l. The fewer the rows, the
+    stronger the damping must be: the share of _DAMPINGS is taken, or `plain` itself, which leaves the least
+    error on the rows held out, tried on some of the outputs. The codes then come from all rows.
+    """
+    grid = _Grid.of(plain)
+    damping: float | None = _DEFAULT_DAMPING
+    if all(moments.rows):
+        damping = _best_damping(w, grid, plain, moments)
+    factor = None if damping is None else _Factor.of(moments.used + moments.held_out, damping)
+    if factor is None:
+        return plain
+    return dataclasses.replace(plain, data=grid.packed(factor.round(w, grid)))
+
+
+def _best_damping(
+    w: NDArray[np.float32], grid: _Grid, plain: DynQuantTensor, moments: SecondMoments
+) -> float | None:
+    """The damping that leaves the least error on the rows held out; None for no compensation."""
+    tried = slice(None, None, -(-len(w) // _TRIED_OUTPUTS))
+    w, grid, plain_values = w[tried], grid[tried], plain.dequantize()[tried]
+
+    def error(values: NDArray[np.float32]) -> float:
+        d = values.astype(np.float64) - w
+        return float(np.sum((d @ moments.held_out) * d))
+
+    errors: dict[float | None, float] = {None: error(plain_values)}
+    for damping in _DAMPINGS:
+        if factor := _Factor.of(moments.used, damping):
+            errors[damping] = error(grid.values(factor.round(w, grid)))
+    return min(errors, key=errors.__getitem__)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Grid:
+    """The codes that the elements of a matrix (n, k) can have, and what they stand for."""
+
+    scales: NDArray[np.float32]  # (n, groups)
+    zero_points: NDArray[np.float32]  # (n, groups)
+    least: int
+    most: int
+    group: int
+    packs: bool
+
+    @classmethod
+    def of(cls, tensor: DynQuantTensor) -> _Grid:
+        scales = tensor.scales.reshape(len(tensor.scales), -1)
+        fmt, group = tensor.format, tensor.format.group_of(tensor.shape[1])
+        if tensor.zero_points is None:
+            return cls(scales, np.zeros_like(scales), -fmt.clip, fmt.clip, group, fmt.packed)
+        return cls(scales, tensor.zero_points.reshape(scales.shape).astype(F32), 0, 15, group, fmt.packed)
+
+    def __getitem__(self, rows: slice) -> _Grid:
+        return dataclasses.replace(self, scales=self.scales[rows], zero_points=self.zero_points[rows])
+
+    def round(self, column: NDArray[np.float32], j: int) -> NDArray[np.float32]:
+        """Codes of column j, as quantize_row_f32_s8 and _u4 have them."""
+        scale, zero_point = self.scales[:, j // self.group], self.zero_points[:, j // self.group]
+        v = np.divide(column, scale, out=np.zeros_like(column), where=scale > 0)
+        codes: NDArray[np.float32] = np.trunc(v + np.copysign(_HALF, v)) + zero_point
+        return codes.clip(self.least, self.most)
+
+    def value(self, codes: NDArray[np.float32], j: int) -> NDArray[np.float32]:
+        """What the codes of column j stand for."""
+        return (codes - self.zero_points[:, j // self.group]) * self.scales[:, j // self.group]
+
+    def values(self, codes: NDArray[np.int8]) -> NDArray[np.float32]:
+        """What codes (k, n), column by column, stand for, as (n, k)."""
+        return np.stack([self.value(column.astype(F32), j) for j, column in enumerate(codes)], axis=1)
+
+    def packed(self, codes: NDArray[np.int8]) -> NDArray[Any]:
+        """Codes (k, n), column by column, as the data of a tensor."""
+        if not self.packs:
+            return np.ascontiguousarray(codes.T)
+        nibbles = (codes.T & 0x0F).astype(np.uint8)
+        data = np.ascontiguousarray(nibbles[:, 0::2])
+        data[:, : nibbles.shape[1] // 2] |= nibbles[:, 1::2] << 4
+        return data
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Factor:
+    """The order in which columns are rounded, and U in that order."""
+
+    order: NDArray[np.intp]
+    upper: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, moments: NDArray[np.float64], damping: float) -> _Factor | None:
+        """None where the moments are all zero, or so far apart that they have no inverse in float64."""
+        diagonal = moments.diagonal()
+        order = np.argsort(-diagonal, kind="stable")
+        h = moments[np.ix_(order, order)]
+        h[np.diag_indices_from(h)] += damping * diagonal.mean()
+        try:
+            return cls(order, np.ascontiguousarray(np.linalg.cholesky(np.linalg.inv(h)).T))
+        except np.linalg.LinAlgError:
+            return None
+
+    def round(self, w: NDArray[np.float32], grid: _Grid) -> NDArray[np.int8]:
+        """Codes of w, column by column, (k, n)."""
+        codes = np.empty((w.shape[1], w.shape[0]), np.int8)
+        left = w.T[self.order].astype(np.float64)
+        for first in range(0, len(left), _BLOCK):
+            block, upper = left[first : first + _BLOCK], self.upper[first : first + _BLOCK]
+            errors = np.empty_like(block)
+            for i, j in enumerate(self.order[first : first + _BLOCK]):
+                codes[j] = column = grid.round(block[i].astype(F32), j)
+                errors[i] = (block[i] - grid.value(column, j)) / upper[i, first + i]
+                block[i + 1 :] -= np.outer(upper[i, first + i + 1 : first + len(block)], errors[i])
+            left[first + len(block) :] -= upper[:, first + len(block) :].T @ errors
+        return codes
