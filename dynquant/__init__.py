@@ -1,6 +1,7 @@
 """Dynamic int8 and int4 quantisation on the CPU: exact, NumPy in, NumPy out."""
 
 from ._calibrate import CalibStats
+from ._embed import get_include
 from ._isa import simd_info
 from ._linear import QuantLinear, w8a8_matmul, w8a8_matvec
 from ._metrics import ErrorMetrics, error_metrics, quantization_mae
@@ -65,6 +66,7 @@ __all__ = [
     "dynamic_quantize_int8_per_row",
     "dynamic_quantize_linear",
     "error_metrics",
+    "get_include",
     "hadamard_transform",
     "quantization_mae",
     "simd_info",

@@ -19,7 +19,7 @@ cimport cython
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.pyport cimport PY_SSIZE_T_MAX
-from libc.math cimport pow
+from libc.math cimport ceil, pow
 from libc.stdint cimport int8_t, int32_t, uint8_t, uint16_t
 from libc.string cimport memset
 
@@ -50,7 +50,7 @@ cdef enum:
     MAX_STEPS = 8
 
 
-cdef Kernels* kernels = NULL
+kernels = NULL
 
 
 def set_table(table not None):
@@ -81,6 +81,11 @@ def isas_supported():
 @cython.freelist(8)
 cdef class FloatRows:
     """m rows of k floats that follow each other in `x`: float32, or a 16-bit format seen as uint16."""
+
+    cdef const float[::1] f32
+    cdef const uint16_t[::1] half
+    cdef int kind
+    cdef readonly Py_ssize_t m, k
 
     def __cinit__(self, x not None, int kind, Py_ssize_t m, Py_ssize_t k):
         self.kind, self.m, self.k = kind, m, k
@@ -200,6 +205,18 @@ cdef void count_parts(const Floats* parts, Py_ssize_t n_parts, int32_t prefix, i
             else:
                 kernels.count_next_bits_f32(x, prefix, shift, counts, n)
             start += n
+
+
+cpdef Py_ssize_t percentile_rank(double p, Py_ssize_t n) noexcept nogil:
+    """Index of percentile p, 0 < p <= 1, by nearest rank among n > 0 ascending magnitudes.
+
+    ``p * n`` is a float32 product up to n = 2**24, beyond which float32 cannot tell neighbouring ranks apart,
+    and a float64 product above.
+    """
+    cdef double product = <double> (<float> p * <float> n) if n <= 1 << 24 else p * <double> n
+    cdef Py_ssize_t rank = <Py_ssize_t> ceil(product) - 1
+    rank = rank if rank < n else n - 1
+    return rank if rank > 0 else 0
 
 
 # scale[0] = that of one row: its largest magnitude, or the one at `rank` when that is >= 0, over clip.
@@ -349,19 +366,22 @@ cdef inline void value_block(const int8_t* codes, float scale, bint packed, Py_s
     kernels.dequantize_row_s8_f32(source, scale, out, n)
 
 
+cdef void value_row(const int8_t* codes, float scale, bint packed, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t start = 0
+    while start < n:
+        value_block(codes, scale, packed, start, out + start, block_len(start, n))
+        start += BLOCK
+
+
 def dequantize_rows(const int8_t[::1] codes not None, const float[::1] scales not None, bint packed,
                     float[:, ::1] out not None):
     """out[r] = codes[r] * scales[r]."""
-    cdef Py_ssize_t r, start, n, k = out.shape[1], row_bytes = bytes_of_row(k, packed)
+    cdef Py_ssize_t r, k = out.shape[1], row_bytes = bytes_of_row(k, packed)
     if k == 0:
         return
     with nogil:
         for r in range(out.shape[0]):
-            start = 0
-            while start < k:
-                n = block_len(start, k)
-                value_block(&codes[r * row_bytes], scales[r], packed, start, &out[r, start], n)
-                start += n
+            value_row(&codes[r * row_bytes], scales[r], packed, &out[r, 0], k)
 
 
 def sum_abs_error(FloatRows x not None, const int8_t[::1] codes not None, const float[::1] scales not None,
@@ -465,30 +485,35 @@ def smooth_factors(const float[::1] act_amax not None, const float[::1] weight_a
             factors[j] = epsilon if numerator < epsilon else numerator
 
 
+# out = x / factors or x * factors for one row; out may be x itself.
+cdef void scale_columns_of_row(const Floats* x, const float* factors, bint divide, float* out) noexcept nogil:
+    cdef float scratch[BLOCK]
+    cdef const float* block
+    cdef Py_ssize_t start = 0, n
+    while start < x.n:
+        n = block_len(start, x.n)
+        block = block_of(x, start, n, scratch)
+        if divide:
+            kernels.divide_row_f32(block, factors + start, out + start, n)
+        else:
+            kernels.multiply_row_f32(block, factors + start, out + start, n)
+        start += n
+
+
 def scale_columns(FloatRows x not None, const float[::1] factors not None, bint divide,
                   float[:, ::1] out not None):
     """out = x / factors or x * factors, row by row; out may be x itself.
 
     The last row is first, because the facade's search for NaN has just read it.
     """
-    cdef float scratch[BLOCK]
-    cdef const float* block
-    cdef Py_ssize_t r, start, n
+    cdef Py_ssize_t r
     cdef Floats row
     if x.k == 0:
         return
     with nogil:
         for r in range(x.m - 1, -1, -1):
             row = x.row(r)
-            start = 0
-            while start < x.k:
-                n = block_len(start, x.k)
-                block = block_of(&row, start, n, scratch)
-                if divide:
-                    kernels.divide_row_f32(block, &factors[start], &out[r, start], n)
-                else:
-                    kernels.multiply_row_f32(block, &factors[start], &out[r, start], n)
-                start += n
+            scale_columns_of_row(&row, &factors[0], divide, &out[r, 0])
 
 
 def hadamard(float[:, ::1] x not None, Py_ssize_t block):
@@ -527,14 +552,18 @@ def w8a8_matvec(const int8_t[:, ::1] weight not None, const float[::1] weight_sc
                                 weight.shape[0], weight.shape[1])
 
 
+cdef Py_ssize_t panels_of(Py_ssize_t n) noexcept nogil:
+    return (n + kernels.panel_outputs - 1) // kernels.panel_outputs
+
+
 def panel_count(Py_ssize_t n):
     """How many panels hold n outputs."""
-    return (n + kernels.panel_outputs - 1) // kernels.panel_outputs
+    return panels_of(n)
 
 
 def packed_bytes(Py_ssize_t n, Py_ssize_t k):
     """Bytes of the panels of n outputs and k inputs."""
-    return panel_count(n) * kernels.panel_bytes(k)
+    return panels_of(n) * kernels.panel_bytes(k)
 
 
 def activation_bytes(Py_ssize_t k):
@@ -542,16 +571,21 @@ def activation_bytes(Py_ssize_t k):
     return kernels.activation_bytes(k)
 
 
+# w (n, k), k > 0 -> panels, packed_bytes of them.
+cdef void pack_panels(const int8_t* w, Py_ssize_t n, int8_t* panels, Py_ssize_t k) noexcept nogil:
+    cdef Py_ssize_t first = 0, wide = kernels.panel_outputs
+    while first < n:
+        kernels.pack_panel_s8(w + first * k, n - first if n - first < wide else wide,
+                              panels + first // wide * kernels.panel_bytes(k), k)
+        first += wide
+
+
 def pack_weights(const int8_t[:, ::1] weight not None, int8_t[::1] panels not None):
     """Pack weights into panels, packed_bytes of them."""
-    cdef Py_ssize_t n = weight.shape[0], k = weight.shape[1], first = 0, wide = kernels.panel_outputs
-    if k == 0:
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
         return
     with nogil:
-        while first < n:
-            kernels.pack_panel_s8(&weight[first, 0], n - first if n - first < wide else wide,
-                                  &panels[first // wide * kernels.panel_bytes(k)], k)
-            first += wide
+        pack_panels(&weight[0, 0], weight.shape[0], &panels[0], weight.shape[1])
 
 
 def unpack_weights(const int8_t[::1] panels not None, int8_t[:, ::1] weight not None):
@@ -568,14 +602,9 @@ def unpack_weights(const int8_t[::1] panels not None, int8_t[:, ::1] weight not 
 
 # x / factors in `smoothed`, or x itself where factors is NULL.
 cdef Floats smoothed_row(Floats x, const float* factors, float* smoothed) noexcept nogil:
-    cdef float scratch[BLOCK]
-    cdef Py_ssize_t start = 0, n
     if factors == NULL:
         return x
-    while start < x.n:
-        n = block_len(start, x.n)
-        kernels.divide_row_f32(block_of(&x, start, n, scratch), factors + start, smoothed + start, n)
-        start += n
+    scale_columns_of_row(&x, factors, True, smoothed)
     x.data, x.kind = <const char*> smoothed, F32
     return x
 
@@ -620,21 +649,33 @@ def quantize_activations(FloatRows x not None, const float[::1] factors, float[:
     return finite
 
 
+# out (m, n) = a . weights + bias for the outputs of panels first .. end; no bias where it is NULL.
+cdef void multiply_panels(const int8_t* panels, const float* w_scales, const float* bias, const uint8_t* a,
+                          const float* a_scales, float* out, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
+                          Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef Py_ssize_t wide = kernels.panel_outputs, p, c
+    cdef const float* shift = NULL
+    for p in range(first, end if end < panels_of(n) else panels_of(n)):
+        c = p * wide
+        if bias != NULL:
+            shift = bias + c
+        kernels.gemm_panel_s8s8_f32(panels + p * kernels.panel_bytes(k), w_scales + c, shift, a, a_scales,
+                                    out + c, n, m, n - c if n - c < wide else wide, k)
+
+
 def matmul(const int8_t[::1] panels not None, const float[::1] weight_scales not None,
            const float[::1] bias, const uint8_t[::1] a not None, const float[::1] a_scales not None,
            float[:, ::1] out not None, Py_ssize_t k, Py_ssize_t first=0, Py_ssize_t end=PY_SSIZE_T_MAX):
     """out = a . weights + bias for the outputs of panels first .. end; returns True."""
-    cdef Py_ssize_t m = out.shape[0], n = out.shape[1], wide = kernels.panel_outputs, p, c
+    cdef Py_ssize_t m = out.shape[0], n = out.shape[1]
     cdef const float* shift = NULL
     if m == 0 or n == 0 or k == 0:
         return True
+    if bias is not None:
+        shift = &bias[0]
     with nogil:
-        for p in range(first, end if end < (n + wide - 1) // wide else (n + wide - 1) // wide):
-            c = p * wide
-            if bias is not None:
-                shift = &bias[c]
-            kernels.gemm_panel_s8s8_f32(&panels[p * kernels.panel_bytes(k)], &weight_scales[c], shift, &a[0],
-                                        &a_scales[0], &out[0, c], n, m, n - c if n - c < wide else wide, k)
+        multiply_panels(&panels[0], &weight_scales[0], shift, &a[0], &a_scales[0], &out[0, 0], m, n, k, first,
+                        end)
     return True
 
 

@@ -206,6 +206,7 @@ def test_signatures():
         "w8a8_matmul": "weight_i8, weight_scales, activations, bias=None, *, out=None, num_threads=1",
         "dynamic_quantize_linear": "x",
         "error_metrics": "original, quantized, *, per_row=False",
+        "get_include": "",
         "hadamard_transform": "x, *, block_size=None, out=None",
         "simd_info": "",
     }
