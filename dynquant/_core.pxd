@@ -1,5 +1,5 @@
-# What capi.pyx shares with the entries. Nothing here may name a memoryview: each module that sees one gets the
-# whole of Cython's implementation of them.
+# What capi.pyx shares with the entries. Nothing here may name a memoryview: each module that sees one gets
+# the whole of Cython's implementation of them.
 from libc.stdint cimport int8_t, int32_t, uint8_t
 
 from dynquant._table cimport Kernels

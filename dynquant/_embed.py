@@ -14,8 +14,8 @@ def get_include() -> str:
 
     Notes
     -----
-    The header has a table of functions that work on plain pointers without the GIL, and ``dynquant_import()``,
-    which returns it; there is nothing to link with. Cython needs no header: ``from dynquant.capi cimport ...``.
+    The header has ``dynquant_import()``, which returns a table of functions on plain pointers that need no
+    GIL; there is nothing to link with. Cython needs no header: ``from dynquant.capi cimport ...``.
 
     Examples
     --------

@@ -2,9 +2,9 @@
 #
 #     from dynquant.capi cimport DYNQUANT_OK, dynquant_amax_f32
 #
-# What each function does, takes and returns stands beside the same name, less dynquant_, in dynquant.h, in the
-# folder that dynquant.get_include() returns. Plain C types only. Signatures stay as they are and names are only
-# added; Cython refuses at import what the installed dynquant does not have.
+# What each function does, takes and returns stands beside the same name, less dynquant_, in dynquant.h, in
+# the folder that dynquant.get_include() returns. Plain C types only. Signatures stay as they are and names
+# are only added; Cython refuses at import what the installed dynquant does not have.
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
 
 
@@ -30,7 +30,8 @@ cdef int dynquant_dynamic_quantize_row_f32_s8(const float* x, int64_t n, int8_t*
                                               float* scale) noexcept nogil
 cdef int dynquant_dynamic_quantize_row_f32_s4(const float* x, int64_t n, uint8_t* packed,
                                               float* scale) noexcept nogil
-cdef int dynquant_dequantize_row_s8_f32(const int8_t* codes, int64_t n, float scale, float* out) noexcept nogil
+cdef int dynquant_dequantize_row_s8_f32(const int8_t* codes, int64_t n, float scale,
+                                        float* out) noexcept nogil
 cdef int dynquant_dequantize_row_s4_f32(const uint8_t* packed, int64_t n, float scale,
                                         float* out) noexcept nogil
 cdef int64_t dynquant_dot_s8s8_s64(const int8_t* a, const int8_t* b, int64_t n) noexcept nogil

@@ -1,13 +1,13 @@
-"""The row kernels for other packages: by `cimport dynquant.capi`, or by the table that dynquant.h describes."""
+"""The row kernels for other packages: cimported from capi.pxd, or by the table that dynquant.h describes."""
 
 # Design
 # ------
 # One implementation: the functions that capi.pxd exports are those that the table points to. The C compiler
 # checks them against dynquant.h, Cython against capi.pxd, and a test holds the signatures of both for ever.
 #
-# The kernels behind them have preconditions (a block's length, a scale above 0, aligned panels, finite input);
-# these functions have none but valid pointers. Each looks at lengths and numbers first, then at the arrays,
-# and writes only when nothing can go wrong any more.
+# The kernels behind them have preconditions (a block's length, a scale above 0, aligned panels, finite
+# input); these functions have none but valid pointers. Each looks at lengths and numbers first, then at the
+# arrays, and writes only when nothing can go wrong any more.
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.float cimport FLT_MAX
@@ -77,13 +77,14 @@ cdef int32_t dynquant_api_version() noexcept nogil:
 # What arguments are looked at for
 
 
+# Whether n floats can lie in memory.
 cdef inline bint is_length(int64_t n) noexcept nogil:
-    return 0 <= n <= PY_SSIZE_T_MAX
+    return 0 <= n <= PY_SSIZE_T_MAX >> 2
 
 
-# Whether an array (m, n) of elements of up to 8 bytes can lie in memory.
+# The same for m rows of n.
 cdef inline bint is_shape(int64_t m, int64_t n) noexcept nogil:
-    return m >= 0 and n >= 0 and (n == 0 or m <= (PY_SSIZE_T_MAX >> 3) // n) and n <= PY_SSIZE_T_MAX >> 3
+    return is_length(m) and is_length(n) and (n == 0 or m <= (PY_SSIZE_T_MAX >> 2) // n)
 
 
 # NaN fails every compare.
@@ -106,7 +107,8 @@ cdef inline Floats floats(const float* x, Py_ssize_t n) noexcept nogil:
 
 
 # *scale = the magnitude at `rank`, or the largest one when that is negative, over clip.
-cdef inline int scale_row(const float* x, int64_t n, Py_ssize_t rank, float clip, float* scale) noexcept nogil:
+cdef inline int scale_row(const float* x, int64_t n, Py_ssize_t rank, float clip,
+                          float* scale) noexcept nogil:
     cdef Floats row = floats(x, n)
     cdef float found
     if not scale_of(&row, clip, rank, &found):
@@ -209,10 +211,10 @@ cdef int dynquant_dequantize_row_s4_f32(const uint8_t* packed, int64_t n, float 
 
 
 cdef int64_t dynquant_dot_s8s8_s64(const int8_t* a, const int8_t* b, int64_t n) noexcept nogil:
-    return kernels.dot_s8s8_s64(a, b, n) if is_length(n) else 0
+    return kernels.dot_s8s8_s64(a, b, n) if 0 < n <= PY_SSIZE_T_MAX else 0
 
 
-# The kernel takes activations in [-127, 127], which is what codes are; with -128 among them each row is a dot.
+# The kernel takes activations in [-127, 127], as codes are; with -128 among them each row is a dot.
 cdef int dynquant_w8a8_matvec(const int8_t* w, const float* w_scales, int64_t n, int64_t k, const int8_t* a,
                               float a_scale, float* out) noexcept nogil:
     cdef Py_ssize_t r
@@ -251,7 +253,7 @@ cdef inline int64_t bytes_of(int64_t count, int64_t each) noexcept nogil:
 
 cdef int64_t dynquant_w8a8_packed_bytes(int64_t n, int64_t k) noexcept nogil:
     # A panel has at most 64 bytes for each k, and one line more for each k that begins a block.
-    if not (is_shape(n, 1) and is_shape(k, 2 * LINE)):
+    if not (is_length(n) and is_shape(k, 2 * LINE)):
         return -1
     return bytes_of(panels_of(n), kernels.panel_bytes(k))
 

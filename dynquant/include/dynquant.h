@@ -12,17 +12,17 @@
 
    What holds for every function of the table
 
-   * They use the instruction set that `import dynquant` picked; results are the same bits on each of them, and
-     the same as those of the Python functions.
-   * No GIL, no thread state, no Python object is needed to call them. They allocate nothing, keep nothing and
-     change only what their results point to, so any number of threads may call them, on the same inputs too.
-     They stay valid until Py_FinalizeEx.
-   * Lengths are counted in elements unless they are named bytes. Any length from 0 up is taken, and for a length
-     of 0 the pointer may be NULL. Arrays are contiguous, matrices row by row. Pointers need the alignment
-     of their type and no more.
+   * They use the instruction set that `import dynquant` picked; results are the same bits on each of them,
+     and the same as those of the Python functions.
+   * No GIL, no thread state, no Python object is needed to call them. They allocate nothing (but take up to
+     64 KiB of stack), keep nothing and change only what their results and scratch point to, so any number of
+     threads may call them, on the same inputs too. They stay valid until Py_FinalizeEx.
+   * Lengths are counted in elements unless they are named bytes. Any length from 0 up is taken, and for a
+     length of 0 the pointer may be NULL. Arrays are contiguous, matrices row by row. Pointers need the
+     alignment of their type and no more.
    * Results may not overlap inputs, except where a function says so.
-   * Those that return a status return DYNQUANT_OK or else have changed nothing, and only then have written
-     their results:
+   * Those that return a status have written their results if it is DYNQUANT_OK, and else changed nothing but
+     scratch:
          DYNQUANT_NON_FINITE    an input array of floats holds NaN or infinity
          DYNQUANT_BAD_ARGUMENT  a length is negative or beyond the address space, or a single number is not
                                 in the range that the function gives for it
@@ -33,8 +33,8 @@
 #include <Python.h>
 #include <stdint.h>
 
-/* The table's version. It changes when a function changes its meaning or signature, or goes away. Functions are
-   added at the end without a change of version: a table may be longer than this header knows. */
+/* The table's version. It changes when a function changes its meaning or signature, or goes away. Functions
+   are added at the end without a change of version: a table may be longer than this header knows. */
 #define DYNQUANT_API_VERSION 1
 
 #define DYNQUANT_OK 0
@@ -50,8 +50,8 @@ typedef struct dynquant_api {
     /* *amax = the largest |x[i]|; 0 for n = 0. */
     int (*amax_f32)(const float *x, int64_t n, float *amax);
 
-    /* *magnitude = the one at index max(ceil(p * n) - 1, 0) of the |x[i]| in ascending order (nearest rank, exact),
-       0 < p <= 1; 0 for n = 0. Linear time and 32 KiB of stack, whatever the values are. */
+    /* *magnitude = the one at index max(ceil(p * n) - 1, 0) of the |x[i]| in ascending order (nearest rank,
+       exact), 0 < p <= 1; 0 for n = 0. Linear time, whatever the values are. */
     int (*percentile_f32)(const float *x, int64_t n, double p, float *magnitude);
 
     /* *scale = the largest magnitude / clip, one division; 0 when all is zero or the quotient underflows.
@@ -67,8 +67,8 @@ typedef struct dynquant_api {
        scale 0. scale >= 0 and finite, 1 <= clip <= 127. x is read twice, first to look for NaN. */
     int (*quantize_row_f32_s8)(const float *x, int64_t n, float scale, int32_t clip, int8_t *codes);
 
-    /* The same with clip 7 and two codes to a byte: (n + 1) / 2 bytes, the even element in the low nibble, the
-       high nibble of an odd last one 0. */
+    /* The same with clip 7 and two codes to a byte: (n + 1) / 2 bytes, the even element in the low nibble,
+       the high nibble of an odd last one 0. */
     int (*quantize_row_f32_s4)(const float *x, int64_t n, float scale, uint8_t *packed);
 
     /* amax_scale_f32 and then quantize_row: the row by its own scale. */
@@ -98,25 +98,26 @@ typedef struct dynquant_api {
     /* Bytes that w8a8_pack writes for weights (n, k); -1 for lengths that cannot be. */
     int64_t (*w8a8_packed_bytes)(int64_t n, int64_t k);
 
-    /* Weights w (n, k), all int8 values, to `packed`, w8a8_packed_bytes(n, k) bytes at any address. The form is
-       that of the instruction set in use, of this process and of the address: not to be stored, sent or moved. */
+    /* Weights w (n, k), all int8 values, to `packed`, w8a8_packed_bytes(n, k) bytes at any address. The form
+       depends on the instruction set, the process and the address: not to be stored, sent or moved. */
     int (*w8a8_pack)(const int8_t *w, int64_t n, int64_t k, void *packed);
 
     /* Bytes of scratch that w8a8_matmul needs for m rows of k; -1 for lengths that cannot be. */
     int64_t (*w8a8_scratch_bytes)(int64_t m, int64_t k);
 
     /* out (m, n) = x (m, k) times weights (n, k). Each row of x is quantised to int8 by its own largest
-       magnitude, a_scale; then out[r][c] = float32(exact sum) * w_scales[c] * a_scale + bias[c], in that order.
-       w_scales (n,); bias (n,) or NULL; scratch is w8a8_scratch_bytes(m, k) bytes at any address, one a thread.
-       DYNQUANT_BAD_ARGUMENT also if `packed` was not written here for (n, k) by w8a8_pack. Rows do not depend
-       on each other: weights are read once a call, so some hundred rows a call is enough for speed. */
-    int (*w8a8_matmul)(const void *packed, const float *w_scales, const float *bias, const float *x, int64_t m,
-                       int64_t n, int64_t k, void *scratch, float *out);
+       magnitude, a_scale; then out[r][c] = float32(exact sum) * w_scales[c] * a_scale + bias[c], in that
+       order. w_scales (n,); bias (n,) or NULL; scratch is w8a8_scratch_bytes(m, k) bytes at any address, each
+       thread its own. DYNQUANT_BAD_ARGUMENT also if `packed` was not written there for (n, k) by w8a8_pack.
+       Rows do not depend on each other, and a call reads the weights from memory once: for speed give it as
+       many rows as leave their scratch in cache. */
+    int (*w8a8_matmul)(const void *packed, const float *w_scales, const float *bias, const float *x,
+                       int64_t m, int64_t n, int64_t k, void *scratch, float *out);
 
     /* ---- Smoothing ---- */
 
-    /* out (m, k) = x (m, k) / factors (k,), and out = x * factors. Factors are above 0 (else DYNQUANT_BAD_ARGUMENT).
-       out may be x itself. A result beyond float32 is infinite. */
+    /* out (m, k) = x (m, k) / factors (k,), and out = x * factors. Factors are above 0, else
+       DYNQUANT_BAD_ARGUMENT. out may be x itself. A result beyond float32 is infinite. */
     int (*divide_rows_f32)(const float *x, const float *factors, int64_t m, int64_t k, float *out);
     int (*multiply_rows_f32)(const float *x, const float *factors, int64_t m, int64_t k, float *out);
 } dynquant_api;
@@ -144,8 +145,8 @@ static inline const dynquant_api *dynquant_import(void) {
         PyErr_SetString(PyExc_ImportError, "dynquant.capi: expected _C_API to be the capsule of a table");
     } else if (api->version != DYNQUANT_API_VERSION || api->size < (int32_t)sizeof(dynquant_api)) {
         PyErr_Format(PyExc_ImportError,
-                     "dynquant.capi: this program was compiled for C API version %d with a table of at least %d "
-                     "bytes; the dynquant installed has version %d with %d bytes",
+                     "dynquant.capi: this program was compiled for C API version %d with a table of at least "
+                     "%d bytes; the dynquant installed has version %d with %d bytes",
                      DYNQUANT_API_VERSION, (int)sizeof(dynquant_api), (int)api->version, (int)api->size);
         api = NULL;
     }
