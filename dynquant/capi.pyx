@@ -305,15 +305,15 @@ cdef void fill_rows(const float* bias, int64_t m, int64_t n, float* out) noexcep
 
 cdef int dynquant_w8a8_matmul(const void* packed, const float* w_scales, const float* bias, const float* x,
                               int64_t m, int64_t n, int64_t k, void* scratch, float* out) noexcept nogil:
-    cdef char* line = line_of(scratch)
-    cdef float* a_scales = <float*> line
-    cdef uint8_t* a = <uint8_t*> line + (m * <int64_t> sizeof(float) + LINE - 1) // LINE * LINE
+    cdef float* a_scales = <float*> line_of(scratch)
+    cdef uint8_t* a
     cdef int status
     if not (is_shape(m, n) and is_shape(m, k) and dynquant_w8a8_scratch_bytes(m, k) >= 0
             and is_packed(packed, n, k)):
         return DYNQUANT_BAD_ARGUMENT
     if not (all_finite(w_scales, n) and (bias == NULL or all_finite(bias, n))):
         return DYNQUANT_NON_FINITE
+    a = <uint8_t*> line_of(a_scales + m)
     status = quantize_activations(x, m, k, a_scales, a)
     if status != DYNQUANT_OK:
         return status

@@ -1,7 +1,9 @@
 """The functions of the C table: their signatures, which never change, and what they compute and refuse."""
 
+import concurrent.futures
 import ctypes
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -272,6 +274,25 @@ def test_packed_weights_are_known_by_their_form():
     assert (out == 77).all()
     assert multiply(packed) == OK
     assert (out != 77).all()
+
+
+def test_threads_share_inputs_and_packed_weights():
+    """ctypes lets go of the GIL for a call, so these run at the same time."""
+    m, n, k = 6, 50, 700
+    w, x, w_scales = np.random.default_rng(0).integers(-128, 128, (n, k), np.int8), floats(m * k), floats(n)
+    packed, expected = packed_weights(w), dynquant.w8a8_matmul(w, w_scales, x.reshape(m, k))
+    barrier = threading.Barrier(6)
+
+    def work(_):
+        scratch, out = memory(FUNCTIONS["w8a8_scratch_bytes"](m, k), 0), np.empty((m, n), F32)
+        barrier.wait()
+        for _ in range(50):
+            out[:] = 77
+            call("w8a8_matmul", packed, w_scales, None, x, m, n, k, scratch, out)
+            assert_same_bits(out, expected)
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(work, range(6))) == [None] * 6
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -33,6 +33,10 @@
 #include <Python.h>
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* The table's version. It changes when a function changes its meaning or signature, or goes away. Functions
    are added at the end without a change of version: a table may be longer than this header knows. */
 #define DYNQUANT_API_VERSION 1
@@ -152,5 +156,9 @@ static inline const dynquant_api *dynquant_import(void) {
     }
     return api;
 }
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif
