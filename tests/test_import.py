@@ -9,6 +9,7 @@ import pkgutil
 import platform
 import subprocess
 import sys
+import sysconfig
 
 import numpy as np
 import pytest
@@ -70,6 +71,11 @@ def test_threads_environment_and_random_state_are_left_alone():
         import dynquant
         assert state() == before
     """)
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has a GIL")
+def test_the_gil_stays_off():
+    run("import sys, dynquant, dynquant.capi; assert not sys._is_gil_enabled()")
 
 
 def test_time_and_memory_of_the_import():

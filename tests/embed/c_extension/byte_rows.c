@@ -54,6 +54,12 @@ static struct PyModuleDef module = {
 };
 
 PyMODINIT_FUNC PyInit_byte_rows(void) {
+    PyObject *self;
     dq = dynquant_import();
-    return dq == NULL ? NULL : PyModule_Create(&module);
+    if (dq == NULL) return NULL;
+    self = PyModule_Create(&module);
+#ifdef Py_GIL_DISABLED
+    if (self != NULL) PyUnstable_Module_SetGIL(self, Py_MOD_GIL_NOT_USED);
+#endif
+    return self;
 }

@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False
+# cython: language_level=3, boundscheck=False, wraparound=False, freethreading_compatible=True
 """The keys of an attention head, kept in int8: a Cython package that cimports dynquant's kernels.
 
 It shows typed memoryviews handed over as pointers, loops over rows without the GIL, and a status turned into
@@ -21,7 +21,7 @@ if dynquant_api_version() != DYNQUANT_API_VERSION:
 
 
 cdef class KeyCache:
-    """Up to `capacity` keys of `dim` floats, a byte a float and one scale a key."""
+    """Up to `capacity` keys of `dim` floats, a byte a float and one scale a key; for one thread at a time."""
 
     cdef int8_t[:, ::1] codes
     cdef float[::1] scales
