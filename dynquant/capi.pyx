@@ -246,13 +246,13 @@ cdef inline char* line_of(const void* memory) noexcept nogil:
     return <char*> memory + (-<uintptr_t> memory & (LINE - 1))
 
 
-# Room for whole lines, whatever the address: -1 if they are beyond memory.
+# Bytes for `count` times `each`, a line before them and the way to the first line; -1 if beyond memory.
 cdef inline int64_t bytes_of(int64_t count, int64_t each) noexcept nogil:
     return LINE - 1 + LINE + count * each if is_shape(count, each) else -1
 
 
 cdef int64_t dynquant_w8a8_packed_bytes(int64_t n, int64_t k) noexcept nogil:
-    # A panel has at most 64 bytes for each k, and one line more for each k that begins a block.
+    # Within these lengths the bytes of one panel cannot overflow.
     if not (is_length(n) and is_shape(k, 2 * LINE)):
         return -1
     return bytes_of(panels_of(n), kernels.panel_bytes(k))
@@ -274,7 +274,7 @@ cdef inline bint is_packed(const void* packed, int64_t n, int64_t k) noexcept no
     return label.form == kernels and label.n == n and label.k == k
 
 
-# A row of activations and its scale; the scales come first.
+# A scale and a row of activations each: the scales come first, the rows at the next line.
 cdef int64_t dynquant_w8a8_scratch_bytes(int64_t m, int64_t k) noexcept nogil:
     if not is_shape(k, 2 * LINE):
         return -1
