@@ -36,7 +36,7 @@ test: lint $(VENV)/installed-test  ## lint, then test the installed wheel on eve
 lint: $(VENV)/installed-lint  ## ruff, cython-lint, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
-	PATH="$(abspath $(BIN)):$$PATH" cython-lint dynquant/*.pyx dynquant/*.pxd dynquant/kernels/*.pxi
+	PATH="$(abspath $(BIN)):$$PATH" cython-lint dynquant/*.pyx dynquant/*.pxd dynquant/kernels/*.pxi tests/embed/*/*.pyx
 	$(BIN)/mypy
 
 bench: $(VENV)/installed-bench  ## every kernel on every instruction set beside NumPy; saves JSON and chart

@@ -80,7 +80,7 @@ setup(
     ext_modules=cythonize(
         [
             Extension(f"dynquant.{name}", [f"dynquant/{name}.pyx"], include_dirs=["dynquant"])
-            for name in ["_core", *(f"_isa_{isa}" for isa in ISA_FLAGS)]
+            for name in ["_core", "capi", *(f"_isa_{isa}" for isa in ISA_FLAGS)]
         ],
         compiler_directives=DIRECTIVES,
     ),

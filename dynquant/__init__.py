@@ -1,6 +1,7 @@
 """Dynamic int8 and int4 quantisation on the CPU: exact, NumPy in, NumPy out."""
 
 from ._calibrate import CalibStats
+from ._embed import get_include
 from ._hadamard import hadamard_transform
 from ._isa import simd_info
 from ._linear import QuantLinear
@@ -71,6 +72,7 @@ __all__ = [
     "dynamic_quantize_linear",
     "error_metrics",
     "fold_smooth_factors",
+    "get_include",
     "hadamard_transform",
     "quantization_mae",
     "quantize_weights",

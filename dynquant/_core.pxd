@@ -1,4 +1,8 @@
-from libc.stdint cimport uint16_t
+# What capi.pyx shares with the entries. Nothing here may name a memoryview: each module that sees one gets
+# the whole of Cython's implementation of them.
+from libc.stdint cimport int8_t, int32_t, uint8_t
+
+from dynquant._table cimport Kernels
 
 
 # Float input of one call: float32, or one of the 16-bit formats, which are widened block by block.
@@ -8,10 +12,25 @@ cdef struct Floats:
     Py_ssize_t n
 
 
-cdef class FloatRows:
-    cdef const float[::1] f32
-    cdef const uint16_t[::1] half
-    cdef int kind
-    cdef readonly Py_ssize_t m, k
-    cdef Floats row(self, Py_ssize_t r) noexcept nogil
-    cdef Floats flat(self) noexcept nogil
+# One row of a quantised tensor. Every `group` elements have a scale, and a zero point unless the codes are
+# symmetric and zero_points NULL.
+cdef struct QuantRow:
+    int8_t* codes
+    const float* scales
+    const uint8_t* zero_points
+    Py_ssize_t group
+    bint packed
+
+
+cdef Kernels* kernels
+cpdef Py_ssize_t percentile_rank(double p, Py_ssize_t n) noexcept nogil
+cdef bint scale_of(const Floats* x, float clip, Py_ssize_t rank, float* scale) noexcept nogil
+cdef void code_row(const Floats* x, const QuantRow* row, int32_t clip) noexcept nogil
+cdef void value_row(const QuantRow* row, float* out, Py_ssize_t n) noexcept nogil
+cdef void scale_columns_of_row(const Floats* x, const float* factors, bint divide, float* out) noexcept nogil
+cdef Py_ssize_t panels_of(Py_ssize_t n) noexcept nogil
+cdef void pack_panels(const int8_t* w, Py_ssize_t n, int8_t* panels, Py_ssize_t k) noexcept nogil
+cdef void code_activation(const Floats* x, float scale, uint8_t* a) noexcept nogil
+cdef void multiply_panels(const int8_t* panels, const float* w_scales, const float* bias, const uint8_t* a,
+                          const float* a_scales, float* out, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
+                          Py_ssize_t first, Py_ssize_t end) noexcept nogil

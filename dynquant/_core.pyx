@@ -19,7 +19,7 @@ cimport cython
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_RawFree, PyMem_RawMalloc
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.pyport cimport PY_SSIZE_T_MAX
-from libc.math cimport pow
+from libc.math cimport ceil, pow
 from libc.stdint cimport int8_t, int32_t, uint8_t, uint16_t
 from libc.string cimport memcpy, memset
 
@@ -51,7 +51,7 @@ cdef enum:
     SEARCH_STEPS = 23
 
 
-cdef Kernels* kernels = NULL
+kernels = NULL
 
 
 def set_table(table not None):
@@ -82,6 +82,11 @@ def isas_supported():
 @cython.freelist(8)
 cdef class FloatRows:
     """m rows of k floats that follow each other in `x`: float32, or a 16-bit format seen as uint16."""
+
+    cdef const float[::1] f32
+    cdef const uint16_t[::1] half
+    cdef int kind
+    cdef readonly Py_ssize_t m, k
 
     def __cinit__(self, x not None, int kind, Py_ssize_t m, Py_ssize_t k):
         self.kind, self.m, self.k = kind, m, k
@@ -203,6 +208,18 @@ cdef void count_parts(const Floats* parts, Py_ssize_t n_parts, int32_t prefix, i
             start += n
 
 
+cpdef Py_ssize_t percentile_rank(double p, Py_ssize_t n) noexcept nogil:
+    """Index of percentile p, 0 < p <= 1, by nearest rank among n > 0 ascending magnitudes.
+
+    ``p * n`` is a float32 product up to n = 2**24, beyond which float32 cannot tell neighbouring ranks apart,
+    and a float64 product above.
+    """
+    cdef double product = <double> (<float> p * <float> n) if n <= 1 << 24 else p * <double> n
+    cdef Py_ssize_t rank = <Py_ssize_t> ceil(product) - 1
+    rank = rank if rank < n else n - 1
+    return rank if rank > 0 else 0
+
+
 # scale[0] = that of one row: its largest magnitude, or the one at `rank` when that is >= 0, over clip.
 # Returns False, with scale untouched, if the row is not finite.
 cdef bint scale_of(const Floats* x, float clip, Py_ssize_t rank, float* scale) noexcept nogil:
@@ -274,16 +291,6 @@ def scale_rows(FloatRows x not None, float[::1] scales not None, float clip, Py_
 # Codes come as one run of bytes, row after row.
 cdef inline Py_ssize_t bytes_of_row(Py_ssize_t k, bint packed) noexcept nogil:
     return (k + 1) // 2 if packed else k
-
-
-# One row of a quantised tensor. Every `group` elements have a scale, and a zero point unless the codes are
-# symmetric and zero_points NULL.
-cdef struct QuantRow:
-    int8_t* codes
-    const float* scales
-    const uint8_t* zero_points
-    Py_ssize_t group
-    bint packed
 
 
 # Row r of a tensor with rows of k elements.
@@ -527,11 +534,18 @@ cdef void value_block(const QuantRow* row, Py_ssize_t start, float* out, Py_ssiz
         i = end
 
 
+cdef void value_row(const QuantRow* row, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t start = 0
+    while start < n:
+        value_block(row, start, out + start, block_len(start, n))
+        start += BLOCK
+
+
 def dequantize_rows(const int8_t[::1] codes not None, const float[::1] scales not None,
                     const uint8_t[::1] zero_points, bint packed, Py_ssize_t group,
                     float[:, ::1] out not None):
     """out = codes * scales; with zero points, for packed codes only, (codes - zero_points) * scales."""
-    cdef Py_ssize_t r, start, n, k = out.shape[1]
+    cdef Py_ssize_t r, k = out.shape[1]
     cdef QuantRow q
     cdef const uint8_t* z = NULL
     if out.shape[0] == 0 or k == 0:
@@ -541,11 +555,7 @@ def dequantize_rows(const int8_t[::1] codes not None, const float[::1] scales no
     with nogil:
         for r in range(out.shape[0]):
             q = quant_row(&codes[0], &scales[0], z, packed, group, k, r)
-            start = 0
-            while start < k:
-                n = block_len(start, k)
-                value_block(&q, start, &out[r, start], n)
-                start += n
+            value_row(&q, &out[r, 0], k)
 
 
 def sum_abs_error(FloatRows x not None, const int8_t[::1] codes not None, const float[::1] scales not None,
@@ -660,30 +670,35 @@ def smooth_factors(const float[::1] act_amax not None, const float[::1] weight_a
             factors[j] = epsilon if numerator < epsilon else numerator
 
 
+# out = x / factors or x * factors for one row; out may be x itself.
+cdef void scale_columns_of_row(const Floats* x, const float* factors, bint divide, float* out) noexcept nogil:
+    cdef float scratch[BLOCK]
+    cdef const float* block
+    cdef Py_ssize_t start = 0, n
+    while start < x.n:
+        n = block_len(start, x.n)
+        block = block_of(x, start, n, scratch)
+        if divide:
+            kernels.divide_row_f32(block, factors + start, out + start, n)
+        else:
+            kernels.multiply_row_f32(block, factors + start, out + start, n)
+        start += n
+
+
 def scale_columns(FloatRows x not None, const float[::1] factors not None, bint divide,
                   float[:, ::1] out not None):
     """out = x / factors or x * factors, row by row; out may be x itself.
 
     The last row is first, because the facade's search for NaN has just read it.
     """
-    cdef float scratch[BLOCK]
-    cdef const float* block
-    cdef Py_ssize_t r, start, n
+    cdef Py_ssize_t r
     cdef Floats row
     if x.k == 0:
         return
     with nogil:
         for r in range(x.m - 1, -1, -1):
             row = x.row(r)
-            start = 0
-            while start < x.k:
-                n = block_len(start, x.k)
-                block = block_of(&row, start, n, scratch)
-                if divide:
-                    kernels.divide_row_f32(block, &factors[start], &out[r, start], n)
-                else:
-                    kernels.multiply_row_f32(block, &factors[start], &out[r, start], n)
-                start += n
+            scale_columns_of_row(&row, &factors[0], divide, &out[r, 0])
 
 
 def hadamard(float[:, ::1] x not None, Py_ssize_t block):
@@ -722,22 +737,56 @@ def w8a8_matvec(const int8_t[:, ::1] weight not None, const float[::1] weight_sc
                                 weight.shape[0], weight.shape[1])
 
 
-# x / factors, rotated in runs of `block` elements, in `prepared`; or x itself where factors is NULL and block
-# 0.
+cdef Py_ssize_t panels_of(Py_ssize_t n) noexcept nogil:
+    return (n + kernels.panel_outputs - 1) // kernels.panel_outputs
+
+
+# Outputs, of n, of the panel that starts at c.
+cdef inline Py_ssize_t outputs_of(Py_ssize_t n, Py_ssize_t c) noexcept nogil:
+    return n - c if n - c < kernels.panel_outputs else kernels.panel_outputs
+
+
+# w (n, k), k > 0 -> panels, panels_of(n) of them.
+cdef void pack_panels(const int8_t* w, Py_ssize_t n, int8_t* panels, Py_ssize_t k) noexcept nogil:
+    cdef Py_ssize_t p, c
+    for p in range(panels_of(n)):
+        c = p * kernels.panel_outputs
+        kernels.pack_panel_s8(w + c * k, outputs_of(n, c), panels + p * kernels.panel_bytes(k), k)
+
+
+# Scales, or zero points, of one panel of 4-bit weights.
+cdef inline Py_ssize_t panel_scales(Py_ssize_t k, Py_ssize_t group) noexcept nogil:
+    return kernels.panel_outputs * ((k + group - 1) // group)
+
+
+# w (n, ceil(k / 2)), k > 0, scales and zero_points (n, groups) -> the same of all panels, as pack_panel_u4.
+cdef void pack_group_panels(const uint8_t* w, const float* scales, const uint8_t* zero_points, Py_ssize_t n,
+                            uint8_t* panels, float* panels_scales, uint8_t* panels_zero_points, Py_ssize_t k,
+                            Py_ssize_t group) noexcept nogil:
+    cdef Py_ssize_t groups = (k + group - 1) // group, each = panel_scales(k, group), p, c
+    cdef const uint8_t* z = NULL
+    for p in range(panels_of(n)):
+        c = p * kernels.panel_outputs
+        if zero_points != NULL:
+            z = zero_points + c * groups
+        kernels.pack_panel_u4(w + c * ((k + 1) // 2), scales + c * groups, z, outputs_of(n, c),
+                              panels + p * kernels.group_panel_bytes(k, group), panels_scales + p * each,
+                              panels_zero_points + p * each, k, group)
+
+
+# x / factors, rotated in runs of `block` elements, in `prepared`; x itself where factors is NULL and block 0.
 cdef Floats prepared_row(Floats x, const float* factors, Py_ssize_t block, float* prepared) noexcept nogil:
     cdef float scratch[BLOCK]
-    cdef const float* source
     cdef Py_ssize_t start = 0, n
     if factors == NULL and block == 0:
         return x
-    while start < x.n:
-        n = block_len(start, x.n)
-        source = block_of(&x, start, n, scratch)
-        if factors == NULL:
-            memcpy(prepared + start, source, n * sizeof(float))
-        else:
-            kernels.divide_row_f32(source, factors + start, prepared + start, n)
-        start += n
+    if factors != NULL:
+        scale_columns_of_row(&x, factors, True, prepared)
+    else:
+        while start < x.n:
+            n = block_len(start, x.n)
+            memcpy(prepared + start, block_of(&x, start, n, scratch), n * sizeof(float))
+            start += n
     if block:
         for start in range(0, x.n // block):
             kernels.hadamard_row_f32(prepared + start * block, block)
@@ -816,13 +865,13 @@ cdef class PackedLinear:
 
     def __cinit__(self, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group, const float[::1] bias,
                   const float[::1] factors, Py_ssize_t block):
-        cdef Py_ssize_t wide = kernels.panel_outputs, panels, scales = 0, zero_points = 0
+        cdef Py_ssize_t panels, scales = 0, zero_points = 0
         self.n, self.k, self.group, self.block = n, k, group, block
         self.bias, self.factors = bias, factors
-        self.panel_count = (n + wide - 1) // wide
+        self.panel_count = panels_of(n)
         panels = self.panel_count * self.panel_bytes()
         if group:
-            zero_points = self.panel_count * wide * ((k + group - 1) // group)
+            zero_points = self.panel_count * panel_scales(k, group)
         scales = (zero_points if group else n) * <Py_ssize_t> sizeof(float)
         self.weight_bytes = panels + scales + zero_points
         self.memory = aligned_memory(self.weight_bytes)
@@ -844,60 +893,45 @@ cdef class PackedLinear:
             return kernels.group_activation_bytes(self.k, self.group)
         return kernels.activation_bytes(self.k)
 
-    # Outputs of panel p.
-    cdef inline Py_ssize_t outputs(self, Py_ssize_t p) noexcept nogil:
-        cdef Py_ssize_t wide = kernels.panel_outputs
-        return wide if (p + 1) * wide <= self.n else self.n - p * wide
-
     def pack_int8(self, const int8_t[:, ::1] weight not None, const float[::1] scales not None):
         """Fill in the weights of a layer with group 0."""
-        cdef Py_ssize_t p
         with nogil:
             memcpy(self.scales, &scales[0], self.n * sizeof(float))
-            for p in range(self.panel_count):
-                kernels.pack_panel_s8(&weight[p * kernels.panel_outputs, 0], self.outputs(p),
-                                      <int8_t*> self.panels + p * self.panel_bytes(), self.k)
+            pack_panels(&weight[0, 0], self.n, <int8_t*> self.panels, self.k)
 
     def unpack_int8(self, int8_t[:, ::1] weight not None, float[::1] scales not None):
         """The inverse of pack_int8."""
-        cdef Py_ssize_t p
+        cdef Py_ssize_t p, c
         with nogil:
             memcpy(&scales[0], self.scales, self.n * sizeof(float))
             for p in range(self.panel_count):
-                kernels.unpack_panel_s8(<const int8_t*> self.panels + p * self.panel_bytes(),
-                                        &weight[p * kernels.panel_outputs, 0], self.outputs(p), self.k)
-
-    # Where the scales and the zero points of panel p start.
-    cdef inline Py_ssize_t meta(self, Py_ssize_t p) noexcept nogil:
-        return p * kernels.panel_outputs * ((self.k + self.group - 1) // self.group)
+                c = p * kernels.panel_outputs
+                kernels.unpack_panel_s8(<const int8_t*> self.panels + p * self.panel_bytes(), &weight[c, 0],
+                                        outputs_of(self.n, c), self.k)
 
     def pack_int4(self, const uint8_t[:, ::1] codes not None, const float[:, ::1] scales not None,
                   const uint8_t[:, ::1] zero_points):
         """Fill in the weights of a layer with groups; symmetric where zero_points is None."""
-        cdef Py_ssize_t p, first
         cdef const uint8_t* z = NULL
+        if zero_points is not None:
+            z = &zero_points[0, 0]
         with nogil:
-            for p in range(self.panel_count):
-                first = p * kernels.panel_outputs
-                if zero_points is not None:
-                    z = &zero_points[first, 0]
-                kernels.pack_panel_u4(&codes[first, 0], &scales[first, 0], z, self.outputs(p),
-                                      self.panels + p * self.panel_bytes(), self.scales + self.meta(p),
-                                      self.zero_points + self.meta(p), self.k, self.group)
+            pack_group_panels(&codes[0, 0], &scales[0, 0], z, self.n, self.panels, self.scales,
+                              self.zero_points, self.k, self.group)
 
     def unpack_int4(self, uint8_t[:, ::1] codes not None, float[:, ::1] scales not None,
                     uint8_t[:, ::1] zero_points):
         """The inverse of pack_int4."""
-        cdef Py_ssize_t p, first
+        cdef Py_ssize_t each = panel_scales(self.k, self.group), p, c
         cdef uint8_t* z = NULL
         with nogil:
             for p in range(self.panel_count):
-                first = p * kernels.panel_outputs
+                c = p * kernels.panel_outputs
                 if zero_points is not None:
-                    z = &zero_points[first, 0]
-                kernels.unpack_panel_u4(self.panels + p * self.panel_bytes(), self.scales + self.meta(p),
-                                        self.zero_points + self.meta(p), &codes[first, 0],
-                                        &scales[first, 0], z, self.outputs(p), self.k, self.group)
+                    z = &zero_points[c, 0]
+                kernels.unpack_panel_u4(self.panels + p * self.panel_bytes(), self.scales + p * each,
+                                        self.zero_points + p * each, &codes[c, 0], &scales[c, 0], z,
+                                        outputs_of(self.n, c), self.k, self.group)
 
     def quantize(self, FloatRows x not None, Activations a not None):
         """Quantise the rows of x into `a`; returns whether they are finite, and stops at one that is not."""
@@ -928,25 +962,49 @@ cdef class PackedLinear:
     def multiply(self, Activations a not None, float[:, ::1] out not None, Py_ssize_t first=0,
                  Py_ssize_t end=PY_SSIZE_T_MAX):
         """out = a . weights + bias for the outputs of panels first .. end; returns True."""
-        cdef Py_ssize_t p, c
         cdef const float* bias = NULL
         if a.m == 0:
             return True
+        if self.bias is not None:
+            bias = &self.bias[0]
         with nogil:
-            for p in range(first, end if end < self.panel_count else self.panel_count):
-                c = p * kernels.panel_outputs
-                if self.bias is not None:
-                    bias = &self.bias[c]
-                if self.group:
-                    kernels.gemm_panel_u4s8_f32(
-                        self.panels + p * self.panel_bytes(), self.scales + self.meta(p),
-                        self.zero_points + self.meta(p), bias, a.memory.data, a.scales, &out[0, c], self.n,
-                        a.m, self.outputs(p), self.k, self.group)
-                else:
-                    kernels.gemm_panel_s8s8_f32(
-                        <const int8_t*> self.panels + p * self.panel_bytes(), self.scales + c, bias,
-                        a.memory.data, a.scales, &out[0, c], self.n, a.m, self.outputs(p), self.k)
+            if self.group:
+                multiply_group_panels(self.panels, self.scales, self.zero_points, bias, a.memory.data,
+                                      a.scales, &out[0, 0], a.m, self.n, self.k, self.group, first, end)
+            else:
+                multiply_panels(<const int8_t*> self.panels, self.scales, bias, a.memory.data, a.scales,
+                                &out[0, 0], a.m, self.n, self.k, first, end)
         return True
+
+
+# out (m, n) = a . weights + bias for the outputs of panels first .. end; no bias where it is NULL.
+cdef void multiply_panels(const int8_t* panels, const float* w_scales, const float* bias, const uint8_t* a,
+                          const float* a_scales, float* out, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
+                          Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef Py_ssize_t p, c
+    cdef const float* shift = NULL
+    for p in range(first, end if end < panels_of(n) else panels_of(n)):
+        c = p * kernels.panel_outputs
+        if bias != NULL:
+            shift = bias + c
+        kernels.gemm_panel_s8s8_f32(panels + p * kernels.panel_bytes(k), w_scales + c, shift, a, a_scales,
+                                    out + c, n, m, outputs_of(n, c), k)
+
+
+# The same for 4-bit weights.
+cdef void multiply_group_panels(const uint8_t* panels, const float* scales, const uint8_t* zero_points,
+                                const float* bias, const uint8_t* a, const float* a_scales, float* out,
+                                Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group,
+                                Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef Py_ssize_t each = panel_scales(k, group), p, c
+    cdef const float* shift = NULL
+    for p in range(first, end if end < panels_of(n) else panels_of(n)):
+        c = p * kernels.panel_outputs
+        if bias != NULL:
+            shift = bias + c
+        kernels.gemm_panel_u4s8_f32(panels + p * kernels.group_panel_bytes(k, group), scales + p * each,
+                                    zero_points + p * each, shift, a, a_scales, out + c, n, m,
+                                    outputs_of(n, c), k, group)
 
 
 # ---------------------------------------------------------------------------------------------------------

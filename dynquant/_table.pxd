@@ -1,6 +1,6 @@
 # The table of row kernels that one instruction set hands to _core. Pointers, lengths and plain numbers only.
 # What each kernel promises stands above it in kernels/*.pxi.
-from libc.stdint cimport int8_t, int32_t, uint8_t, uint16_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t
 
 
 ctypedef struct Kernels:
@@ -33,6 +33,7 @@ ctypedef struct Kernels:
     void (*divide_row_f32)(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil
     void (*multiply_row_f32)(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil
     # dot.pxi
+    int64_t (*dot_s8s8_s64)(const int8_t* w, const int8_t* a, Py_ssize_t k) noexcept nogil
     void (*matvec_s8s8_f32)(const int8_t* w, const float* w_scales, const int8_t* a, float a_scale,
                             float* out, Py_ssize_t rows, Py_ssize_t k) noexcept nogil
     # gemm.pxi

@@ -51,13 +51,8 @@ class Percentile:
             raise InvalidPercentileError(self.p)
 
     def rank(self, n: int) -> int:
-        """Index of the percentile among `n` > 0 ascending magnitudes.
-
-        ``p * n`` is a float32 product up to n = 2**24, beyond which float32 cannot tell neighbouring ranks
-        apart, and a float64 product above.
-        """
-        product = float(np.float32(self.p) * np.float32(n)) if n <= 2**24 else float(self.p) * n
-        return min(max(math.ceil(product) - 1, 0), n - 1)
+        """Index of the percentile among `n` > 0 ascending magnitudes."""
+        return _core.percentile_rank(self.p, n)
 
 
 DynamicScaleMode: TypeAlias = MaxAbs | Percentile

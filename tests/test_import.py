@@ -9,6 +9,7 @@ import pkgutil
 import platform
 import subprocess
 import sys
+import sysconfig
 
 import numpy as np
 import pytest
@@ -70,6 +71,11 @@ def test_threads_environment_and_random_state_are_left_alone():
         import dynquant
         assert state() == before
     """)
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python has a GIL")
+def test_the_gil_stays_off():
+    run("import sys, dynquant, dynquant.capi; assert not sys._is_gil_enabled()")
 
 
 def test_time_and_memory_of_the_import():
@@ -213,6 +219,7 @@ def test_signatures():
         "w8a8_matmul": "weight_i8, weight_scales, activations, bias=None, *, out=None, num_threads=1",
         "dynamic_quantize_linear": "x",
         "error_metrics": "original, quantized, *, per_row=False",
+        "get_include": "",
         "hadamard_transform": "x, *, block_size=None, out=None",
         "quantize_weights": "w, *, bits=8, group_size=None, symmetric=None, search=False, "
         "calibration=None, num_threads=1",

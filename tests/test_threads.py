@@ -1,19 +1,25 @@
-"""Results under threads, forks and processes; and that no thread outlives a call."""
+"""Results under threads, forks, processes and beside other pools; and that no thread outlives a call."""
 
 import concurrent.futures
+import importlib.util
 import itertools
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
+import warnings
 
 import numpy as np
 import pytest
 from common import F32, assert_same_bits
 
+import dynquant
 from dynquant import (
     CalibStats,
     DynQuantFormat,
     Percentile,
+    QuantLinear,
     compute_scale,
     compute_smooth_factors,
     dynamic_quantize,
@@ -21,6 +27,7 @@ from dynquant import (
     dynamic_quantize_int8_per_row,
     quantization_mae,
     smooth_activations,
+    w8a8_matmul,
     w8a8_matvec,
 )
 from dynquant._threads import over_rows
@@ -118,8 +125,11 @@ def test_an_interrupt_waits_for_the_threads(monkeypatch):
     assert ended == [2]
 
 
+LAYER = QuantLinear.from_float(X[:41], bias=X[0, :41], smooth=abs(X[1]) + F32(0.5))
+
+
 def everything(x):
-    """One number of each kind of result that the functions give for `x`."""
+    """One of each kind of result that the functions give for `x`, and what one shared layer gives."""
     q = dynamic_quantize_int8_per_row(x, num_threads=2)
     packed = dynamic_quantize(x, FORMATS[3], Percentile(0.99))
     factors = compute_smooth_factors(x, x)
@@ -127,7 +137,8 @@ def everything(x):
         *(q.data.tobytes(), q.scales.tobytes(), q.dequantize().tobytes(), packed.data.tobytes()),
         *(packed.dequantize().tobytes(), quantization_mae(x, packed), compute_scale(x, 127)),
         *(smooth_activations(x, factors).tobytes(), w8a8_matvec(q.data, q.scales, x[0]).tobytes()),
-        CalibStats.collect([x]),
+        *(w8a8_matmul(q.data, q.scales, x, num_threads=2).tobytes(), CalibStats.collect([x])),
+        *(LAYER(x).tobytes(), LAYER(x[:3], num_threads=2).tobytes()),
     ]
 
 
@@ -156,14 +167,34 @@ def test_in_an_executor():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_after_a_fork():
-    """The child of a process that used threads can use them too."""
-    expected = everything(X)
-    child = os.fork()
+@pytest.mark.parametrize("busy", [0, 3])
+def test_after_a_fork(busy):
+    """The child of a process that used threads can use them too, even if some were at work just then."""
+    expected, stop = everything(X), threading.Event()
+
+    def work():
+        while not stop.is_set():
+            everything(X)
+
+    with concurrent.futures.ThreadPoolExecutor(max(busy, 1)) as pool:
+        running = [pool.submit(work) for _ in range(busy)]
+        try:
+            assert [exit_code_of_a_fork(lambda: everything(X) == expected) for _ in range(5)] == [0] * 5
+        finally:
+            stop.set()
+        assert [future.result() for future in running] == [None] * busy
+
+
+def exit_code_of_a_fork(check):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of forks beside threads
+        child = os.fork()
     if child == 0:
-        os._exit(0 if everything(X) == expected else 1)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+        try:
+            os._exit(0 if check() else 1)
+        finally:
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.parametrize("method", sorted({"fork", "spawn"} & set(multiprocessing.get_all_start_methods())))
@@ -175,3 +206,80 @@ def test_in_other_processes(method):
         assert_same_tensor(pool.apply(dynamic_quantize_int8, (X,)), dynamic_quantize_int8(X))
         with pytest.raises(ValueError, match="flat index 1"):
             pool.apply(dynamic_quantize_int8, ([1.0, float("inf")],))
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_a_layer_in_a_process_pool(method):
+    """It goes there by pickling, and the packed weights are made anew."""
+    batches = [X[:7] * F32(i + 1) for i in range(4)]
+    context = multiprocessing.get_context(method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of forks beside threads
+        with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
+            for y, x in zip(pool.map(LAYER, batches), batches, strict=True):
+                assert_same_bits(y, LAYER(x))
+
+
+# Another library's pool computes in the same process, from several threads at once, while dynquant does; both
+# give what they gave alone, and so does a forked child. POOL is replaced.
+BESIDE_A_POOL = """if True:
+    import os, threading
+    import numpy as np
+    import dynquant as dq
+
+    POOL
+
+    x = np.random.default_rng(0).standard_normal((96, 1024)).astype(np.float32)
+    layer = dq.QuantLinear.from_float(x)
+
+    def ours():
+        q = dq.dynamic_quantize_int8_per_row(x, dq.Percentile(0.99), num_threads=2)
+        return q.data.tobytes(), layer(x, num_threads=2).tobytes(), dq.compute_smooth_factors(x, x).tobytes()
+
+    alone = ours(), theirs(x)
+    assert alone[1]
+    barrier, failures = threading.Barrier(6), []
+
+    def work(function, expected):
+        barrier.wait()
+        failures.extend(i for i in range(15) if function() != expected)
+
+    pairs = [(ours, alone[0]), (lambda: theirs(x), alone[1])] * 3
+    threads = [threading.Thread(target=work, args=pair) for pair in pairs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    if hasattr(os, "fork"):
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if ours() == alone[0] else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+POOLS = {
+    "numpy": """
+    def theirs(x):
+        return np.allclose(x @ x.T, (x.astype(np.float64) @ x.T).astype(np.float32), 1e-3, 1e-3)
+    """,
+    "torch": """
+    import torch
+    torch.set_num_threads(3)
+    first, second = torch.nn.Linear(1024, 512), torch.nn.Linear(512, 64)
+
+    def theirs(x):
+        with torch.inference_mode():
+            return second(torch.relu(first(torch.from_numpy(x)))).numpy().tobytes()
+    """,
+}
+
+
+@pytest.mark.parametrize("library", POOLS)
+def test_beside_the_pool_of(library):
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    roots = {os.path.dirname(os.path.dirname(module.__file__)) for module in (dynquant, np)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sorted(roots)), "OPENBLAS_NUM_THREADS": "3"}
+    command = [sys.executable, "-c", BESIDE_A_POOL.replace("POOL", POOLS[library])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -3,7 +3,7 @@
 from cpython.pycapsule cimport PyCapsule_New
 from libc.math cimport copysignf, fabs, sqrt
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memchr, memcpy, memset
 
 from dynquant._table cimport Kernels
 
@@ -98,6 +98,7 @@ kernels.column_amax_row_f32 = column_amax_row_f32
 kernels.column_amax_4_rows_f32 = column_amax_4_rows_f32
 kernels.divide_row_f32 = divide_row_f32
 kernels.multiply_row_f32 = multiply_row_f32
+kernels.dot_s8s8_s64 = dot_s8s8_s64
 kernels.matvec_s8s8_f32 = matvec_s8s8_f32
 kernels.panel_outputs = PANEL
 kernels.panel_bytes = panel_bytes

@@ -28,6 +28,33 @@ cdef inline int32_t dot_block(const int8_t* w, const int8_t* a, Py_ssize_t k) no
     return sum
 
 
+# The same for any operands, w and a in [-128, 127]: at most 2**16 * 2**14 = 2**30 in magnitude.
+cdef inline int32_t dot_plain(const int8_t* w, const int8_t* a, Py_ssize_t k) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int32_t sum = 0
+    for i in range(k):
+        sum += <int32_t> w[i] * a[i]
+    return sum
+
+
+# w . a over k elements of any value, exact: a product is 2**14 at most, and int64 holds 2**49 of those.
+# Codes are never -128, which is all that dot_block does not take in a; looking for it costs less than taking
+# it would. Vectors of less than 32 are not worth the search.
+cdef int64_t dot_s8s8_s64(const int8_t* w, const int8_t* a, Py_ssize_t k) noexcept nogil:
+    cdef Py_ssize_t start = 0, n
+    cdef int64_t sum = 0
+    if k < 32:
+        return dot_plain(w, a, k)
+    while start < k:
+        n = k - start if k - start < DOT_BLOCK else DOT_BLOCK
+        if memchr(a + start, 0x80, n) == NULL:
+            sum += dot_block(w + start, a + start, n)
+        else:
+            sum += dot_plain(w + start, a + start, n)
+        start += n
+    return sum
+
+
 # w (rows, k) in [-128, 127], a (k,) in [-127, 127] ->
 # out[r] = float32(w[r] . a) * w_scales[r] * a_scale, each sum the exact integer for every k.
 # |w[r] . a| passes 2**31 at k = 132,105 at the earliest: blocks are summed in int32 and added up in int64.

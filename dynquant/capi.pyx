@@ -1,0 +1,400 @@
+"""The row kernels for other packages: cimported from capi.pxd, or by the table that dynquant.h describes."""
+
+# Design
+# ------
+# One implementation: the functions that capi.pxd exports are those that the table points to. The C compiler
+# checks them against dynquant.h, Cython against capi.pxd, and a test holds the signatures of both for ever.
+#
+# The kernels behind them have preconditions (a block's length, a scale above 0, aligned panels, finite
+# input); these functions have none but valid pointers. Each looks at lengths and numbers first, then at the
+# arrays, and writes only when nothing can go wrong any more.
+from cpython.pycapsule cimport PyCapsule_New
+from cpython.pyport cimport PY_SSIZE_T_MAX
+from libc.float cimport FLT_MAX
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uintptr_t
+from libc.string cimport memchr, memset
+
+from dynquant._core cimport (
+    Floats,
+    QuantRow,
+    code_activation,
+    code_row,
+    kernels,
+    multiply_panels,
+    pack_panels,
+    panels_of,
+    percentile_rank,
+    scale_columns_of_row,
+    scale_of,
+    value_row,
+)
+from dynquant._table cimport Kernels
+
+
+cdef extern from "include/dynquant.h" nogil:
+    ctypedef struct dynquant_api:
+        int32_t version
+        int32_t size
+        int (*amax_f32)(const float* x, int64_t n, float* amax) noexcept
+        int (*percentile_f32)(const float* x, int64_t n, double p, float* magnitude) noexcept
+        int (*amax_scale_f32)(const float* x, int64_t n, float clip, float* scale) noexcept
+        int (*percentile_scale_f32)(const float* x, int64_t n, double p, float clip, float* scale) noexcept
+        int (*quantize_row_f32_s8)(const float* x, int64_t n, float scale, int32_t clip,
+                                   int8_t* codes) noexcept
+        int (*quantize_row_f32_s4)(const float* x, int64_t n, float scale, uint8_t* packed) noexcept
+        int (*dynamic_quantize_row_f32_s8)(const float* x, int64_t n, int8_t* codes, float* scale) noexcept
+        int (*dynamic_quantize_row_f32_s4)(const float* x, int64_t n, uint8_t* packed, float* scale) noexcept
+        int (*dequantize_row_s8_f32)(const int8_t* codes, int64_t n, float scale, float* out) noexcept
+        int (*dequantize_row_s4_f32)(const uint8_t* packed, int64_t n, float scale, float* out) noexcept
+        int64_t (*dot_s8s8_s64)(const int8_t* a, const int8_t* b, int64_t n) noexcept
+        int (*w8a8_matvec)(const int8_t* w, const float* w_scales, int64_t n, int64_t k, const int8_t* a,
+                           float a_scale, float* out) noexcept
+        int64_t (*w8a8_packed_bytes)(int64_t n, int64_t k) noexcept
+        int (*w8a8_pack)(const int8_t* w, int64_t n, int64_t k, void* packed) noexcept
+        int64_t (*w8a8_scratch_bytes)(int64_t m, int64_t k) noexcept
+        int (*w8a8_matmul)(const void* packed, const float* w_scales, const float* bias, const float* x,
+                           int64_t m, int64_t n, int64_t k, void* scratch, float* out) noexcept
+        int (*divide_rows_f32)(const float* x, const float* factors, int64_t m, int64_t k,
+                               float* out) noexcept
+        int (*multiply_rows_f32)(const float* x, const float* factors, int64_t m, int64_t k,
+                                 float* out) noexcept
+
+
+cdef extern from "kernels/simd.h" nogil:
+    float dq_float(int32_t b)
+
+
+cdef enum:
+    F32 = 0
+    NON_FINITE_BITS = 0x7F800000
+    LINE = 64
+
+
+cdef int32_t dynquant_api_version() noexcept nogil:
+    return DYNQUANT_API_VERSION
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What arguments are looked at for
+
+
+# Whether n floats can lie in memory.
+cdef inline bint is_length(int64_t n) noexcept nogil:
+    return 0 <= n <= PY_SSIZE_T_MAX >> 2
+
+
+# The same for m rows of n.
+cdef inline bint is_shape(int64_t m, int64_t n) noexcept nogil:
+    return is_length(m) and is_length(n) and (n == 0 or m <= (PY_SSIZE_T_MAX >> 2) // n)
+
+
+# NaN fails every compare.
+cdef inline bint is_finite(float value) noexcept nogil:
+    return -FLT_MAX <= value <= FLT_MAX
+
+
+cdef inline bint all_finite(const float* x, Py_ssize_t n) noexcept nogil:
+    return kernels.amax_bits_f32(x, n) < NON_FINITE_BITS
+
+
+cdef inline Floats floats(const float* x, Py_ssize_t n) noexcept nogil:
+    cdef Floats row
+    row.data, row.kind, row.n = <const char*> x, F32, n
+    return row
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Magnitudes and scales
+
+
+# *scale = the magnitude at `rank`, or the largest one when that is negative, over clip.
+cdef inline int scale_row(const float* x, int64_t n, Py_ssize_t rank, float clip,
+                          float* scale) noexcept nogil:
+    cdef Floats row = floats(x, n)
+    cdef float found
+    if not scale_of(&row, clip, rank, &found):
+        return DYNQUANT_NON_FINITE
+    if not is_finite(found):
+        return DYNQUANT_BAD_ARGUMENT
+    scale[0] = found
+    return DYNQUANT_OK
+
+
+cdef int dynquant_amax_f32(const float* x, int64_t n, float* amax) noexcept nogil:
+    cdef int32_t bits
+    if not is_length(n):
+        return DYNQUANT_BAD_ARGUMENT
+    bits = kernels.amax_bits_f32(x, n)
+    if bits >= NON_FINITE_BITS:
+        return DYNQUANT_NON_FINITE
+    amax[0] = dq_float(bits)
+    return DYNQUANT_OK
+
+
+cdef int dynquant_percentile_f32(const float* x, int64_t n, double p, float* magnitude) noexcept nogil:
+    return dynquant_percentile_scale_f32(x, n, p, 1, magnitude)
+
+
+cdef int dynquant_amax_scale_f32(const float* x, int64_t n, float clip, float* scale) noexcept nogil:
+    if not (is_length(n) and 0 < clip <= FLT_MAX):
+        return DYNQUANT_BAD_ARGUMENT
+    return scale_row(x, n, -1, clip, scale)
+
+
+cdef int dynquant_percentile_scale_f32(const float* x, int64_t n, double p, float clip,
+                                       float* scale) noexcept nogil:
+    if not (is_length(n) and 0 < p <= 1 and 0 < clip <= FLT_MAX):
+        return DYNQUANT_BAD_ARGUMENT
+    return scale_row(x, n, percentile_rank(p, n) if n else -1, clip, scale)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Codes
+
+
+# n codes that share a scale.
+cdef inline QuantRow codes_of(const int8_t* codes, const float* scale, bint packed, int64_t n) noexcept nogil:
+    cdef QuantRow row
+    row.codes, row.scales, row.zero_points, row.packed = <int8_t*> codes, scale, NULL, packed
+    row.group = n if n > 0 else 1
+    return row
+
+
+cdef inline int quantize_row(const float* x, int64_t n, float scale, int32_t clip, bint packed,
+                             int8_t* codes) noexcept nogil:
+    cdef Floats row = floats(x, n)
+    cdef QuantRow coded = codes_of(codes, &scale, packed, n)
+    if not (is_length(n) and 0 <= scale <= FLT_MAX and 1 <= clip <= 127):
+        return DYNQUANT_BAD_ARGUMENT
+    if not all_finite(x, n):
+        return DYNQUANT_NON_FINITE
+    code_row(&row, &coded, clip)
+    return DYNQUANT_OK
+
+
+cdef inline int dynamic_quantize_row(const float* x, int64_t n, int32_t clip, bint packed, int8_t* codes,
+                                     float* scale) noexcept nogil:
+    cdef Floats row = floats(x, n)
+    cdef QuantRow coded = codes_of(codes, scale, packed, n)
+    cdef int status = dynquant_amax_scale_f32(x, n, clip, scale)
+    if status == DYNQUANT_OK:
+        code_row(&row, &coded, clip)
+    return status
+
+
+cdef int dynquant_quantize_row_f32_s8(const float* x, int64_t n, float scale, int32_t clip,
+                                      int8_t* codes) noexcept nogil:
+    return quantize_row(x, n, scale, clip, False, codes)
+
+
+cdef int dynquant_quantize_row_f32_s4(const float* x, int64_t n, float scale, uint8_t* packed) noexcept nogil:
+    return quantize_row(x, n, scale, 7, True, <int8_t*> packed)
+
+
+cdef int dynquant_dynamic_quantize_row_f32_s8(const float* x, int64_t n, int8_t* codes,
+                                              float* scale) noexcept nogil:
+    return dynamic_quantize_row(x, n, 127, False, codes, scale)
+
+
+cdef int dynquant_dynamic_quantize_row_f32_s4(const float* x, int64_t n, uint8_t* packed,
+                                              float* scale) noexcept nogil:
+    return dynamic_quantize_row(x, n, 7, True, <int8_t*> packed, scale)
+
+
+cdef int dynquant_dequantize_row_s8_f32(const int8_t* codes, int64_t n, float scale,
+                                        float* out) noexcept nogil:
+    cdef QuantRow row = codes_of(codes, &scale, False, n)
+    if not (is_length(n) and is_finite(scale)):
+        return DYNQUANT_BAD_ARGUMENT
+    value_row(&row, out, n)
+    return DYNQUANT_OK
+
+
+cdef int dynquant_dequantize_row_s4_f32(const uint8_t* packed, int64_t n, float scale,
+                                        float* out) noexcept nogil:
+    cdef QuantRow row = codes_of(<const int8_t*> packed, &scale, True, n)
+    if not (is_length(n) and is_finite(scale)):
+        return DYNQUANT_BAD_ARGUMENT
+    value_row(&row, out, n)
+    return DYNQUANT_OK
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Integer products
+
+
+cdef int64_t dynquant_dot_s8s8_s64(const int8_t* a, const int8_t* b, int64_t n) noexcept nogil:
+    return kernels.dot_s8s8_s64(a, b, n) if 0 < n <= PY_SSIZE_T_MAX else 0
+
+
+# The kernel takes activations in [-127, 127], as codes are; with -128 among them each row is a dot.
+cdef int dynquant_w8a8_matvec(const int8_t* w, const float* w_scales, int64_t n, int64_t k, const int8_t* a,
+                              float a_scale, float* out) noexcept nogil:
+    cdef Py_ssize_t r
+    if not (is_shape(n, k) and is_finite(a_scale)):
+        return DYNQUANT_BAD_ARGUMENT
+    if not all_finite(w_scales, n):
+        return DYNQUANT_NON_FINITE
+    if k == 0:
+        memset(out, 0, n * sizeof(float))
+    elif memchr(a, 0x80, k) == NULL:
+        kernels.matvec_s8s8_f32(w, w_scales, a, a_scale, out, n, k)
+    else:
+        for r in range(n):
+            out[r] = <float> kernels.dot_s8s8_s64(w + r * k, a, k) * w_scales[r] * a_scale
+    return DYNQUANT_OK
+
+
+# Packed weights: a cache line that says what they are, at the first line that begins in the caller's memory,
+# then the panels. The address of the kernels stands for the form of the panels: no other process and no other
+# instruction set takes them. Bytes that were moved to an address that lies otherwise in its line do not have
+# the label where it is looked for.
+cdef struct Label:
+    const Kernels* form
+    int64_t n
+    int64_t k
+
+
+cdef inline char* line_of(const void* memory) noexcept nogil:
+    return <char*> memory + (-<uintptr_t> memory & (LINE - 1))
+
+
+# Bytes for `count` times `each`, a line before them and the way to the first line; -1 if beyond memory.
+cdef inline int64_t bytes_of(int64_t count, int64_t each) noexcept nogil:
+    return LINE - 1 + LINE + count * each if is_shape(count, each) else -1
+
+
+cdef int64_t dynquant_w8a8_packed_bytes(int64_t n, int64_t k) noexcept nogil:
+    # Within these lengths the bytes of one panel cannot overflow.
+    if not (is_length(n) and is_shape(k, 2 * LINE)):
+        return -1
+    return bytes_of(panels_of(n), kernels.panel_bytes(k))
+
+
+cdef int dynquant_w8a8_pack(const int8_t* w, int64_t n, int64_t k, void* packed) noexcept nogil:
+    cdef char* line = line_of(packed)
+    cdef Label* label = <Label*> line
+    if dynquant_w8a8_packed_bytes(n, k) < 0:
+        return DYNQUANT_BAD_ARGUMENT
+    label.form, label.n, label.k = kernels, n, k
+    if k:
+        pack_panels(w, n, <int8_t*> line + LINE, k)
+    return DYNQUANT_OK
+
+
+cdef inline bint is_packed(const void* packed, int64_t n, int64_t k) noexcept nogil:
+    cdef const Label* label = <const Label*> line_of(packed)
+    return label.form == kernels and label.n == n and label.k == k
+
+
+# A scale and a row of activations each: the scales come first, the rows at the next line.
+cdef int64_t dynquant_w8a8_scratch_bytes(int64_t m, int64_t k) noexcept nogil:
+    if not is_shape(k, 2 * LINE):
+        return -1
+    return bytes_of(m, kernels.activation_bytes(k) + <int64_t> sizeof(float))
+
+
+# scales (m,) and a (m, activation_bytes(k)) of the rows of x.
+cdef int quantize_activations(const float* x, int64_t m, int64_t k, float* scales, uint8_t* a) noexcept nogil:
+    cdef Py_ssize_t r
+    cdef Floats row
+    cdef int status
+    for r in range(m):
+        status = scale_row(x + r * k, k, -1, 127, &scales[r])
+        if status != DYNQUANT_OK:
+            return status
+        row = floats(x + r * k, k)
+        code_activation(&row, scales[r], a + r * kernels.activation_bytes(k))
+    return DYNQUANT_OK
+
+
+# (m, n) rows of bias, or of zeros: a product over nothing.
+cdef void fill_rows(const float* bias, int64_t m, int64_t n, float* out) noexcept nogil:
+    cdef Py_ssize_t r, c
+    for r in range(m):
+        for c in range(n):
+            out[r * n + c] = 0 if bias == NULL else bias[c]
+
+
+cdef int dynquant_w8a8_matmul(const void* packed, const float* w_scales, const float* bias, const float* x,
+                              int64_t m, int64_t n, int64_t k, void* scratch, float* out) noexcept nogil:
+    cdef float* a_scales = <float*> line_of(scratch)
+    cdef uint8_t* a
+    cdef int status
+    if not (is_shape(m, n) and is_shape(m, k) and dynquant_w8a8_scratch_bytes(m, k) >= 0
+            and is_packed(packed, n, k)):
+        return DYNQUANT_BAD_ARGUMENT
+    if not (all_finite(w_scales, n) and (bias == NULL or all_finite(bias, n))):
+        return DYNQUANT_NON_FINITE
+    a = <uint8_t*> line_of(a_scales + m)
+    status = quantize_activations(x, m, k, a_scales, a)
+    if status != DYNQUANT_OK:
+        return status
+    if k == 0:
+        fill_rows(bias, m, n, out)
+    else:
+        multiply_panels(<const int8_t*> line_of(packed) + LINE, w_scales, bias, a, a_scales, out, m, n, k, 0,
+                        panels_of(n))
+    return DYNQUANT_OK
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Smoothing
+
+
+cdef inline int scale_rows(const float* x, const float* factors, int64_t m, int64_t k, bint divide,
+                           float* out) noexcept nogil:
+    cdef Py_ssize_t r, j
+    cdef bint above = True
+    cdef Floats row
+    if not is_shape(m, k):
+        return DYNQUANT_BAD_ARGUMENT
+    if not (all_finite(factors, k) and all_finite(x, m * k)):
+        return DYNQUANT_NON_FINITE
+    for j in range(k):
+        above &= factors[j] > 0
+    if not above:
+        return DYNQUANT_BAD_ARGUMENT
+    for r in range(m - 1, -1, -1):  # the last row first: the search for NaN has just read it
+        row = floats(x + r * k, k)
+        scale_columns_of_row(&row, factors, divide, out + r * k)
+    return DYNQUANT_OK
+
+
+cdef int dynquant_divide_rows_f32(const float* x, const float* factors, int64_t m, int64_t k,
+                                  float* out) noexcept nogil:
+    return scale_rows(x, factors, m, k, True, out)
+
+
+cdef int dynquant_multiply_rows_f32(const float* x, const float* factors, int64_t m, int64_t k,
+                                    float* out) noexcept nogil:
+    return scale_rows(x, factors, m, k, False, out)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The table
+
+
+cdef dynquant_api table
+table.version = DYNQUANT_API_VERSION
+table.size = sizeof(table)
+table.amax_f32 = dynquant_amax_f32
+table.percentile_f32 = dynquant_percentile_f32
+table.amax_scale_f32 = dynquant_amax_scale_f32
+table.percentile_scale_f32 = dynquant_percentile_scale_f32
+table.quantize_row_f32_s8 = dynquant_quantize_row_f32_s8
+table.quantize_row_f32_s4 = dynquant_quantize_row_f32_s4
+table.dynamic_quantize_row_f32_s8 = dynquant_dynamic_quantize_row_f32_s8
+table.dynamic_quantize_row_f32_s4 = dynquant_dynamic_quantize_row_f32_s4
+table.dequantize_row_s8_f32 = dynquant_dequantize_row_s8_f32
+table.dequantize_row_s4_f32 = dynquant_dequantize_row_s4_f32
+table.dot_s8s8_s64 = dynquant_dot_s8s8_s64
+table.w8a8_matvec = dynquant_w8a8_matvec
+table.w8a8_packed_bytes = dynquant_w8a8_packed_bytes
+table.w8a8_pack = dynquant_w8a8_pack
+table.w8a8_scratch_bytes = dynquant_w8a8_scratch_bytes
+table.w8a8_matmul = dynquant_w8a8_matmul
+table.divide_rows_f32 = dynquant_divide_rows_f32
+table.multiply_rows_f32 = dynquant_multiply_rows_f32
+
+_C_API = PyCapsule_New(&table, "dynquant.capi._C_API", NULL)

@@ -1,0 +1,164 @@
+/* dynquant's row kernels for C and C++.
+
+   A program that embeds CPython, or an extension module, gets a table of functions from dynquant_import() and
+   keeps it:
+
+       const dynquant_api *dq = dynquant_import();
+       if (dq == NULL) return NULL;                  // ImportError is set
+       status = dq->quantize_row_f32_s8(x, n, scale, 127, codes);
+
+   The folder of this header is what dynquant.get_include() returns. There is nothing to link with. Cython has
+   the same functions, with dynquant_ before each name, in dynquant/capi.pxd.
+
+   What holds for every function of the table
+
+   * They use the instruction set that `import dynquant` picked; results are the same bits on each of them,
+     and the same as those of the Python functions.
+   * No GIL, no thread state, no Python object is needed to call them. They allocate nothing (but take up to
+     64 KiB of stack), keep nothing and change only what their results and scratch point to, so any number of
+     threads may call them, on the same inputs too. They stay valid until Py_FinalizeEx.
+   * Lengths are counted in elements unless they are named bytes. Any length from 0 up is taken, and for a
+     length of 0 the pointer may be NULL. Arrays are contiguous, matrices row by row. Pointers need the
+     alignment of their type and no more.
+   * Results may not overlap inputs, except where a function says so.
+   * Those that return a status have written their results if it is DYNQUANT_OK, and else changed nothing but
+     scratch:
+         DYNQUANT_NON_FINITE    an input array of floats holds NaN or infinity
+         DYNQUANT_BAD_ARGUMENT  a length is negative or beyond the address space, or a single number is not
+                                in the range that the function gives for it
+   * Arithmetic is IEEE float32, in the default rounding mode, with subnormals. */
+#ifndef DYNQUANT_H
+#define DYNQUANT_H
+
+#include <Python.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The table's version. It changes when a function changes its meaning or signature, or goes away. Functions
+   are added at the end without a change of version: a table may be longer than this header knows. */
+#define DYNQUANT_API_VERSION 1
+
+#define DYNQUANT_OK 0
+#define DYNQUANT_NON_FINITE 1
+#define DYNQUANT_BAD_ARGUMENT 2
+
+typedef struct dynquant_api {
+    int32_t version; /* DYNQUANT_API_VERSION of the dynquant that was imported */
+    int32_t size;    /* bytes of its table */
+
+    /* ---- Magnitudes and scales ---- */
+
+    /* *amax = the largest |x[i]|; 0 for n = 0. */
+    int (*amax_f32)(const float *x, int64_t n, float *amax);
+
+    /* *magnitude = the one at index max(ceil(p * n) - 1, 0) of the |x[i]| in ascending order (nearest rank,
+       exact), 0 < p <= 1; 0 for n = 0. Linear time, whatever the values are. */
+    int (*percentile_f32)(const float *x, int64_t n, double p, float *magnitude);
+
+    /* *scale = the largest magnitude / clip, one division; 0 when all is zero or the quotient underflows.
+       clip > 0 is the largest code, 127 for int8 and 7 for int4; the quotient must be finite. */
+    int (*amax_scale_f32)(const float *x, int64_t n, float clip, float *scale);
+
+    /* The same with the magnitude of percentile_f32: larger ones saturate. */
+    int (*percentile_scale_f32)(const float *x, int64_t n, double p, float clip, float *scale);
+
+    /* ---- Quantise ---- */
+
+    /* codes[i] = clamp(round(x[i] / scale), -clip, clip), a true division, halves away from zero; all 0 for
+       scale 0. scale >= 0 and finite, 1 <= clip <= 127. x is read twice, first to look for NaN. */
+    int (*quantize_row_f32_s8)(const float *x, int64_t n, float scale, int32_t clip, int8_t *codes);
+
+    /* The same with clip 7 and two codes to a byte: (n + 1) / 2 bytes, the even element in the low nibble,
+       the high nibble of an odd last one 0. */
+    int (*quantize_row_f32_s4)(const float *x, int64_t n, float scale, uint8_t *packed);
+
+    /* amax_scale_f32 and then quantize_row: the row by its own scale. */
+    int (*dynamic_quantize_row_f32_s8)(const float *x, int64_t n, int8_t *codes, float *scale);
+    int (*dynamic_quantize_row_f32_s4)(const float *x, int64_t n, uint8_t *packed, float *scale);
+
+    /* ---- Dequantise ---- */
+
+    /* out[i] = codes[i] * scale, one rounding; scale is finite. A product beyond float32 is infinite. */
+    int (*dequantize_row_s8_f32)(const int8_t *codes, int64_t n, float scale, float *out);
+
+    /* The same for n codes two to a byte, in [-8, 7]. */
+    int (*dequantize_row_s4_f32)(const uint8_t *packed, int64_t n, float scale, float *out);
+
+    /* ---- Integer products ---- */
+
+    /* Sum of a[i] * b[i], exact for all values, -128 included, and n up to 2**49. No status; 0 for n <= 0. */
+    int64_t (*dot_s8s8_s64)(const int8_t *a, const int8_t *b, int64_t n);
+
+    /* out[r] = float32(sum of w[r][i] * a[i]) * w_scales[r] * a_scale, in that order, the sum exact for every
+       k; 0 for k = 0. w (n, k), w_scales (n,), a (k,), out (n,); all int8 values; a_scale is finite. */
+    int (*w8a8_matvec)(const int8_t *w, const float *w_scales, int64_t n, int64_t k, const int8_t *a,
+                       float a_scale, float *out);
+
+    /* ---- Packed W8A8: weights packed once, float rows multiplied many times ---- */
+
+    /* Bytes that w8a8_pack writes for weights (n, k); -1 for lengths that cannot be. */
+    int64_t (*w8a8_packed_bytes)(int64_t n, int64_t k);
+
+    /* Weights w (n, k), all int8 values, to `packed`, w8a8_packed_bytes(n, k) bytes at any address. The form
+       depends on the instruction set, the process and the address: not to be stored, sent or moved. */
+    int (*w8a8_pack)(const int8_t *w, int64_t n, int64_t k, void *packed);
+
+    /* Bytes of scratch that w8a8_matmul needs for m rows of k; -1 for lengths that cannot be. */
+    int64_t (*w8a8_scratch_bytes)(int64_t m, int64_t k);
+
+    /* out (m, n) = x (m, k) times weights (n, k). Each row of x is quantised to int8 by its own largest
+       magnitude, a_scale; then out[r][c] = float32(exact sum) * w_scales[c] * a_scale + bias[c], in that
+       order. w_scales (n,); bias (n,) or NULL; scratch is w8a8_scratch_bytes(m, k) bytes at any address, each
+       thread its own. DYNQUANT_BAD_ARGUMENT also if `packed` was not written there for (n, k) by w8a8_pack.
+       Rows do not depend on each other, and a call reads the weights from memory once: for speed give it as
+       many rows as leave their scratch in cache. */
+    int (*w8a8_matmul)(const void *packed, const float *w_scales, const float *bias, const float *x,
+                       int64_t m, int64_t n, int64_t k, void *scratch, float *out);
+
+    /* ---- Smoothing ---- */
+
+    /* out (m, k) = x (m, k) / factors (k,), and out = x * factors. Factors are above 0, else
+       DYNQUANT_BAD_ARGUMENT. out may be x itself. A result beyond float32 is infinite. */
+    int (*divide_rows_f32)(const float *x, const float *factors, int64_t m, int64_t k, float *out);
+    int (*multiply_rows_f32)(const float *x, const float *factors, int64_t m, int64_t k, float *out);
+} dynquant_api;
+
+/* The table of the installed dynquant, which is imported if it is not yet; with the GIL held. NULL with
+   ImportError set, or what the import raised, if there is none, its version is another or it is shorter than
+   this header's. The table lives until Py_FinalizeEx. */
+static inline const dynquant_api *dynquant_import(void) {
+    const dynquant_api *api = NULL;
+    PyObject *capsule = NULL, *module = PyImport_ImportModule("dynquant.capi");
+    if (module != NULL) {
+        capsule = PyObject_GetAttrString(module, "_C_API");
+        Py_DECREF(module);
+    }
+    if (capsule == NULL) {
+        if (PyErr_ExceptionMatches(PyExc_AttributeError))
+            PyErr_SetString(PyExc_ImportError, "dynquant.capi: expected a table _C_API, found none");
+        return NULL;
+    }
+    if (PyCapsule_IsValid(capsule, "dynquant.capi._C_API"))
+        api = (const dynquant_api *)PyCapsule_GetPointer(capsule, "dynquant.capi._C_API");
+    /* The table is static in the module, which is never unloaded: it outlives the capsule. */
+    Py_DECREF(capsule);
+    if (api == NULL) {
+        PyErr_SetString(PyExc_ImportError, "dynquant.capi: expected _C_API to be the capsule of a table");
+    } else if (api->version != DYNQUANT_API_VERSION || api->size < (int32_t)sizeof(dynquant_api)) {
+        PyErr_Format(PyExc_ImportError,
+                     "dynquant.capi: this program was compiled for C API version %d with a table of at least "
+                     "%d bytes; the dynquant installed has version %d with %d bytes",
+                     DYNQUANT_API_VERSION, (int)sizeof(dynquant_api), (int)api->version, (int)api->size);
+        api = NULL;
+    }
+    return api;
+}
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,450 @@
+"""The functions of the C table: their signatures, which never change, and what they compute and refuse."""
+
+import concurrent.futures
+import ctypes
+import os
+import threading
+
+import numpy as np
+import pytest
+import reference
+from capi import (
+    ADDRESSES,
+    BAD_ARGUMENT,
+    FUNCTIONS,
+    NON_FINITE,
+    OK,
+    SIZE,
+    VERSION,
+    header_signatures,
+    pointer_of,
+    pxd_signatures,
+    read,
+)
+from common import F32, ISAS, array_at, assert_same_bits, distributions, memory, using
+
+import dynquant
+from dynquant import Percentile, capi
+
+SNAPSHOT = os.path.join(os.path.dirname(__file__), "data", "capi_signatures.txt")
+# Around the steps of every instruction set, the blocks of rows and of products, and one odd long one.
+LENGTHS = [*range(70), 95, 127, 128, 129, 255, 257, 4095, 4096, 4097, 9001]
+NAN, INF = np.nan, np.inf
+MOST = np.finfo(F32).max
+
+
+# Signatures
+
+
+def frozen():
+    return [line for line in read(SNAPSHOT).splitlines() if not line.startswith("#")]
+
+
+def test_signatures_are_those_of_the_snapshot():
+    """Compiled programs rely on names, order and types: lines of the snapshot are only ever appended."""
+    assert header_signatures()[: len(frozen())] == frozen()
+    assert header_signatures()[len(frozen()) :] == [], "append these to the snapshot"
+
+
+def test_pxd_and_header_agree():
+    assert pxd_signatures() == header_signatures()
+    constants = ["API_VERSION", "OK", "NON_FINITE", "BAD_ARGUMENT"]
+    pxd, header = (
+        read(capi.__file__.partition(".cpython")[0] + ".pxd"),
+        read(dynquant.get_include() + "/dynquant.h"),
+    )
+    for name, value in zip(constants, [VERSION, OK, NON_FINITE, BAD_ARGUMENT], strict=True):
+        assert f"    DYNQUANT_{name} = {value}\n" in pxd
+        assert f"#define DYNQUANT_{name} {value}\n" in header
+
+
+def test_version_and_size():
+    assert VERSION == 1
+    assert len(ADDRESSES) * ctypes.sizeof(ctypes.c_void_p) == SIZE - 8
+
+
+def test_both_interfaces_are_the_same_functions():
+    """What Cython binds by name are the table's addresses."""
+    name_of = ctypes.pythonapi.PyCapsule_GetName
+    name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    exported = dict(capi.__pyx_capi__)
+    del exported["dynquant_api_version"]
+    addresses = {name: pointer_of(capsule, name_of(capsule)) for name, capsule in exported.items()}
+    assert addresses == dict(zip((f"dynquant_{name}" for name in FUNCTIONS), ADDRESSES, strict=True))
+
+
+# Results
+
+
+def call(name, *arguments):
+    status = FUNCTIONS[name](*arguments)
+    assert status == OK, (name, status)
+
+
+def number():
+    return np.full(1, 77, F32)
+
+
+def floats(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal(n) * 2.0 ** rng.integers(-9, 9, n)).astype(F32)
+
+
+class Guarded:
+    """Memory of `n_bytes` for a result, and 64 bytes on each side that are to stay as they are."""
+
+    def __init__(self, n_bytes, offset):
+        self.whole = memory(n_bytes + 128, offset)
+        self.whole[:] = 77
+        self.result = self.whole[64 : 64 + n_bytes]
+
+    def check(self, expected):
+        assert self.result.tobytes() == expected.tobytes()
+        assert (self.whole[:64] == 77).all()
+        assert (self.whole[64 + self.result.size :] == 77).all()
+
+
+@pytest.mark.parametrize("name", distributions(1, np.random.default_rng(0)))
+def test_magnitudes_and_scales(isa, name):
+    for n in [1, 2, 17, 4096, 4097, 70_001]:
+        x = array_at(4, distributions(n, np.random.default_rng(n))[name])
+        amax, scale = number(), number()
+        call("amax_f32", x, n, amax)
+        assert amax[0] == np.abs(x).max()
+        call("amax_scale_f32", x, n, 7, scale)
+        assert_same_bits(scale, reference.scale(x, 7).reshape(1))
+        for p in (1e-9, 0.5, 0.99, 1.0):
+            magnitude = number()
+            call("percentile_f32", x, n, p, magnitude)
+            assert magnitude[0] == np.sort(np.abs(x))[reference.rank(p, n)]
+            call("percentile_scale_f32", x, n, p, 127, scale)
+            assert_same_bits(scale, reference.scale(x, 127, p).reshape(1))
+
+
+def test_rank_of_a_percentile_in_a_long_row():
+    """The product is float32 up to 2**24 elements and float64 above; zeros but for the ranks in question."""
+    for n in (2**24, 2**24 + 1):
+        for p in (0.7, 0.123456789):
+            assert Percentile(p).rank(n) == reference.rank(p, n)
+    x, magnitude = np.zeros(2**24 + 1, F32), number()
+    x[-2:] = 1, 2
+    call("percentile_f32", x, x.size, 1 - 1 / x.size, magnitude)
+    assert magnitude[0] == np.sort(x)[reference.rank(1 - 1 / x.size, x.size)]
+
+
+@pytest.mark.parametrize("offset", [0, 4, 60])
+@pytest.mark.parametrize("byte", [0, 1, 33])
+def test_quantize_and_dequantize(isa, offset, byte):
+    """Nothing is written past the end of a result, at whatever address it begins."""
+    for n in LENGTHS:
+        x = array_at(offset, floats(n, n))
+        scale = reference.scale(x, 127)
+        for clip in (127, 7, 1):
+            codes = Guarded(n, byte)
+            call("quantize_row_f32_s8", x, n, scale, clip, codes.result)
+            codes.check(reference.codes(x, scale, clip))
+        values, own = Guarded(4 * n, 4), number()
+        codes = array_at(byte, np.arange(n).astype(np.int8))
+        call("dequantize_row_s8_f32", codes, n, scale, values.result)
+        values.check(reference.dequantize(codes, np.array([scale])))
+        codes = Guarded(n, byte)
+        call("dynamic_quantize_row_f32_s8", x, n, codes.result, own)
+        codes.check(reference.codes(x, scale, 127))
+        assert own[0] == scale
+
+
+@pytest.mark.parametrize("byte", [0, 1, 33])
+def test_nibbles(isa, byte):
+    for n in LENGTHS:
+        x = floats(n, n)
+        scale, own = reference.scale(x, 7), number()
+        expected = reference.pack(reference.codes(x, scale, 7))
+        packed = Guarded(expected.size, byte)
+        call("quantize_row_f32_s4", x, n, scale, packed.result)
+        packed.check(expected)
+        packed = Guarded(expected.size, byte)
+        call("dynamic_quantize_row_f32_s4", x, n, packed.result, own)
+        packed.check(expected)
+        assert own[0] == scale
+        packed = array_at(byte, np.random.default_rng(n).integers(0, 256, (n + 1) // 2, np.uint8))
+        codes = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)[:n].astype(np.int8)
+        values = Guarded(4 * n, 4)
+        call("dequantize_row_s4_f32", packed, n, 0.3, values.result)
+        values.check(reference.dequantize(np.where(codes > 7, codes - 16, codes), np.array([F32(0.3)])))
+
+
+def test_scale_zero_and_scales_at_the_ends_of_float32(isa):
+    x = np.array([0, 1e-45, -1e-45, 1, -MOST, MOST, 1e-30], F32)
+    for scale in (0, 1e-45, 1e-38, 1, 1e38, MOST):
+        codes = np.full(x.size, 77, np.int8)
+        call("quantize_row_f32_s8", x, x.size, F32(scale), 127, codes)
+        assert_same_bits(codes, reference.codes(x, F32(scale), 127))
+
+
+@pytest.mark.parametrize("lowest", [-127, -128])
+def test_dot(isa, lowest):
+    rng = np.random.default_rng(3)
+    for n in [*LENGTHS, 2**16 - 1, 2**16, 2**16 + 1, 3 * 2**16 + 77]:
+        for offset in (0, 1, 31):
+            a, b = (array_at(offset, rng.integers(lowest, 128, n, dtype=np.int8)) for _ in "ab")
+            expected = int(np.dot(a.astype(np.int64), b.astype(np.int64)))
+            assert FUNCTIONS["dot_s8s8_s64"](a, b, n) == expected
+
+
+@pytest.mark.parametrize(("a", "b"), [(-128, -128), (-128, 127), (127, -128), (127, 127), (-127, -128)])
+def test_dot_of_extremes(isa, a, b):
+    """Where pairs saturate and int32 would wrap."""
+    n = 300_001
+    assert FUNCTIONS["dot_s8s8_s64"](np.full(n, a, np.int8), np.full(n, b, np.int8), n) == n * a * b
+
+
+@pytest.mark.parametrize("lowest", [-127, -128])
+@pytest.mark.parametrize("k", [0, 1, 31, 64, 300, 70_001])
+def test_matvec(isa, k, lowest):
+    rng = np.random.default_rng(k)
+    w, a = rng.integers(-128, 128, (5, k), dtype=np.int8), rng.integers(lowest, 128, k, dtype=np.int8)
+    a[:1] = lowest
+    w_scales, out = floats(5), np.full(5, 77, F32)
+    call("w8a8_matvec", w, w_scales, 5, k, a, 0.3, out)
+    sums = w.astype(np.int64) @ a.astype(np.int64)
+    expected = sums.astype(F32) * w_scales * F32(0.3) if k else np.zeros(5, F32)
+    assert_same_bits(out, expected)
+
+
+def packed_weights(w, offset=0):
+    n_bytes = FUNCTIONS["w8a8_packed_bytes"](*w.shape)
+    packed = memory(n_bytes, offset)
+    call("w8a8_pack", w, *w.shape, packed)
+    return packed
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (3, 5, 7), (4, 33, 64), (9, 16, 130), (2, 3, 70_001), (5, 4, 0), (0, 3, 4)]
+)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_matmul_of_packed_weights(isa, shape, with_bias):
+    m, n, k = shape
+    rng = np.random.default_rng(n)
+    w, x = rng.integers(-128, 128, (n, k), dtype=np.int8), floats(m * k).reshape(m, k)
+    w_scales, bias = floats(n), floats(n, 1) if with_bias else None
+    expected = dynquant.w8a8_matmul(w, w_scales, x, bias)
+    for offset in (0, 1, 37):
+        packed, scratch = (
+            packed_weights(w, offset),
+            memory(FUNCTIONS["w8a8_scratch_bytes"](m, k), 63 - offset),
+        )
+        out = np.full((m, n), 77, F32)
+        call("w8a8_matmul", packed, w_scales, bias, x, m, n, k, scratch, out)
+        assert_same_bits(out, expected)
+
+
+def test_no_byte_outside_of_packed_weights_and_scratch_is_written(isa):
+    m, n, k = 5, 35, 129
+    w, x, w_scales, out = (
+        np.ones((n, k), np.int8),
+        np.ones((m, k), F32),
+        np.ones(n, F32),
+        np.empty((m, n), F32),
+    )
+    for offset in range(0, 64, 7):
+        sizes = FUNCTIONS["w8a8_packed_bytes"](n, k), FUNCTIONS["w8a8_scratch_bytes"](m, k)
+        packed, scratch = (Guarded(size, offset) for size in sizes)
+        call("w8a8_pack", w, n, k, packed.result)
+        call("w8a8_matmul", packed.result, w_scales, None, x, m, n, k, scratch.result, out)
+        packed.check(packed.result)
+        scratch.check(scratch.result)
+
+
+def test_packed_weights_are_known_by_their_form():
+    """Those of another shape, another instruction set, or moved bytes are refused, and out is left alone."""
+    w, x, scales = np.ones((3, 5), np.int8), np.ones((2, 5), F32), np.ones(3, F32)
+    scratch, out = memory(FUNCTIONS["w8a8_scratch_bytes"](2, 64), 0), np.full((2, 3), 77, F32)
+    packed = packed_weights(w)
+
+    def multiply(packed, n=3, k=5):
+        return FUNCTIONS["w8a8_matmul"](packed, scales, None, x, 2, n, k, scratch, out)
+
+    assert multiply(np.zeros_like(packed)) == BAD_ARGUMENT
+    assert multiply(packed, n=2) == BAD_ARGUMENT
+    assert multiply(packed, k=4) == BAD_ARGUMENT
+    assert multiply(array_at(1, packed)) == BAD_ARGUMENT
+    if len(ISAS) > 1:
+        with using(ISAS[0]):
+            assert multiply(packed) == BAD_ARGUMENT
+    assert (out == 77).all()
+    assert multiply(packed) == OK
+    assert (out != 77).all()
+
+
+def test_threads_share_inputs_and_packed_weights():
+    """ctypes lets go of the GIL for a call, so these run at the same time."""
+    m, n, k = 6, 50, 700
+    w, x, w_scales = np.random.default_rng(0).integers(-128, 128, (n, k), np.int8), floats(m * k), floats(n)
+    packed, expected = packed_weights(w), dynquant.w8a8_matmul(w, w_scales, x.reshape(m, k))
+    barrier = threading.Barrier(6)
+
+    def work(_):
+        scratch, out = memory(FUNCTIONS["w8a8_scratch_bytes"](m, k), 0), np.empty((m, n), F32)
+        barrier.wait()
+        for _ in range(50):
+            out[:] = 77
+            call("w8a8_matmul", packed, w_scales, None, x, m, n, k, scratch, out)
+            assert_same_bits(out, expected)
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(work, range(6))) == [None] * 6
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("divide_rows_f32", np.divide), ("multiply_rows_f32", np.multiply)]
+)
+def test_smoothing(isa, name, expected, in_place):
+    for m, k in [(1, 1), (3, 17), (2, 4097), (0, 3), (3, 0)]:
+        x, factors = floats(m * k).reshape(m, k), np.abs(floats(k, 1)) + F32(0.01)
+        result = expected(x, factors)
+        out = x if in_place else np.full((m, k), 77, F32)
+        call(name, x, factors, m, k, out)
+        assert_same_bits(out, result)
+
+
+def test_length_0_needs_no_memory(isa):
+    value = number()
+    for name in ("amax_f32", "percentile_f32", "amax_scale_f32", "percentile_scale_f32"):
+        numbers = {"percentile_f32": [0.5], "amax_scale_f32": [127], "percentile_scale_f32": [0.5, 127]}
+        value[0] = 77
+        call(name, None, 0, *numbers.get(name, []), value)
+        assert value[0] == 0
+    for name in ("dynamic_quantize_row_f32_s8", "dynamic_quantize_row_f32_s4"):
+        value[0] = 77
+        call(name, None, 0, None, value)
+        assert value[0] == 0
+    call("quantize_row_f32_s8", None, 0, 1, 127, None)
+    call("quantize_row_f32_s4", None, 0, 1, None)
+    call("dequantize_row_s8_f32", None, 0, 1, None)
+    call("dequantize_row_s4_f32", None, 0, 1, None)
+    call("w8a8_matvec", None, None, 0, 5, np.ones(5, np.int8), 1, None)
+    call("divide_rows_f32", None, None, 0, 0, None)
+    call("multiply_rows_f32", None, np.ones(3, F32), 0, 3, None)
+    assert FUNCTIONS["dot_s8s8_s64"](None, None, 0) == 0
+
+
+# Refusals: a status, and nothing is changed
+
+
+def arguments_of(name):
+    """A good call of function `name`: a value for each parameter."""
+    x, codes, scales, value = np.ones(6, F32), np.ones(6, np.int8), np.ones(2, F32), number()
+    packed, scratch = (
+        packed_weights(np.ones((2, 3), np.int8)),
+        memory(FUNCTIONS["w8a8_scratch_bytes"](2, 3), 0),
+    )
+    out = np.full(6, 77, F32)
+    return {
+        "amax_f32": [x, 6, value],
+        "percentile_f32": [x, 6, 0.5, value],
+        "amax_scale_f32": [x, 6, 127, value],
+        "percentile_scale_f32": [x, 6, 0.5, 127, value],
+        "quantize_row_f32_s8": [x, 6, 1.0, 127, codes],
+        "quantize_row_f32_s4": [x, 6, 1.0, codes],
+        "dynamic_quantize_row_f32_s8": [x, 6, codes, value],
+        "dynamic_quantize_row_f32_s4": [x, 6, codes, value],
+        "dequantize_row_s8_f32": [codes, 6, 1.0, out],
+        "dequantize_row_s4_f32": [codes, 6, 1.0, out],
+        "w8a8_matvec": [codes, scales, 2, 3, codes.copy(), 1.0, out],
+        "w8a8_pack": [codes, 2, 3, packed],
+        "w8a8_matmul": [packed, scales, scales.copy(), x, 2, 2, 3, scratch, out],
+        "divide_rows_f32": [x, np.ones(3, F32), 2, 3, out],
+        "multiply_rows_f32": [x, np.ones(3, F32), 2, 3, out],
+    }[name]
+
+
+BAD_SCALES = [NAN, INF, -INF, -1.0]
+BAD_NUMBERS = {
+    ("percentile_f32", 2): [0.0, -0.1, 1.0000001, NAN],
+    ("amax_scale_f32", 2): [0.0, -1.0, NAN, INF, 1e-45],
+    ("percentile_scale_f32", 2): [0.0, NAN, 2.0],
+    ("percentile_scale_f32", 3): [0.0, -1.0, NAN, INF, 1e-45],
+    ("quantize_row_f32_s8", 2): BAD_SCALES,
+    ("quantize_row_f32_s8", 3): [0, -1, 128, 2**31 - 1],
+    ("quantize_row_f32_s4", 2): BAD_SCALES,
+    ("dequantize_row_s8_f32", 2): BAD_SCALES[:3],
+    ("dequantize_row_s4_f32", 2): BAD_SCALES[:3],
+    ("w8a8_matvec", 5): BAD_SCALES[:3],
+}
+# The arrays of floats that are inputs.
+FLOATS = {
+    **{(name, 0): 6 for name in FUNCTIONS if name.startswith(("amax", "percentile", "quantize", "dynamic"))},
+    ("w8a8_matvec", 1): 2,
+    ("w8a8_matmul", 1): 2,
+    ("w8a8_matmul", 2): 2,
+    ("w8a8_matmul", 3): 6,
+    **{
+        (name, place): n for name in ("divide_rows_f32", "multiply_rows_f32") for place, n in [(0, 6), (1, 3)]
+    },
+}
+LENGTH_PLACES = [
+    *((name, 1) for name in list(FUNCTIONS)[:10]),
+    *(("w8a8_matvec", place) for place in (2, 3)),
+    *(("w8a8_pack", place) for place in (1, 2)),
+    *(("w8a8_matmul", place) for place in (4, 5, 6)),
+    *((name, place) for name in ("divide_rows_f32", "multiply_rows_f32") for place in (2, 3)),
+]
+
+
+def check_refused(name, arguments, status):
+    scratch = arguments[7] if name == "w8a8_matmul" else None
+    arrays = [a for a in arguments if isinstance(a, np.ndarray) and a is not scratch]
+    before = [a.tobytes() for a in arrays]
+    assert FUNCTIONS[name](*arguments) == status
+    assert [a.tobytes() for a in arrays] == before
+
+
+@pytest.mark.parametrize("bad", [-1, -(2**63), 2**63 - 1])
+@pytest.mark.parametrize(("name", "place"), LENGTH_PLACES)
+def test_lengths_that_cannot_be(name, place, bad):
+    arguments = arguments_of(name)
+    arguments[place] = bad
+    check_refused(name, arguments, BAD_ARGUMENT)
+
+
+@pytest.mark.parametrize(("name", "place"), BAD_NUMBERS)
+def test_numbers_out_of_range(name, place):
+    for bad in BAD_NUMBERS[name, place]:
+        arguments = arguments_of(name)
+        arguments[place] = bad
+        arguments[0][:] = 3e38 if arguments[0].dtype == F32 else 1
+        check_refused(name, arguments, BAD_ARGUMENT)
+
+
+@pytest.mark.parametrize("bad", [NAN, -NAN, INF, -INF])
+@pytest.mark.parametrize(("name", "place"), FLOATS)
+def test_nan_and_infinity(isa, name, place, bad):
+    for i in range(FLOATS[name, place]):
+        arguments = arguments_of(name)
+        arguments[place][i] = bad
+        check_refused(name, arguments, NON_FINITE)
+
+
+@pytest.mark.parametrize("name", ["divide_rows_f32", "multiply_rows_f32"])
+def test_factors_not_above_zero(name):
+    for bad in (0.0, -0.0, -1.0):
+        arguments = arguments_of(name)
+        arguments[1][2] = bad
+        check_refused(name, arguments, BAD_ARGUMENT)
+
+
+def test_every_function_has_its_refusals():
+    statusless = {"dot_s8s8_s64", "w8a8_packed_bytes", "w8a8_scratch_bytes"}
+    assert {name for name, _ in LENGTH_PLACES} == set(FUNCTIONS) - statusless
+    assert FUNCTIONS["dot_s8s8_s64"](None, None, -1) == 0
+
+
+@pytest.mark.parametrize("name", ["w8a8_packed_bytes", "w8a8_scratch_bytes"])
+def test_sizes(name):
+    huge = [2**63 - 1, 2**62, 2**40]
+    for shape in [(-1, 1), (1, -1), *((a, b) for a in huge for b in huge)]:
+        assert FUNCTIONS[name](*shape) == -1, shape
+    assert FUNCTIONS[name](0, 0) >= 0
+    # A weight takes a byte, an activation at most two, beside labels, padding and scales.
+    assert 4096**2 <= FUNCTIONS[name](4096, 4096) <= 1.03 * 4096**2 * (2 if "scratch" in name else 1)
