@@ -1,6 +1,6 @@
 """Dynamic int8 and int4 quantisation on the CPU: exact, NumPy in, NumPy out."""
 
-from ._calibrate import CalibStats
+from ._calibrate import Calibrator, CalibStats
 from ._isa import simd_info
 from ._linear import QuantLinear, w8a8_matmul, w8a8_matvec
 from ._metrics import ErrorMetrics, error_metrics, quantization_mae
@@ -38,6 +38,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CalibStats",
+    "Calibrator",
     "DTypeError",
     "DynQuantError",
     "DynQuantFormat",

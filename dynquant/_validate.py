@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -179,11 +180,22 @@ def as_number(value: Any, name: str) -> float:
 
 def as_thread_count(value: Any) -> int:
     """`value` as a number of threads, at least 1."""
-    if type(value) is int and value >= 1:
-        return value
+    return value if type(value) is int and value >= 1 else as_count(value, "num_threads")
+
+
+def as_count(value: Any, name: str) -> int:
+    """`value` as an int, at least 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ParameterError(f"num_threads: expected an int >= 1, got {value!r}")
+        raise ParameterError(f"{name}: expected an int >= 1, got {value!r}")
     return int(value)
+
+
+def as_path(value: Any) -> str:
+    """`value`, a str or os.PathLike, as a str."""
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else value
+    if not isinstance(path, str):
+        raise ParameterError(f"path: expected a str or os.PathLike, got {value!r}")
+    return path
 
 
 def as_clip(value: Any) -> float:
