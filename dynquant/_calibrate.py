@@ -172,8 +172,8 @@ class Calibrator:
 
     =========  =================================================================================
     whole set  off by at most 2**-9 of the exact value
-    channel    off by at most 2**-4 of the exact value, or 2**-11 of the channel's largest magnitude
-               where that is more: what lies lower is not told apart
+    channel    off by at most 2**-4 of the exact value; one below 2**-11 of the channel's largest
+               magnitude is off by at most that, because what lies so low is not told apart
     =========  =================================================================================
 
     Below 2**-126, where float32 itself loses digits, the whole set's are off by at most 2**-134 and a
@@ -445,8 +445,8 @@ class Calibrator:
         Returns
         -------
         ndarray of float32, shape (channels,)
-            Off from the element that the nearest rank picks by at most 2**-4 of it, or 2**-11 of the
-            channel's largest magnitude where that is more. Exact for ``p=1``.
+            Off from the element that the nearest rank picks by at most 2**-4 of it, or if it is below
+            2**-11 of the channel's largest magnitude, by at most that. Exact for ``p=1``.
 
         Raises
         ------
