@@ -2,7 +2,7 @@
 # compiled with. Nothing here allocates, touches a Python object or fails.
 from cpython.pycapsule cimport PyCapsule_New
 from libc.math cimport copysignf, fabs, sqrt
-from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
+from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from dynquant._table cimport WINDOW, Kernels
@@ -44,6 +44,7 @@ cdef extern from "kernels/simd.h" nogil:
 cdef enum:
     TABLES = 2
     LANES = 16
+    PLACES = 64
     DOT_BLOCK = 1 << 16
     GEMM_BLOCK = 1 << 16
     PANEL = 2 * DQ_LANES
