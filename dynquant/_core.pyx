@@ -756,11 +756,13 @@ def bin_of_rank(const int64_t[::1] counts not None, int64_t rank):
     return b
 
 
-# window[c - shift] += source[c]; what would fall below the window goes to its first cell.
+# window[c - shift] += source[c]; what would fall below the window goes to its first cell. shift is not
+# negative; were it, because two threads change one calibrator, nothing would be written past the window.
 cdef void add_window(const uint32_t* source, Py_ssize_t shift, uint32_t* window) noexcept nogil:
-    cdef Py_ssize_t c
+    cdef Py_ssize_t c, place
     for c in range(WINDOW):
-        window[c - shift if c > shift else 0] += source[c]
+        place = c - shift if c > shift else 0
+        window[place if place < WINDOW else WINDOW - 1] += source[c]
 
 
 def raise_windows(uint32_t[:, ::1] counts not None, int32_t[::1] amax_bits not None,

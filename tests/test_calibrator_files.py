@@ -234,6 +234,16 @@ def raw_members(saved):
         return {name: archive.read(name) for name in archive.namelist()}
 
 
+def with_entry(data, at, format, *values, name="counts.npy"):
+    """The archive with one field changed in the directory's entry of a member."""
+    data = bytearray(data)
+    # The last place where the name stands is the directory, in which 46 bytes precede it.
+    start = data.rindex(b"\0" + name.encode()) + 1 - 46
+    assert data[start : start + 4] == b"PK\x01\x02"
+    struct.pack_into(format, data, start + at, *values)
+    return data
+
+
 def test_claims_that_the_file_cannot_hold(saved, tmp_path):
     raw = raw_members(saved)
     assert zipped(raw.items())
@@ -252,11 +262,7 @@ def test_claims_that_the_file_cannot_hold(saved, tmp_path):
             check_refused(zipped({**changed, "calibrator.npy": header}.items()), tmp_path)
     # Sizes in the directory itself, which is where they are first believed.
     for size in (10**9, 2**32 - 2):
-        data = bytearray(saved)
-        for match in range(len(data) - 700, len(data) - 4):
-            if data[match : match + 4] == b"PK\x01\x02":
-                struct.pack_into("<2L", data, match + 20, size, size)
-                check_refused(data, tmp_path)
+        check_refused(with_entry(saved, 20, "<2L", size, size), tmp_path)
 
 
 def test_zip_bombs(saved, tmp_path):
@@ -266,12 +272,21 @@ def test_zip_bombs(saved, tmp_path):
         data = zipped({**raw, "counts.npy": zeros}.items(), method)
         assert len(data) < 2 << 20
         check_refused(data, tmp_path)
-        # Said to be stored, and small.
-        data = bytearray(data)
-        for at in range(len(data) - 700, len(data) - 4):
-            if data[at : at + 4] == b"PK\x01\x02":
-                struct.pack_into("<H", data, at + 10, 0)
-        check_refused(data, tmp_path)
+        # Said to be as small as it should be, in a file that is larger; and said to be stored.
+        small = with_entry(data, 24, "<L", len(raw["counts.npy"]))
+        check_refused(bytes(1 << 20) + small, tmp_path)
+        check_refused(with_entry(data, 10, "<H", 0), tmp_path)
+    # All in order but for its size.
+    n = 1 << 20
+    large = {
+        "calibrator": np.array([1, 0, n]),
+        "extremes": F32([np.inf, -np.inf]),
+        "sums": np.zeros(4),
+        "counts": np.zeros(1 << 16, np.int64),
+        "channel_amax": np.zeros(n, F32),
+        "channel_counts": np.zeros((n, 90), np.uint32),
+    }
+    check_refused(npz(large, np.savez_compressed), tmp_path)
 
 
 def test_directories_that_are_no_calibrators(saved, tmp_path):
