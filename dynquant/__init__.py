@@ -1,6 +1,6 @@
 """Dynamic int8 and int4 quantisation on the CPU: exact, NumPy in, NumPy out."""
 
-from ._calibrate import CalibStats
+from ._calibrate import Calibrator, CalibStats
 from ._embed import get_include
 from ._hadamard import hadamard_transform
 from ._isa import simd_info
@@ -44,6 +44,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlphaSearch",
     "CalibStats",
+    "Calibrator",
     "DTypeError",
     "DynQuantError",
     "DynQuantFormat",

@@ -20,10 +20,10 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_RawFree, PyMem_RawMallo
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.math cimport ceil, pow
-from libc.stdint cimport int8_t, int32_t, uint8_t, uint16_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
 
-from dynquant._table cimport Kernels
+from dynquant._table cimport WINDOW, Kernels
 
 
 cdef extern from "cpu.h" nogil:
@@ -52,6 +52,8 @@ cdef enum:
 
 
 kernels = NULL
+
+WINDOW_CELLS = WINDOW
 
 
 def set_table(table not None):
@@ -1053,3 +1055,146 @@ def ranked_magnitude(list batches not None, Py_ssize_t rank):
         bits = ranked_bits(parts, n, rank)
     PyMem_Free(parts)
     return dq_float(bits)
+
+
+# Adds `a` to a sum kept as two doubles: the rounding error of every addition goes to the second (two-sum,
+# Knuth), so that after a million additions the pair is still good to 2**-90 of the largest partial sum.
+cdef inline void add_to_pair(double* pair, double a) noexcept nogil:
+    cdef double total = pair[0] + a
+    cdef double part = total - pair[0]
+    pair[1] += (pair[0] - (total - part)) + (a - part)
+    pair[0] = total
+
+
+# Adds m * v, m a float32: v is split into halves of 26 bits (Veltkamp), whose products with m are exact.
+cdef inline void add_product_to_pair(double* pair, double m, double v) noexcept nogil:
+    cdef double high = v * 134217729.0
+    high -= high - v
+    add_to_pair(pair, m * high)
+    add_to_pair(pair, m * (v - high))
+
+
+# Adds the sum of a block's values to the pair sums[0:2], and of their squares to sums[2:4]. n > 0.
+# With m close to their mean, sum x**2 = sum (x - m)**2 + m * (2 * sum x - n * m). Only the first term rounds,
+# in double and relative to the spread alone; m is rounded to float32, which makes n * m exact.
+cdef void add_block_sums(const float* x, Py_ssize_t n, double* sums) noexcept nogil:
+    cdef double total = kernels.sum_row_f32_f64(x, n)
+    cdef double m = <float> (total / n)
+    cdef double rest[2]
+    rest[0], rest[1] = 2 * total, 0
+    add_to_pair(rest, -n * m)
+    add_to_pair(sums, total)
+    add_to_pair(sums + 2, kernels.square_deviation_row_f32_f64(x, m, n))
+    add_product_to_pair(sums + 2, m, rest[0])
+    add_product_to_pair(sums + 2, m, rest[1])
+
+
+def add_statistics(FloatRows x not None, float[::1] extremes not None, double[::1] sums not None,
+                   int64_t[::1] counts not None):
+    """Add all elements, which are finite, to statistics: (min, max), two pairs of sums, counts of bins."""
+    cdef float scratch[BLOCK]
+    cdef const float* block
+    cdef Py_ssize_t start = 0, n
+    cdef Floats flat
+    with nogil:
+        flat = x.flat()
+        while start < flat.n:
+            n = block_len(start, flat.n)
+            block = block_of(&flat, start, n, scratch)
+            kernels.min_max_row_f32(block, &extremes[0], &extremes[1], n)
+            add_block_sums(block, n, &sums[0])
+            kernels.count_bins_f32(block, &counts[0], n)
+            start += n
+
+
+def add_sums(double[::1] sums not None, const double[::1] other not None):
+    """Add pairs of sums, as `add_statistics` makes them, to others."""
+    cdef Py_ssize_t i
+    with nogil:
+        for i in range(sums.shape[0]):
+            add_to_pair(&sums[i & ~1], other[i])
+
+
+def bin_of_rank(const int64_t[::1] counts not None, int64_t rank):
+    """The bin that holds the element at place `rank`, 0 the smallest; fewer than are counted."""
+    cdef Py_ssize_t b = 0
+    with nogil:
+        while b + 1 < counts.shape[0] and rank >= counts[b]:
+            rank -= counts[b]
+            b += 1
+    return b
+
+
+# window[c - shift] += source[c]; what would fall below the window goes to its first cell. shift is not
+# negative; were it, because two threads change one calibrator, nothing would be written past the window.
+cdef void add_window(const uint32_t* source, Py_ssize_t shift, uint32_t* window) noexcept nogil:
+    cdef Py_ssize_t c, place
+    for c in range(WINDOW):
+        place = c - shift if c > shift else 0
+        window[place if place < WINDOW else WINDOW - 1] += source[c]
+
+
+def raise_windows(uint32_t[:, ::1] counts not None, int32_t[::1] amax_bits not None,
+                  const int32_t[::1] new_bits not None):
+    """Move the channels' windows up to new largest magnitudes, which are not below the old ones."""
+    cdef uint32_t window[WINDOW]
+    cdef Py_ssize_t j, shift
+    with nogil:
+        for j in range(counts.shape[0]):
+            shift = (new_bits[j] >> 20) - (amax_bits[j] >> 20)
+            amax_bits[j] = new_bits[j]
+            if shift:
+                memcpy(window, &counts[j, 0], sizeof(window))
+                memset(&counts[j, 0], 0, sizeof(window))
+                add_window(window, shift, &counts[j, 0])
+
+
+def add_windows(uint32_t[:, ::1] counts not None, const int32_t[::1] amax_bits not None,
+                const uint32_t[:, ::1] other not None, const int32_t[::1] other_bits not None):
+    """Add the counts of other windows, whose largest magnitudes are nowhere above amax_bits."""
+    cdef Py_ssize_t j
+    with nogil:
+        for j in range(counts.shape[0]):
+            add_window(&other[j, 0], (amax_bits[j] >> 20) - (other_bits[j] >> 20), &counts[j, 0])
+
+
+def count_channels(FloatRows x not None, const int32_t[::1] amax_bits not None,
+                   uint32_t[:, ::1] counts not None):
+    """Count the magnitudes of each column of x, nowhere above amax_bits, in that channel's window."""
+    cdef float scratch[BLOCK]
+    cdef Py_ssize_t r, start, n
+    cdef Floats row
+    with nogil:
+        for r in range(x.m):
+            row = x.row(r)
+            start = 0
+            while start < x.k:
+                n = block_len(start, x.k)
+                kernels.count_windows_row_f32(block_of(&row, start, n, scratch), &amax_bits[start],
+                                              &counts[start, 0], n)
+                start += n
+
+
+# Float bits that stand for one cell of a window: the middle of its bin; 0 in the lowest bin of all; in the
+# first cell, which also holds what lies lower, the upper edge.
+cdef int32_t cell_bits(Py_ssize_t cell, int32_t amax_bits) noexcept nogil:
+    cdef Py_ssize_t b = (amax_bits >> 20) - (WINDOW - 1) + cell
+    if b <= 0:
+        return 0
+    return <int32_t> ((b + 1) << 20 if cell == 0 else (b << 20) | (1 << 19))
+
+
+def channel_percentiles(const uint32_t[:, ::1] counts not None, const int32_t[::1] amax_bits not None,
+                        int64_t rank, float[::1] out not None):
+    """out[j] = the magnitude at place `rank` in channel j, as its cell gives it, at most the largest."""
+    cdef Py_ssize_t j, cell
+    cdef int64_t left
+    cdef int32_t bits
+    with nogil:
+        for j in range(counts.shape[0]):
+            left, cell = rank, 0
+            while cell + 1 < WINDOW and left >= counts[j, cell]:
+                left -= counts[j, cell]
+                cell += 1
+            bits = cell_bits(cell, amax_bits[j])
+            out[j] = dq_float(bits if bits < amax_bits[j] else amax_bits[j])

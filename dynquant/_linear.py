@@ -16,11 +16,11 @@ from ._validate import (
     F32,
     U8,
     as_array,
+    as_count,
     as_finite_vector,
     as_flag,
     as_floats,
     as_int8_matrix,
-    as_length,
     as_matrix,
     as_scalar,
     as_thread_count,
@@ -340,7 +340,7 @@ def _int4_weight_of(arrays: Mapping[str, Any], scales: NDArray[np.float32]) -> D
         raise ShapeMismatchError("(out_features, ceil(in_features / 2))", weight.shape, "weight_i4")
     if weight.size == 0:
         raise EmptyInputError(f"weight_i4: expected at least one element, got shape {weight.shape}")
-    k = as_length(as_scalar(arrays["in_features"]), "in_features")
+    k = as_count(as_scalar(arrays["in_features"]), "in_features")
     group = arrays.get("group_size")
     fmt, _ = weight_format(4, None if group is None else as_scalar(group), None)
     zero_points = arrays.get("weight_zero_points")

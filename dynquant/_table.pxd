@@ -1,6 +1,11 @@
 # The table of row kernels that one instruction set hands to _core. Pointers, lengths and plain numbers only.
 # What each kernel promises stands above it in kernels/*.pxi.
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
+
+
+# Cells that count the magnitudes of one channel in a calibration.
+cdef enum:
+    WINDOW = 90
 
 
 ctypedef struct Kernels:
@@ -69,5 +74,8 @@ ctypedef struct Kernels:
     double (*abs_error_row_f32_f64)(const float* x, const float* value, Py_ssize_t n) noexcept nogil
     void (*error_sums_row_f32_f64)(const float* x, const float* value, double* sums,
                                    Py_ssize_t n) noexcept nogil
+    void (*count_bins_f32)(const float* x, int64_t* counts, Py_ssize_t n) noexcept nogil
+    void (*count_windows_row_f32)(const float* x, const int32_t* amax_bits, uint32_t* counts,
+                                  Py_ssize_t n) noexcept nogil
     # hadamard.pxi
     void (*hadamard_row_f32)(float* x, Py_ssize_t n) noexcept nogil

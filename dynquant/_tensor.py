@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 import numpy as np
 
 from . import _core
-from ._validate import F32, I8, U8, as_length, as_number, checked_out
+from ._validate import F32, I8, U8, as_count, as_number, checked_out
 from .errors import DTypeError, InvalidPercentileError, ParameterError, ShapeMismatchError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class DynQuantFormat:
                 f"granularity: expected 'per_tensor', 'per_row' or 'per_group', got {self.granularity!r}"
             )
         if self.granularity == "per_group":
-            object.__setattr__(self, "group_size", as_length(self.group_size, "group_size"))
+            object.__setattr__(self, "group_size", as_count(self.group_size, "group_size"))
         elif self.group_size is not None:
             raise ParameterError(f"group_size: expected None {self.granularity}, got {self.group_size!r}")
         if self.packed and self.bits != 4:

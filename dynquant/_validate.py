@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -193,7 +194,7 @@ def as_number(value: Any, name: str) -> float:
 
 def as_thread_count(value: Any) -> int:
     """`value` as a number of threads, at least 1."""
-    return value if type(value) is int and value >= 1 else as_length(value, "num_threads")
+    return value if type(value) is int and value >= 1 else as_count(value, "num_threads")
 
 
 def as_flag(value: Any, name: str) -> bool:
@@ -203,8 +204,8 @@ def as_flag(value: Any, name: str) -> bool:
     return bool(value)
 
 
-def as_length(value: Any, name: str) -> int:
-    """`value` as a number of elements, at least 1."""
+def as_count(value: Any, name: str) -> int:
+    """`value` as an int, at least 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ParameterError(f"{name}: expected an int >= 1, got {value!r}")
     return int(value)
@@ -213,6 +214,14 @@ def as_length(value: Any, name: str) -> int:
 def as_scalar(value: Any) -> Any:
     """What an array without axes holds, as a file gives it back; anything else as it is."""
     return value[()] if isinstance(value, ndarray) and value.shape == () else value
+
+
+def as_path(value: Any) -> str:
+    """`value`, a str or os.PathLike, as a str."""
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else value
+    if not isinstance(path, str):
+        raise ParameterError(f"path: expected a str or os.PathLike, got {value!r}")
+    return path
 
 
 def as_clip(value: Any) -> float:

@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from dynquant import _isa, simd_info
+from dynquant import Calibrator, _isa, simd_info
 
 F32 = np.float32
 
@@ -74,3 +74,29 @@ def distributions(n, rng):
         "outliers": np.where(rng.random(n) < 0.001, normal * F32(1e4), normal),
         "every exponent": bits.view(F32),
     }
+
+
+def channel_data(rng, rows, channels):
+    """float32 (rows, channels): scales of every size, dead channels, outliers of up to 2**20 times others."""
+    x = rng.standard_normal((rows, channels)) * 2.0 ** rng.integers(-120, 100, channels)
+    x[rng.integers(0, rows, channels), np.arange(channels)] *= 2.0 ** rng.integers(0, 21, channels)
+    x[:, rng.integers(0, channels, 1 + channels // 16)] = 0
+    x[:, channels // 2] = rng.integers(0, 2**23, rows) * 2.0**-149
+    return x.astype(F32)
+
+
+def calibrator_of(batches, channels=None):
+    calibrator = Calibrator(channels)
+    for batch in batches:
+        calibrator.update(batch)
+    return calibrator
+
+
+def exact_state(calibrator):
+    """All that a calibrator holds but the sums, which alone may depend on the order."""
+    count, channels, extremes, _sums, *rest = calibrator.__reduce__()[1]
+    return count, channels, extremes.tobytes(), *(a.tobytes() for a in rest)
+
+
+def whole_state(calibrator):
+    return exact_state(calibrator), calibrator.__reduce__()[1][3].tobytes()

@@ -12,6 +12,7 @@ from common import F32, array_at, assert_same_bits, memory
 
 import dynquant
 from dynquant import (
+    Calibrator,
     CalibStats,
     DTypeError,
     DynQuantError,
@@ -68,6 +69,17 @@ def packed_rows(x):
 
 def listed(function, *args, **kwargs):
     return lambda x, **out: [function(*args, x, **kwargs, **out)]
+
+
+def calibrated(x):
+    calibrator = Calibrator(K)
+    calibrator.update(x)
+    return [calibrator.channel_amax(), calibrator.histogram()[0], calibrator.stats().mean]
+
+
+def calibrated_by_numpy(x):
+    counts, _ = np.histogram(np.abs(x).astype(float), Calibrator().histogram()[1])
+    return [np.abs(x).max(axis=0), counts, pytest.approx(x.astype(float).mean(), rel=1e-13)]
 
 
 CODES, VALUES, Y = (SHAPE, np.int8), (SHAPE, F32), ((N,), F32)
@@ -143,6 +155,7 @@ FUNCTIONS = {
     "collect": Function(
         SHAPE, lambda x: [CalibStats.collect([x, OTHER])], lambda x: [CalibStats.collect([x.copy(), OTHER])]
     ),
+    "calibrator": Function(SHAPE, calibrated, calibrated_by_numpy),
 }
 
 each_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())

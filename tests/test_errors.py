@@ -2,6 +2,7 @@
 
 import builtins
 import copy
+import os
 import pickle
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ from common import F32
 
 import dynquant
 from dynquant import (
+    Calibrator,
     CalibStats,
     DTypeError,
     DynQuantError,
@@ -54,6 +56,8 @@ FACTORS = np.ones(4, F32)
 INT8, PER_ROW = DynQuantFormat.INT8_PER_TENSOR, DynQuantFormat.INT8_PER_ROW
 PACKED, PACKED_ROWS = DynQuantFormat(4, "per_tensor", packed=True), DynQuantFormat(4, "per_row", packed=True)
 Q = dynamic_quantize_int8(X)
+SEEN = Calibrator(4)
+SEEN.update(X)
 
 BASES = {
     ShapeMismatchError: ValueError,
@@ -134,6 +138,8 @@ FLOAT_ARGUMENTS = {
     "smooth_weights": FloatArgument("weights", (3, 4), partial(smooth_weights, factors=FACTORS), VALUES),
     "smooth_weights, factors": FloatArgument("factors", (4,), partial(smooth_weights, X), VALUES),
     "collect": FloatArgument("batches[1]", (3, 4), lambda x: CalibStats.collect([X, x])),
+    "calibrator": FloatArgument("batch", (3, 4), lambda x: Calibrator().update(x)),
+    "calibrator, channels": FloatArgument("batch", (3, 4), lambda x: Calibrator(4).update(x)),
     "matvec, activation": FloatArgument("activation", (4,), partial(w8a8_matvec, WEIGHT, SCALES), Y),
     "matvec, weight_scales": FloatArgument(
         "weight_scales", (3,), lambda x, **out: w8a8_matvec(WEIGHT, x, ROW, **out), Y
@@ -416,6 +422,23 @@ BAD_CALLS = [
     *each([None, 5.0, 3], DTypeError, "batches: expected an iterable", CalibStats.collect),
     *each([[], (), iter([]), [[]], [X[:0], []], X[:0]], EmptyInputError, "batches:", CalibStats.collect),
     *each([["a"], "ab", [X, None]], DTypeError, "batches[", CalibStats.collect),
+    *each([0, -1, 1.0, "2", True, [1]], ParameterError, "channels: expected an int >= 1", Calibrator),
+    *each([None, X, CalibStats.collect([X])], ParameterError, "other: expected a Calibrator", SEEN.merge),
+    *each([Calibrator(), Calibrator(3)], ParameterError, "other: expected channels=4, got", SEEN.merge),
+    *(
+        Bad(ShapeMismatchError, "batch:", SEEN.update, (x,), {}, shape_fields("(..., 4)", x.shape, "batch"))
+        for x in (X[0, 0], ROW[:3], X.T, X[:, :0])
+    ),
+    *each(NOT_A_PERCENTILE, InvalidPercentileError, "p: expected", SEEN.percentile, field="p"),
+    *each(NOT_A_PERCENTILE, InvalidPercentileError, "p: expected", SEEN.channel_percentile, field="p"),
+    Bad(EmptyInputError, "calibrator:", Calibrator().stats, ()),
+    Bad(EmptyInputError, "calibrator:", Calibrator().percentile, (0.5,)),
+    Bad(EmptyInputError, "calibrator:", Calibrator(4).channel_amax, ()),
+    Bad(ParameterError, "channels: expected a Calibrator made with channels", Calibrator().channel_amax, ()),
+    Bad(ParameterError, "channels:", Calibrator().channel_percentile, (0.5,)),
+    *each([None, 3, b"x", [1]], ParameterError, "path: expected a str or os.PathLike", SEEN.save),
+    *each([None, 3, b"x", [1]], ParameterError, "path: expected a str or os.PathLike", Calibrator.load),
+    *each([__file__, os.devnull], ParameterError, "path: expected an archive of", Calibrator.load),
     # Integer products
     *each([WEIGHT.tolist(), WEIGHT.astype(np.int16), WEIGHT.astype(np.uint8), X, None, "w"], DTypeError,
           "weight_i8:", lambda weight: w8a8_matvec(weight, SCALES, ROW)),

@@ -7,7 +7,7 @@ written outside a result is seen too.
 
 import numpy as np
 import pytest
-from common import F32, ISAS, array_at, assert_same_bits, memory, using
+from common import F32, ISAS, array_at, assert_same_bits, calibrator_of, memory, using, whole_state
 
 from dynquant import (
     CalibStats,
@@ -158,6 +158,19 @@ def test_statistics(dtype):
     compare(calls, range(0, 64, x.itemsize))
 
 
+@each_float
+def test_calibrator(dtype):
+    """count_bins, count_windows_row and the sums, in all their bits."""
+    x = floats(np.random.default_rng(10), 3 * LONGEST).astype(dtype)
+
+    def calls(arena, offset):
+        view = array_at(offset, x)
+        for n in LENGTHS[1:]:
+            yield hash(whole_state(calibrator_of([view[: 3 * n].reshape(3, n), view[:n]], n)))
+
+    compare(calls, range(0, 64, x.itemsize * 4))
+
+
 @pytest.mark.parametrize("smooth", [smooth_activations, smooth_weights], ids=lambda smooth: smooth.__name__)
 @pytest.mark.parametrize("in_place", [False, True])
 def test_smoothing(smooth, in_place):
@@ -229,6 +242,7 @@ def test_long_rows(dtype, k):
         yield from (smooth_activations(x, factors).tobytes(), smooth_weights(x, factors).tobytes())
         yield from (compute_smooth_factors(x, x).tobytes(), w8a8_matvec(weight, [1.0, 2.0], x[0]).tobytes())
         yield from (quantization_mae(x, packed), CalibStats.collect(x))
+        yield from (whole_state(calibrator_of([x])), whole_state(calibrator_of([x], k)))
 
     compare(calls, [0])
 

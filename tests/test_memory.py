@@ -9,6 +9,7 @@ import pytest
 from common import F32
 
 from dynquant import (
+    Calibrator,
     CalibStats,
     DynQuantFormat,
     DynQuantTensor,
@@ -101,6 +102,25 @@ def test_other_functions(x):
         assert peak_over_result(smooth, x, factors, out=x) < MEGABYTE
 
 
+@pytest.mark.parametrize("channels", [None, 4096])
+def test_calibrator_takes_two_megabytes_at_most(channels, x):
+    half = np.zeros(x.size, np.float16)
+
+    def stream():
+        calibrator = Calibrator(channels)
+        for batch in (x, half):
+            batch = batch if channels is None else batch.reshape(-1, channels)
+            calibrator.update(batch)
+            calibrator.update(batch[:7])
+        calibrator.stats()
+        if channels:
+            calibrator.channel_percentile(0.99)
+
+    assert peak_over_result(stream) < 2 * MEGABYTE
+    bits = np.random.default_rng(0).integers(0, 0x7F800000, 1 << 20, dtype=np.int32).view(F32)
+    assert peak_over_result(lambda: Calibrator().update(bits)) < 2 * MEGABYTE
+
+
 def test_matvec():
     weight = np.ones((4096, 16_384), np.int8)
     scales, activation = np.ones(4096, F32), np.ones(16_384, F32)
@@ -113,6 +133,8 @@ A = np.random.default_rng(0).standard_normal((2, 8)).astype(F32)
 FACTORS = np.ones(8, F32)
 Q = dynamic_quantize_int8(A)
 WEIGHT = np.ones((3, 8), np.int8)
+CALIBRATOR = Calibrator(8)
+CALIBRATOR.update(A)
 
 
 def quantize_nan():
@@ -139,6 +161,8 @@ CALLS = {
     "matvec": lambda: w8a8_matvec(WEIGHT, [1.0, 1.0, 1.0], FACTORS),
     # Many batches, so that what is kept for each of them adds up.
     "collect": lambda: CalibStats.collect([A] * 20),
+    "calibrator": lambda: CALIBRATOR.update(A),
+    "calibrator's percentiles": lambda: (CALIBRATOR.stats(), CALIBRATOR.channel_percentile(0.5)),
     "an error": quantize_nan,
 }
 

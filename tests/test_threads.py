@@ -1,6 +1,7 @@
 """Results under threads, forks, processes and beside other pools; and that no thread outlives a call."""
 
 import concurrent.futures
+import copy
 import importlib.util
 import itertools
 import multiprocessing
@@ -12,7 +13,7 @@ import warnings
 
 import numpy as np
 import pytest
-from common import F32, assert_same_bits
+from common import F32, assert_same_bits, calibrator_of, whole_state
 
 import dynquant
 from dynquant import (
@@ -134,6 +135,7 @@ def everything(x):
     packed = dynamic_quantize(x, FORMATS[3], Percentile(0.99))
     factors = compute_smooth_factors(x, x)
     return [
+        whole_state(calibrator_of([x], x.shape[1])),
         *(q.data.tobytes(), q.scales.tobytes(), q.dequantize().tobytes(), packed.data.tobytes()),
         *(packed.dequantize().tobytes(), quantization_mae(x, packed), compute_scale(x, 127)),
         *(smooth_activations(x, factors).tobytes(), w8a8_matvec(q.data, q.scales, x[0]).tobytes()),
@@ -204,6 +206,8 @@ def test_in_other_processes(method):
         expected = dynamic_quantize_int8_per_row(X, num_threads=3)
         assert_same_tensor(pool.apply(dynamic_quantize_int8_per_row, (X,), {"num_threads": 3}), expected)
         assert_same_tensor(pool.apply(dynamic_quantize_int8, (X,)), dynamic_quantize_int8(X))
+        calibrator = calibrator_of([X], X.shape[1])
+        assert whole_state(pool.apply(copy.copy, (calibrator,))) == whole_state(calibrator)
         with pytest.raises(ValueError, match="flat index 1"):
             pool.apply(dynamic_quantize_int8, ([1.0, float("inf")],))
 

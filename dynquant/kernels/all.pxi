@@ -2,10 +2,10 @@
 # compiled with. Nothing here allocates, touches a Python object or fails.
 from cpython.pycapsule cimport PyCapsule_New
 from libc.math cimport copysignf, fabs, sqrt
-from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
+from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcpy, memset
 
-from dynquant._table cimport Kernels
+from dynquant._table cimport WINDOW, Kernels
 
 
 cdef extern from "kernels/simd.h" nogil:
@@ -60,6 +60,7 @@ cdef extern from "kernels/simd.h" nogil:
 cdef enum:
     TABLES = 2
     LANES = 16
+    PLACES = 64
     DOT_BLOCK = 1 << 16
     GEMM_BLOCK = 1 << 16
     EXACT = 1 << 13
@@ -119,6 +120,8 @@ kernels.sum_row_f32_f64 = sum_row_f32_f64
 kernels.square_deviation_row_f32_f64 = square_deviation_row_f32_f64
 kernels.abs_error_row_f32_f64 = abs_error_row_f32_f64
 kernels.error_sums_row_f32_f64 = error_sums_row_f32_f64
+kernels.count_bins_f32 = count_bins_f32
+kernels.count_windows_row_f32 = count_windows_row_f32
 kernels.hadamard_row_f32 = hadamard_row_f32
 
 table = PyCapsule_New(&kernels, "dynquant._table.Kernels", NULL)
