@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ _DEFAULT_DAMPING = 1.0
 _TRIED_OUTPUTS = 256
 _BLOCK = 128
 _ROWS = 1024
+
+_ALL = slice(None)
 
 # Just below a half: added with the sign of v and truncated, it rounds halves away from zero.
 _HALF = np.float32(0.499999970197677612)
@@ -85,22 +88,21 @@ def compensate(w: NDArray[np.float32], plain: DynQuantTensor, moments: SecondMom
     stronger the damping must be: the share of _DAMPINGS is taken, or `plain` itself, which leaves the least
     error on the rows held out, tried on some of the outputs. The codes then come from all rows.
     """
-    grid = _Grid.of(plain)
-    damping: float | None = _DEFAULT_DAMPING
-    if all(moments.rows):
-        damping = _best_damping(w, grid, plain, moments)
-    factor = None if damping is None else _Factor.of(moments.used + moments.held_out, damping)
-    if factor is None:
+    damping = _best_damping(w, plain, moments) if all(moments.rows) else _DEFAULT_DAMPING
+    if damping is None:
         return plain
-    return dataclasses.replace(plain, data=grid.packed(factor.round(w, grid)))
+    grid = _Grid(plain)
+    try:
+        codes = _Rounding(moments.used + moments.held_out, damping).codes(w, grid)
+    except np.linalg.LinAlgError:
+        return plain
+    return dataclasses.replace(plain, data=grid.packed(codes))
 
 
-def _best_damping(
-    w: NDArray[np.float32], grid: _Grid, plain: DynQuantTensor, moments: SecondMoments
-) -> float | None:
+def _best_damping(w: NDArray[np.float32], plain: DynQuantTensor, moments: SecondMoments) -> float | None:
     """The damping that leaves the least error on the rows held out; None for no compensation."""
     tried = slice(None, None, -(-len(w) // _TRIED_OUTPUTS))
-    w, grid, plain_values = w[tried], grid[tried], plain.dequantize()[tried]
+    w, grid, plain_values = w[tried], _Grid(plain, tried), plain.dequantize()[tried]
 
     def error(values: NDArray[np.float32]) -> float:
         d = values.astype(np.float64) - w
@@ -108,32 +110,23 @@ def _best_damping(
 
     errors: dict[float | None, float] = {None: error(plain_values)}
     for damping in _DAMPINGS:
-        if factor := _Factor.of(moments.used, damping):
-            errors[damping] = error(grid.values(factor.round(w, grid)))
+        with contextlib.suppress(np.linalg.LinAlgError):
+            errors[damping] = error(grid.values(_Rounding(moments.used, damping).codes(w, grid)))
     return min(errors, key=errors.__getitem__)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class _Grid:
-    """The codes that the elements of a matrix (n, k) can have, and what they stand for."""
+    """The codes that `rows` of a quantised matrix (n, k) can have, and what they stand for."""
 
-    scales: NDArray[np.float32]  # (n, groups)
-    zero_points: NDArray[np.float32]  # (n, groups)
-    least: int
-    most: int
-    group: int
-    packs: bool
-
-    @classmethod
-    def of(cls, tensor: DynQuantTensor) -> _Grid:
-        scales = tensor.scales.reshape(len(tensor.scales), -1)
-        fmt, group = tensor.format, tensor.format.group_of(tensor.shape[1])
-        if tensor.zero_points is None:
-            return cls(scales, np.zeros_like(scales), -fmt.clip, fmt.clip, group, fmt.packed)
-        return cls(scales, tensor.zero_points.reshape(scales.shape).astype(F32), 0, 15, group, fmt.packed)
-
-    def __getitem__(self, rows: slice) -> _Grid:
-        return dataclasses.replace(self, scales=self.scales[rows], zero_points=self.zero_points[rows])
+    def __init__(self, tensor: DynQuantTensor, rows: slice = _ALL) -> None:
+        fmt = tensor.format
+        symmetric = tensor.zero_points is None
+        self.scales = tensor.scales.reshape(len(tensor.scales), -1)[rows]
+        self.zero_points = np.zeros_like(self.scales)
+        if tensor.zero_points is not None:
+            self.zero_points[...] = tensor.zero_points.reshape(len(tensor.scales), -1)[rows]
+        self.least, self.most = (-fmt.clip, fmt.clip) if symmetric else (0, 15)
+        self.group, self.packs = fmt.group_of(tensor.shape[1]), fmt.packed
 
     def round(self, column: NDArray[np.float32], j: int) -> NDArray[np.float32]:
         """Codes of column j, as quantize_row_f32_s8 and _u4 have them."""
@@ -160,26 +153,20 @@ class _Grid:
         return data
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Factor:
-    """The order in which columns are rounded, and U in that order."""
+class _Rounding:
+    """The order in which columns are rounded, and U in that order.
 
-    order: NDArray[np.intp]
-    upper: NDArray[np.float64]
+    Raises LinAlgError where the moments are all zero, or so far apart that they have no inverse in float64.
+    """
 
-    @classmethod
-    def of(cls, moments: NDArray[np.float64], damping: float) -> _Factor | None:
-        """None where the moments are all zero, or so far apart that they have no inverse in float64."""
+    def __init__(self, moments: NDArray[np.float64], damping: float) -> None:
         diagonal = moments.diagonal()
-        order = np.argsort(-diagonal, kind="stable")
-        h = moments[np.ix_(order, order)]
+        self.order = np.argsort(-diagonal, kind="stable")
+        h = moments[np.ix_(self.order, self.order)]
         h[np.diag_indices_from(h)] += damping * diagonal.mean()
-        try:
-            return cls(order, np.ascontiguousarray(np.linalg.cholesky(np.linalg.inv(h)).T))
-        except np.linalg.LinAlgError:
-            return None
+        self.upper = np.ascontiguousarray(np.linalg.cholesky(np.linalg.inv(h)).T)
 
-    def round(self, w: NDArray[np.float32], grid: _Grid) -> NDArray[np.int8]:
+    def codes(self, w: NDArray[np.float32], grid: _Grid) -> NDArray[np.int8]:
         """Codes of w, column by column, (k, n)."""
         codes = np.empty((w.shape[1], w.shape[0]), np.int8)
         left = w.T[self.order].astype(np.float64)

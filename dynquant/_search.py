@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ import numpy as np
 from ._linear import QuantLinear
 from ._smooth import SmoothQuantConfig, as_weights, channel_magnitudes, factors_of, largest_weights
 from ._tensor import DynamicScaleMode, MaxAbs
-from ._validate import F32, as_matrix
+from ._validate import F32, as_flag, as_matrix
+from ._weights import weight_format
 from .errors import EmptyInputError, NonFiniteError, ParameterError
 
 if TYPE_CHECKING:
@@ -60,8 +62,12 @@ def search_alpha(
     epsilon: float = 1e-5,
     mode: DynamicScaleMode = _MAX_ABS,
     relative: bool = False,
+    bits: int = 8,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    hadamard: bool = False,
 ) -> AlphaSearch:
-    """The migration strength that costs the output of a W8A8 layer least on calibration data.
+    """The migration strength that costs the output of a quantised layer least on calibration data.
 
     Parameters
     ----------
@@ -78,6 +84,8 @@ def search_alpha(
     relative : bool
         Divide the squared error of each token by the token's squared output. Otherwise the few tokens with
         the largest outputs may decide alone.
+    bits, group_size, symmetric, hadamard
+        How the layer will be quantised, as in `QuantLinear.from_float`.
 
     Returns
     -------
@@ -116,16 +124,17 @@ def search_alpha(
     >>> found.alpha, min(found.errors) < found.unsmoothed_error / 10
     (0.5, True)
     """
-    if type(relative) is not bool:
-        raise ParameterError(f"relative: expected a bool, got {relative!r}")
+    relative, hadamard = as_flag(relative, "relative"), as_flag(hadamard, "hadamard")
+    weight_format(bits, group_size, symmetric)
     configs = _configs(alphas, epsilon)
     a = as_matrix(activations, "activations", "(tokens, in_features)")
     matrices = as_weights(weights, a.shape[1])
     act_amax, weight_amax = channel_magnitudes(a, mode), largest_weights(matrices)
     candidates = [factors_of(act_amax, weight_amax, config) for config in configs]
-    unsmoothed, *errors = _output_errors(
-        a, matrices.values(), [None, *candidates], QuantLinear.from_float, relative
+    build = functools.partial(
+        QuantLinear.from_float, bits=bits, group_size=group_size, symmetric=symmetric, hadamard=hadamard
     )
+    unsmoothed, *errors = _output_errors(a, matrices.values(), [None, *candidates], build, relative)
     best = int(np.argmin(errors))
     return AlphaSearch(
         alpha=float(configs[best].alpha),

@@ -397,7 +397,7 @@ BAD_CALLS = [
     *each([[], (), iter([])], EmptyInputError, "alphas:", lambda alphas: search_alpha(X, X, alphas=alphas)),
     *each(NOT_AN_EPSILON, ParameterError, "epsilon:", lambda value: search_alpha(X, X, epsilon=value)),
     *each(NOT_A_MODE, ParameterError, "mode:", lambda mode: search_alpha(X, X, mode=mode)),
-    *each([None, 0, 1, "no", np.bool_(True)], ParameterError, "relative:",
+    *each([None, 0, 1, "no"], ParameterError, "relative:",
           lambda relative: search_alpha(X, X, relative=relative)),
     Bad(ParameterError, "activations: expected outputs within float32", search_alpha,
         (X * F32(1e38), X * F32(1e38)), {"alphas": [0.5]}),

@@ -24,6 +24,7 @@ def run(code, check=True, **environment):
     # Run where the package under test lies: a checkout's source folder would hide it.
     folder = os.path.dirname(os.path.dirname(dynquant.__file__))
     environment = {**os.environ, **environment}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or every import would compile the package anew
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     if not check:
         return done
@@ -212,7 +213,8 @@ def test_signatures():
         "compute_smooth_factors": "activations, weights, config=SmoothQuantConfig(alpha=0.5, epsilon=1e-05), "
         "*, mode=MaxAbs()",
         "fold_smooth_factors": "factors, gamma, beta=None",
-        "search_alpha": "activations, weights, *, alphas=None, epsilon=1e-05, mode=MaxAbs(), relative=False",
+        "search_alpha": "activations, weights, *, alphas=None, epsilon=1e-05, mode=MaxAbs(), relative=False, "
+        "bits=8, group_size=None, symmetric=None, hadamard=False",
         "smooth_activations": "activations, factors, *, out=None",
         "smooth_weights": "weights, factors, *, out=None",
         "w8a8_matvec": "weight_i8, weight_scales, activation, *, out=None",

@@ -60,6 +60,25 @@ def test_errors_of_every_alpha(tokens, in_features, outputs, mode, relative):
     assert_same_bits(found.factors, factors[best])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": 4}, {"bits": 4, "group_size": 8, "symmetric": True}, {"hadamard": True}],
+    ids=str,
+)
+def test_the_layer_is_the_one_asked_for(options):
+    rng = np.random.default_rng(11)
+    a, w = rng.standard_normal((30, 24)).astype(F32), rng.standard_normal((9, 24)).astype(F32)
+    a[:, 3] *= 30
+    found = search_alpha(a, w, alphas=[0.2, 0.7], **options)
+    exact = a.astype(np.float64) @ w.T.astype(np.float64)
+    for alpha, error in zip(found.alphas, found.errors, strict=True):
+        factors = compute_smooth_factors(a, w, SmoothQuantConfig(alpha), mode=Percentile(1.0))
+        y = QuantLinear.from_float(w, smooth=factors, **options)(a)
+        assert error == pytest.approx(np.square(y - exact).sum(), rel=1e-9)
+    y = QuantLinear.from_float(w, **options)(a)
+    assert found.unsmoothed_error == pytest.approx(np.square(y - exact).sum(), rel=1e-9)
+
+
 def test_the_default_is_every_twentieth():
     a, (w,) = layer(20, 30, 10)
     assert search_alpha(a, w).alphas == tuple(GRID)
