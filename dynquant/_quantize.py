@@ -40,7 +40,6 @@ _MAX_ABS = MaxAbs()
 
 # Axes that `x` must have at the least, and how an error says so.
 _LEAST_AXES = {
-    "per_tensor": (0, ""),
     "per_row": (2, "(..., k) with at least two axes"),
     "per_group": (1, "(..., k) with at least one axis"),
 }
@@ -278,15 +277,21 @@ def quantize_named(
     """`dynamic_quantize` for an argument called `name`."""
     array = as_floats(x, name)
     shape = array.shape
-    axes, expected = _LEAST_AXES[fmt.granularity]
-    if len(shape) < axes:
-        raise ShapeMismatchError(expected, shape, name)
-    m, k = fmt.rows_of(shape)
-    clip, packed, group = fmt.clip, fmt.packed, fmt.group_of(k)
-    rank, last_rank = rank_of(mode, group if k else 0), rank_of(mode, (k - 1) % group + 1 if k else 0)
+    scales_shape: int | tuple[int, ...]
+    if fmt.granularity == "per_tensor":
+        m, k, scales_shape = 1, array.size, 1
+    else:
+        axes, expected = _LEAST_AXES[fmt.granularity]
+        if len(shape) < axes:
+            raise ShapeMismatchError(expected, shape, name)
+        (m, k), scales_shape = fmt.rows_of(shape), fmt.scales_shape(shape)
+    clip, packed, group = fmt.clip, fmt.packed, fmt.group_size or k or 1
+    rank = last_rank = rank_of(mode, group if k else 0)
+    if k % group:
+        last_rank = rank_of(mode, k % group)
     data_shape, dtype = (fmt.data_shape(shape), U8) if packed else (shape, I8)
     data = empty(data_shape, dtype) if out is None else checked_out(out, data_shape, dtype, x)
-    scales = empty(fmt.scales_shape(shape), F32)
+    scales = empty(scales_shape, F32)
     run = scales if scales.ndim == 1 else scales.reshape(-1)
     rows = float_rows(array, m, k)
     codes = data if data.ndim == 1 and not packed else as_run(data)

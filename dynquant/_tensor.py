@@ -265,13 +265,6 @@ class DynQuantTensor:
         )
 
 
-# The slots' own setters: a frozen dataclass is set through object.__setattr__ otherwise, twice as slowly.
-_new_object = object.__new__
-_set_data, _set_scales, _set_zero_points, _set_shape, _set_format = (
-    getattr(DynQuantTensor, f.name).__set__ for f in dataclasses.fields(DynQuantTensor)
-)
-
-
 def tensor_of_checked(
     data: NDArray[Any],
     scales: NDArray[np.float32],
@@ -280,12 +273,7 @@ def tensor_of_checked(
     zero_points: NDArray[np.uint8] | None = None,
 ) -> DynQuantTensor:
     """A tensor of arrays that are known to fit; skips the checks, which cost more than a small call."""
-    tensor = _new_object(DynQuantTensor)
-    _set_data(tensor, data)
-    _set_scales(tensor, scales)
-    _set_zero_points(tensor, zero_points)
-    _set_shape(tensor, shape)
-    _set_format(tensor, format)
+    tensor: DynQuantTensor = _core.filled(DynQuantTensor, data, scales, zero_points, shape, format)
     return tensor
 
 

@@ -77,7 +77,7 @@ def as_floats(x: Any, name: str) -> NDArray[Any]:
 def float_rows(array: NDArray[Any], m: int, k: int) -> FloatRows:
     """The array that `as_floats` gave, seen by the kernels as m rows of k."""
     flat = array if array.ndim == 1 else array.reshape(-1)
-    if array.dtype == F32:
+    if array.dtype is F32 or array.dtype == F32:
         return FloatRows(flat, _KIND_F32, m, k)
     return FloatRows(flat.view(U16), _KIND_F16 if array.dtype == F16 else _KIND_BF16, m, k)
 
