@@ -13,13 +13,14 @@ cdef struct Floats:
 
 
 # One row of a quantised tensor. Every `group` elements have a scale, and a zero point unless the codes are
-# symmetric and zero_points NULL.
+# symmetric and zero_points NULL. `within`: each scale is that of the group's largest magnitude.
 cdef struct QuantRow:
     int8_t* codes
     const float* scales
     const uint8_t* zero_points
     Py_ssize_t group
     bint packed
+    bint within
 
 
 cdef Kernels* kernels

@@ -38,6 +38,7 @@ def code_rows(
     scales: _F32,
     zero_points: _U8 | None,
     clip: int,
+    within: bool,
     packed: bool,
     group: int,
     codes: _I8,

@@ -324,7 +324,7 @@ cdef inline QuantRow quant_row(const int8_t* codes, const float* scales, const u
     row.zero_points = NULL
     if zero_points != NULL:
         row.zero_points = zero_points + r * groups
-    row.group, row.packed = group, packed
+    row.group, row.packed, row.within = group, packed, False
     return row
 
 
@@ -342,7 +342,7 @@ cdef void code_block(const Floats* x, const QuantRow* row, Py_ssize_t start, Py_
         if scale == 0:
             memset(codes, 0, end - i)
         elif row.zero_points == NULL:
-            kernels.quantize_row_f32_s8(block, scale, clip, stream, codes, end - i)
+            kernels.quantize_row_f32_s8(block, scale, clip, row.within, stream, codes, end - i)
         else:
             kernels.quantize_row_f32_u4(block, scale, row.zero_points[g], codes, end - i)
         block += end - i
@@ -376,9 +376,12 @@ cdef void code_row(const Floats* x, const QuantRow* row, int32_t clip) noexcept 
 
 
 def code_rows(FloatRows x not None, const float[::1] scales not None, const uint8_t[::1] zero_points,
-              int clip, bint packed, Py_ssize_t group, int8_t[::1] codes not None, Py_ssize_t first=0,
-              Py_ssize_t end=PY_SSIZE_T_MAX):
-    """Codes of rows first .. end, each group by its own scale; returns True."""
+              int clip, bint within, bint packed, Py_ssize_t group, int8_t[::1] codes not None,
+              Py_ssize_t first=0, Py_ssize_t end=PY_SSIZE_T_MAX):
+    """Codes of rows first .. end, each group by its own scale; returns True.
+
+    `within`: the scales are those of the largest magnitudes.
+    """
     cdef Py_ssize_t r
     cdef Floats row
     cdef QuantRow q
@@ -391,6 +394,7 @@ def code_rows(FloatRows x not None, const float[::1] scales not None, const uint
         for r in range(first, end if end < x.m else x.m):
             row = x.row(r)
             q = quant_row(&codes[0], &scales[0], z, packed, group, x.k, r)
+            q.within = within
             code_row(&row, &q, clip)
     return True
 
@@ -413,6 +417,7 @@ def quantize_rows(FloatRows x not None, float[::1] scales not None, int clip, Py
         for r in range(first, end if end < x.m else x.m):
             row = x.row(r)
             q = quant_row(&codes[0], &scales[0], NULL, packed, group, x.k, r)
+            q.within = rank < 0
             finite = group_scales(&row, clip, rank, last_rank, group, <float*> q.scales)
             if not finite:
                 break
@@ -476,7 +481,7 @@ cdef void fit_group(const Floats* x, int levels, bint search, float* scale,
     if not search:
         return
     best_scale = scale[0]
-    row.scales, row.zero_points, row.group = scale, zero_point, x.n
+    row.scales, row.zero_points, row.group, row.within = scale, zero_point, x.n, False
     for i in range(SEARCH_STEPS):
         t = <float> (1 - i / 32.0)
         range_codes(least * t, most * t, levels, scale, zero_point)
@@ -820,7 +825,7 @@ cdef void code_activation(const Floats* x, float scale, uint8_t* a) noexcept nog
     cdef int8_t codes[BLOCK]
     cdef Py_ssize_t start = 0, n
     cdef QuantRow q
-    q.scales, q.zero_points, q.group = &scale, NULL, x.n
+    q.scales, q.zero_points, q.group, q.within = &scale, NULL, x.n, True
     while start < x.n:
         n = block_len(start, x.n)
         code_block(x, &q, start, n, 127, False, codes)
@@ -832,7 +837,7 @@ cdef void code_activation(const Floats* x, float scale, uint8_t* a) noexcept nog
 cdef void code_group_activation(const Floats* x, float scale, Py_ssize_t group, int8_t* codes,
                                 uint8_t* a) noexcept nogil:
     cdef QuantRow q
-    q.codes, q.scales, q.zero_points, q.group, q.packed = codes, &scale, NULL, x.n, False
+    q.codes, q.scales, q.zero_points, q.group, q.packed, q.within = codes, &scale, NULL, x.n, False, True
     code_run(x, &q, 0, x.n, 127)
     kernels.pack_group_activation_s8(codes, a, x.n, group)
 

@@ -306,5 +306,5 @@ def quantize_named(
     if not finite:
         raise_non_finite(array, name)
     if check_first:
-        over_rows(_core.code_rows, (rows, run, None, clip, packed, group, codes), m, threads)
+        over_rows(_core.code_rows, (rows, run, None, clip, rank < 0, packed, group, codes), m, threads)
     return tensor_of_checked(data, scales, shape, fmt)

@@ -20,8 +20,8 @@ ctypedef struct Kernels:
     void (*count_next_bits_f32)(const float* x, int32_t prefix, int shift, Py_ssize_t* counts,
                                 Py_ssize_t n) noexcept nogil
     # quantize.pxi
-    void (*quantize_row_f32_s8)(const float* x, float scale, int32_t clip, bint stream, int8_t* codes,
-                                Py_ssize_t n) noexcept nogil
+    void (*quantize_row_f32_s8)(const float* x, float scale, int32_t clip, bint within, bint stream,
+                                int8_t* codes, Py_ssize_t n) noexcept nogil
     void (*quantize_row_f32_u8)(const float* x, float scale, int32_t zero_point, uint8_t* codes,
                                 Py_ssize_t n) noexcept nogil
     void (*quantize_row_f32_u4)(const float* x, float scale, int32_t zero_point, int8_t* codes,

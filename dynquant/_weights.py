@@ -129,7 +129,9 @@ def quantize_matrix(
     if not np.isfinite(scales).all():
         raise ParameterError("w: expected the range of each group within float32, got one beyond it")
     data = np.empty(fmt.data_shape(w.shape), fmt.data_dtype)
-    over_rows(_core.code_rows, (rows, s, z, fmt.clip, fmt.packed, group, as_run(data)), len(w), threads)
+    over_rows(
+        _core.code_rows, (rows, s, z, fmt.clip, not search, fmt.packed, group, as_run(data)), len(w), threads
+    )
     tensor = tensor_of_checked(data, scales, w.shape, fmt, zero_points)
     if batches is None:
         return tensor

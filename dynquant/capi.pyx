@@ -156,7 +156,7 @@ cdef int dynquant_percentile_scale_f32(const float* x, int64_t n, double p, floa
 cdef inline QuantRow codes_of(const int8_t* codes, const float* scale, bint packed, int64_t n) noexcept nogil:
     cdef QuantRow row
     row.codes, row.scales, row.zero_points, row.packed = <int8_t*> codes, scale, NULL, packed
-    row.group = n if n > 0 else 1
+    row.group, row.within = n if n > 0 else 1, False
     return row
 
 
@@ -177,6 +177,7 @@ cdef inline int dynamic_quantize_row(const float* x, int64_t n, int32_t clip, bi
     cdef Floats row = floats(x, n)
     cdef QuantRow coded = codes_of(codes, scale, packed, n)
     cdef int status = dynquant_amax_scale_f32(x, n, clip, scale)
+    coded.within = True
     if status == DYNQUANT_OK:
         code_row(&row, &coded, clip)
     return status

@@ -17,7 +17,8 @@ cdef extern from "kernels/simd.h" nogil:
         pass
     int32_t dq_bits(float x)
     float dq_float(int32_t b)
-    int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, bint stream, int8_t* codes)
+    int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, bint within, bint stream,
+                         int8_t* codes)
     void dq_stream_end()
     float dq_widen(uint16_t h)
     void dq_widen_step(const uint16_t* x, float* out)

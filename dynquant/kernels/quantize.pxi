@@ -15,13 +15,13 @@ cdef inline void divide_round_row(const float* x, float scale, int32_t clip, int
         codes[i] = <int8_t> <int32_t> (v + copysignf(<float> 0.499999970197677612, v))
 
 
-# Whole steps of the row; returns how many elements they covered. Called with a constant `stream` only, so
-# that each loop has one kind of store.
+# Whole steps of the row; returns how many elements they covered. Called with constants for `within` and
+# `stream` only, so that each loop has one kind of store.
 cdef inline Py_ssize_t quantize_steps(const float* x, float scale, float lo, float hi, int32_t clip,
-                                      bint stream, int8_t* codes, Py_ssize_t n) noexcept nogil:
+                                      bint within, bint stream, int8_t* codes, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i = 0
     while i + DQ_STEP <= n:
-        if dq_quantize_step(x + i, lo, hi, clip, stream, codes + i):
+        if dq_quantize_step(x + i, lo, hi, clip, within, stream, codes + i):
             divide_round_row(x + i, scale, clip, codes + i, DQ_STEP)
         i += DQ_STEP
     return i
@@ -34,9 +34,11 @@ cdef inline Py_ssize_t quantize_steps(const float* x, float scale, float lo, flo
 # Rounding is monotonic: where x * lo and x * hi round to one integer, fl(x / scale) rounds to it too, and it
 # is no tie, so the direction of ties does not matter. Of random floats two to five in 10**5 fail that test;
 # its whole step is then divided. The bounds need normal r, lo and hi, hence the range of scale.
-# With `stream` the codes go past the caches.
-cdef void quantize_row_f32_s8(const float* x, float scale, int32_t clip, bint stream, int8_t* codes,
-                              Py_ssize_t n) noexcept nogil:
+# With `within` no |x| is above the magnitude whose quotient by clip, rounded, is `scale`: x * hi is then at
+# most clip * (1 + 2**-20), which rounds to clip, and codes need no clamping. With `stream` the codes go past
+# the caches.
+cdef void quantize_row_f32_s8(const float* x, float scale, int32_t clip, bint within, bint stream,
+                              int8_t* codes, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i = 0
     cdef float r, lo, hi
     if not (scale >= <float> 2.3509887016445750e-38 and scale <= <float> 4.2535295865117308e+37):
@@ -49,10 +51,12 @@ cdef void quantize_row_f32_s8(const float* x, float scale, int32_t clip, bint st
         i = -<Py_ssize_t> codes & (DQ_STEP - 1)
         i = i if i < n else n
         divide_round_row(x, scale, clip, codes, i)
-        i += quantize_steps(x + i, scale, lo, hi, clip, True, codes + i, n - i)
+        i += quantize_steps(x + i, scale, lo, hi, clip, False, True, codes + i, n - i)
         dq_stream_end()
+    elif within:
+        i = quantize_steps(x, scale, lo, hi, clip, True, False, codes, n)
     else:
-        i = quantize_steps(x, scale, lo, hi, clip, False, codes, n)
+        i = quantize_steps(x, scale, lo, hi, clip, False, False, codes, n)
     divide_round_row(x + i, scale, clip, codes + i, n - i)
 
 

@@ -41,7 +41,8 @@ static inline float dq_float(int32_t b) {
 #define DQ_MAGIC 12582912.0f
 #define DQ_MAGIC_BITS 0x4B400000
 
-/* codes[i] = clamp(integer nearest x[i] * lo, -clip, clip) for DQ_STEP floats.
+/* codes[i] = clamp(integer nearest x[i] * lo, -clip, clip) for DQ_STEP floats; with `within` the caller vouches
+   that every x[i] * lo and x[i] * hi rounds into [-clip, clip], and nothing is clamped.
    Returns nonzero when x[i] * lo and x[i] * hi do not round to the same integer for some i; only where it
    returns zero are the codes meant.
    With `stream` the codes, then aligned to DQ_STEP, are written past the caches: a line that will not be
@@ -53,7 +54,7 @@ static inline float dq_float(int32_t b) {
 
 #define DQ_STEP 64
 static inline void dq_stream_end(void) { _mm_sfence(); }
-static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, int stream,
+static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, int within, int stream,
                                    int8_t* codes) {
     const __m512 vlo = _mm512_set1_ps(lo), vhi = _mm512_set1_ps(hi), magic = _mm512_set1_ps(DQ_MAGIC);
     const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -63,8 +64,11 @@ static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t c
         const __m512i low = _mm512_castps_si512(_mm512_fmadd_ps(v, vlo, magic));
         const __m512i high = _mm512_castps_si512(_mm512_fmadd_ps(v, vhi, magic));
         differ = _mm512_ternarylogic_epi32(differ, low, high, 0xF6); /* differ | (low ^ high) */
-        a[j] = _mm512_sub_epi32(low, _mm512_set1_epi32(DQ_MAGIC_BITS));
+        /* The low byte of the sum is the code as it is. */
+        if (within && !stream) _mm_storeu_si128((__m128i*)(codes + 16 * j), _mm512_cvtepi32_epi8(low));
+        else a[j] = _mm512_sub_epi32(low, _mm512_set1_epi32(DQ_MAGIC_BITS));
     }
+    if (within && !stream) return _mm512_test_epi32_mask(differ, differ) != 0;
     __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(a[0], a[1]), _mm512_packs_epi32(a[2], a[3]));
     bytes = _mm512_max_epi8(bytes, _mm512_set1_epi8((char)-clip));
     bytes = _mm512_min_epi8(bytes, _mm512_set1_epi8((char)clip));
@@ -78,7 +82,7 @@ static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t c
 
 #define DQ_STEP 32
 static inline void dq_stream_end(void) { _mm_sfence(); }
-static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, int stream,
+static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, int within, int stream,
                                    int8_t* codes) {
     const __m256 vlo = _mm256_set1_ps(lo), vhi = _mm256_set1_ps(hi), magic = _mm256_set1_ps(DQ_MAGIC);
     const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -91,8 +95,10 @@ static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t c
         a[j] = _mm256_sub_epi32(low, _mm256_set1_epi32(DQ_MAGIC_BITS));
     }
     __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a[0], a[1]), _mm256_packs_epi32(a[2], a[3]));
-    bytes = _mm256_max_epi8(bytes, _mm256_set1_epi8((char)-clip));
-    bytes = _mm256_min_epi8(bytes, _mm256_set1_epi8((char)clip));
+    if (!within) {
+        bytes = _mm256_max_epi8(bytes, _mm256_set1_epi8((char)-clip));
+        bytes = _mm256_min_epi8(bytes, _mm256_set1_epi8((char)clip));
+    }
     bytes = _mm256_permutevar8x32_epi32(bytes, lanes);
     if (stream) _mm256_stream_si256((__m256i*)codes, bytes);
     else _mm256_storeu_si256((__m256i*)codes, bytes);
@@ -103,15 +109,17 @@ static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t c
 
 #define DQ_STEP 64 /* a loop of 16 or fewer gcc unrolls whole, and then does not vectorise */
 static inline void dq_stream_end(void) {}
-static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, int stream,
+static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, int within, int stream,
                                    int8_t* codes) {
     int32_t differ = 0;
     (void)stream;
     for (int j = 0; j < DQ_STEP; j++) {
         int32_t a = dq_bits(x[j] * lo + DQ_MAGIC);
         differ |= a ^ dq_bits(x[j] * hi + DQ_MAGIC);
-        a = a < DQ_MAGIC_BITS - clip ? DQ_MAGIC_BITS - clip : a;
-        a = a > DQ_MAGIC_BITS + clip ? DQ_MAGIC_BITS + clip : a;
+        if (!within) {
+            a = a < DQ_MAGIC_BITS - clip ? DQ_MAGIC_BITS - clip : a;
+            a = a > DQ_MAGIC_BITS + clip ? DQ_MAGIC_BITS + clip : a;
+        }
         codes[j] = (int8_t)(a & 0xFF);
     }
     return differ != 0;
