@@ -35,3 +35,12 @@ cdef void code_activation(const Floats* x, float scale, uint8_t* a) noexcept nog
 cdef void multiply_panels(const int8_t* panels, const float* w_scales, const float* bias, const uint8_t* a,
                           const float* a_scales, float* out, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
                           Py_ssize_t first, Py_ssize_t end) noexcept nogil
+cdef void pack_group_panels(const uint8_t* w, const float* scales, const uint8_t* zero_points, Py_ssize_t n,
+                            uint8_t* panels, float* panels_scales, uint8_t* panels_zero_points, Py_ssize_t k,
+                            Py_ssize_t group) noexcept nogil
+cdef void code_group_activation(const Floats* x, float scale, Py_ssize_t group, int8_t* codes,
+                                uint8_t* a) noexcept nogil
+cdef void multiply_group_panels(const uint8_t* panels, const float* scales, const uint8_t* zero_points,
+                                const float* bias, const uint8_t* a, const float* a_scales, float* out,
+                                Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group,
+                                Py_ssize_t first, Py_ssize_t end) noexcept nogil

@@ -46,3 +46,9 @@ cdef int dynquant_divide_rows_f32(const float* x, const float* factors, int64_t 
                                   float* out) noexcept nogil
 cdef int dynquant_multiply_rows_f32(const float* x, const float* factors, int64_t m, int64_t k,
                                     float* out) noexcept nogil
+cdef int64_t dynquant_w4a8_packed_bytes(int64_t n, int64_t k, int64_t group_size) noexcept nogil
+cdef int dynquant_w4a8_pack(const uint8_t* w, const float* w_scales, const uint8_t* zero_points, int64_t n,
+                            int64_t k, int64_t group_size, void* packed) noexcept nogil
+cdef int64_t dynquant_w4a8_scratch_bytes(int64_t m, int64_t k, int64_t group_size) noexcept nogil
+cdef int dynquant_w4a8_matmul(const void* packed, const float* bias, const float* x, int64_t m, int64_t n,
+                              int64_t k, int64_t group_size, void* scratch, float* out) noexcept nogil

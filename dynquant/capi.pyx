@@ -18,9 +18,12 @@ from dynquant._core cimport (
     Floats,
     QuantRow,
     code_activation,
+    code_group_activation,
     code_row,
     kernels,
+    multiply_group_panels,
     multiply_panels,
+    pack_group_panels,
     pack_panels,
     panels_of,
     percentile_rank,
@@ -58,6 +61,12 @@ cdef extern from "include/dynquant.h" nogil:
                                float* out) noexcept
         int (*multiply_rows_f32)(const float* x, const float* factors, int64_t m, int64_t k,
                                  float* out) noexcept
+        int64_t (*w4a8_packed_bytes)(int64_t n, int64_t k, int64_t group_size) noexcept
+        int (*w4a8_pack)(const uint8_t* w, const float* w_scales, const uint8_t* zero_points, int64_t n,
+                         int64_t k, int64_t group_size, void* packed) noexcept
+        int64_t (*w4a8_scratch_bytes)(int64_t m, int64_t k, int64_t group_size) noexcept
+        int (*w4a8_matmul)(const void* packed, const float* bias, const float* x, int64_t m, int64_t n,
+                           int64_t k, int64_t group_size, void* scratch, float* out) noexcept
 
 
 cdef extern from "kernels/simd.h" nogil:
@@ -254,6 +263,7 @@ cdef struct Label:
     const Kernels* form
     int64_t n
     int64_t k
+    int64_t group
 
 
 cdef inline char* line_of(const void* memory) noexcept nogil:
@@ -277,15 +287,15 @@ cdef int dynquant_w8a8_pack(const int8_t* w, int64_t n, int64_t k, void* packed)
     cdef Label* label = <Label*> line
     if dynquant_w8a8_packed_bytes(n, k) < 0:
         return DYNQUANT_BAD_ARGUMENT
-    label.form, label.n, label.k = kernels, n, k
+    label.form, label.n, label.k, label.group = kernels, n, k, 0
     if k:
         pack_panels(w, n, <int8_t*> line + LINE, k)
     return DYNQUANT_OK
 
 
-cdef inline bint is_packed(const void* packed, int64_t n, int64_t k) noexcept nogil:
+cdef inline bint is_packed(const void* packed, int64_t n, int64_t k, int64_t group) noexcept nogil:
     cdef const Label* label = <const Label*> line_of(packed)
-    return label.form == kernels and label.n == n and label.k == k
+    return label.form == kernels and label.n == n and label.k == k and label.group == group
 
 
 # A scale and a row of activations each: the scales come first, the rows at the next line.
@@ -323,7 +333,7 @@ cdef int dynquant_w8a8_matmul(const void* packed, const float* w_scales, const f
     cdef uint8_t* a
     cdef int status
     if not (is_shape(m, n) and is_shape(m, k) and dynquant_w8a8_scratch_bytes(m, k) >= 0
-            and is_packed(packed, n, k)):
+            and is_packed(packed, n, k, 0)):
         return DYNQUANT_BAD_ARGUMENT
     if not (all_finite(w_scales, n) and (bias == NULL or all_finite(bias, n))):
         return DYNQUANT_NON_FINITE
@@ -373,6 +383,110 @@ cdef int dynquant_multiply_rows_f32(const float* x, const float* factors, int64_
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Products with 4-bit weights
+
+
+# A group is no longer than the row, so that bytes do not grow with what a caller says.
+cdef inline int64_t group_of(int64_t k, int64_t group_size) noexcept nogil:
+    return group_size if group_size < k else k
+
+
+# Scales of all the panels, or their zero points.
+cdef inline int64_t scales_of(int64_t n, int64_t k, int64_t group) noexcept nogil:
+    return panels_of(n) * kernels.panel_outputs * ((k + group - 1) // group)
+
+
+# Bytes of the panels, without scales and zero points; k > 0.
+cdef inline int64_t panel_bytes_of(int64_t n, int64_t k, int64_t group) noexcept nogil:
+    return panels_of(n) * kernels.group_panel_bytes(k, group)
+
+
+cdef int64_t dynquant_w4a8_packed_bytes(int64_t n, int64_t k, int64_t group_size) noexcept nogil:
+    cdef int64_t group = group_of(k, group_size)
+    # A weight that is a group of its own takes nine bytes, and outputs are filled up to a panel.
+    if not (group_size > 0 and is_length(n) and is_shape(k, 16 * LINE)
+            and is_shape(n + LINE, 16 * k if k else 1)):
+        return -1
+    if k == 0:
+        return bytes_of(0, 0)
+    return bytes_of(1, panel_bytes_of(n, k, group) + scales_of(n, k, group) * (<int64_t> sizeof(float) + 1))
+
+
+cdef inline bint are_nibbles(const uint8_t* codes, int64_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef uint8_t bits = 0
+    for i in range(n):
+        bits |= codes[i]
+    return bits <= 15
+
+
+cdef int dynquant_w4a8_pack(const uint8_t* w, const float* w_scales, const uint8_t* zero_points, int64_t n,
+                            int64_t k, int64_t group_size, void* packed) noexcept nogil:
+    cdef char* line = line_of(packed)
+    cdef Label* label = <Label*> line
+    cdef int64_t group = group_of(k, group_size), groups
+    cdef uint8_t* panels = <uint8_t*> line + LINE
+    cdef float* scales
+    if dynquant_w4a8_packed_bytes(n, k, group_size) < 0:
+        return DYNQUANT_BAD_ARGUMENT
+    groups = (k + group - 1) // group if k else 0
+    if not all_finite(w_scales, n * groups):
+        return DYNQUANT_NON_FINITE
+    if zero_points != NULL and not are_nibbles(zero_points, n * groups):
+        return DYNQUANT_BAD_ARGUMENT
+    label.form, label.n, label.k, label.group = kernels, n, k, group_size
+    if k:
+        scales = <float*> (panels + panel_bytes_of(n, k, group))
+        pack_group_panels(w, w_scales, zero_points, n, panels, scales,
+                          <uint8_t*> (scales + scales_of(n, k, group)), k, group)
+    return DYNQUANT_OK
+
+
+# For each row a scale and the form that the kernel takes; and the codes of one row.
+cdef int64_t dynquant_w4a8_scratch_bytes(int64_t m, int64_t k, int64_t group_size) noexcept nogil:
+    if not (group_size > 0 and is_shape(k, 16 * LINE)):
+        return -1
+    if k == 0:
+        return bytes_of(m, <int64_t> sizeof(float))
+    return bytes_of(m + 1, kernels.group_activation_bytes(k, group_of(k, group_size))
+                    + <int64_t> sizeof(float)) if is_length(m) else -1
+
+
+cdef int dynquant_w4a8_matmul(const void* packed, const float* bias, const float* x, int64_t m, int64_t n,
+                              int64_t k, int64_t group_size, void* scratch, float* out) noexcept nogil:
+    cdef int64_t group = group_of(k, group_size)
+    cdef float* a_scales = <float*> line_of(scratch)
+    cdef const uint8_t* panels = <const uint8_t*> line_of(packed) + LINE
+    cdef const float* scales
+    cdef uint8_t* a
+    cdef int8_t* codes
+    cdef Floats row
+    cdef int status
+    cdef Py_ssize_t r, width
+    if not (is_shape(m, n) and is_shape(m, k) and dynquant_w4a8_scratch_bytes(m, k, group_size) >= 0
+            and is_packed(packed, n, k, group_size)):
+        return DYNQUANT_BAD_ARGUMENT
+    if bias != NULL and not all_finite(bias, n):
+        return DYNQUANT_NON_FINITE
+    if k == 0:
+        fill_rows(bias, m, n, out)
+        return DYNQUANT_OK
+    width = kernels.group_activation_bytes(k, group)
+    a = <uint8_t*> line_of(a_scales + m)
+    codes = <int8_t*> a + m * width
+    for r in range(m):
+        status = scale_row(x + r * k, k, -1, 127, &a_scales[r])
+        if status != DYNQUANT_OK:
+            return status
+        row = floats(x + r * k, k)
+        code_group_activation(&row, a_scales[r], group, codes, a + r * width)
+    scales = <const float*> (panels + panel_bytes_of(n, k, group))
+    multiply_group_panels(panels, scales, <const uint8_t*> (scales + scales_of(n, k, group)), bias, a,
+                          a_scales, out, m, n, k, group, 0, panels_of(n))
+    return DYNQUANT_OK
+
+
+# ---------------------------------------------------------------------------------------------------------
 # The table
 
 
@@ -397,5 +511,9 @@ table.w8a8_scratch_bytes = dynquant_w8a8_scratch_bytes
 table.w8a8_matmul = dynquant_w8a8_matmul
 table.divide_rows_f32 = dynquant_divide_rows_f32
 table.multiply_rows_f32 = dynquant_multiply_rows_f32
+table.w4a8_packed_bytes = dynquant_w4a8_packed_bytes
+table.w4a8_pack = dynquant_w4a8_pack
+table.w4a8_scratch_bytes = dynquant_w4a8_scratch_bytes
+table.w4a8_matmul = dynquant_w4a8_matmul
 
 _C_API = PyCapsule_New(&table, "dynquant.capi._C_API", NULL)

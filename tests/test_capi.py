@@ -238,6 +238,82 @@ def test_matmul_of_packed_weights(isa, shape, with_bias):
         assert_same_bits(out, expected)
 
 
+def packed_int4(tensor, offset=0):
+    (n, k), group = tensor.shape, tensor.format.group_of(tensor.shape[1])
+    packed = memory(FUNCTIONS["w4a8_packed_bytes"](n, k, group), offset)
+    call("w4a8_pack", tensor.data, tensor.scales, tensor.zero_points, n, k, group, packed)
+    return packed
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1, 1), (3, 5, 7, 3), (4, 33, 64, 32), (9, 16, 130, 128), (2, 3, 20_001, 9000), (0, 3, 4, 4)],
+)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_matmul_of_packed_4_bit_weights(isa, shape, symmetric, with_bias):
+    m, n, k, group = shape
+    w, x, bias = floats(n * k, 2).reshape(n, k), floats(m * k).reshape(m, k), floats(n, 1)
+    weight = dynquant.quantize_weights(w, bits=4, group_size=group, symmetric=symmetric)
+    bias = bias if with_bias else None
+    expected = dynquant.w4a8_matmul(weight, x, bias)
+    for offset in (0, 1, 37):
+        packed = packed_int4(weight, offset)
+        scratch = memory(FUNCTIONS["w4a8_scratch_bytes"](m, k, group), 63 - offset)
+        out = np.full((m, n), 77, F32)
+        call("w4a8_matmul", packed, bias, x, m, n, k, group, scratch, out)
+        assert_same_bits(out, expected)
+
+
+def test_4_bit_products_over_nothing_and_groups_beyond_the_row(isa):
+    packed, scratch = (memory(FUNCTIONS[f"w4a8_{name}_bytes"](2, 0, 8), 0) for name in ("packed", "scratch"))
+    out, bias = np.full((2, 2), 77, F32), floats(2)
+    call("w4a8_pack", None, None, None, 2, 0, 8, packed)
+    call("w4a8_matmul", packed, bias, None, 2, 2, 0, 8, scratch, out)
+    assert_same_bits(out, np.stack([bias, bias]))
+    weight, x = dynquant.quantize_weights(floats(6).reshape(2, 3), bits=4), floats(6, 1).reshape(2, 3)
+    packed = memory(FUNCTIONS["w4a8_packed_bytes"](2, 3, 2**62), 0)
+    scratch = memory(FUNCTIONS["w4a8_scratch_bytes"](2, 3, 2**62), 0)
+    call("w4a8_pack", weight.data, weight.scales, weight.zero_points, 2, 3, 2**62, packed)
+    call("w4a8_matmul", packed, None, x, 2, 2, 3, 2**62, scratch, out)
+    assert_same_bits(out, dynquant.w4a8_matmul(weight, x))
+
+
+def test_no_byte_outside_of_packed_4_bit_weights_and_scratch_is_written(isa):
+    m, n, k, group = 5, 35, 129, 20
+    weight = dynquant.quantize_weights(floats(n * k).reshape(n, k), bits=4, group_size=group)
+    x, out = np.ones((m, k), F32), np.empty((m, n), F32)
+    for offset in range(0, 64, 7):
+        sizes = FUNCTIONS["w4a8_packed_bytes"](n, k, group), FUNCTIONS["w4a8_scratch_bytes"](m, k, group)
+        packed, scratch = (Guarded(size, offset) for size in sizes)
+        arrays = weight.data, weight.scales, weight.zero_points
+        call("w4a8_pack", *arrays, n, k, group, packed.result)
+        call("w4a8_matmul", packed.result, None, x, m, n, k, group, scratch.result, out)
+        packed.check(packed.result)
+        scratch.check(scratch.result)
+
+
+def test_zero_points_above_15_are_refused():
+    arguments = arguments_of("w4a8_pack")
+    arguments[2][1] = 16
+    check_refused("w4a8_pack", arguments, BAD_ARGUMENT)
+
+
+def test_packed_4_bit_weights_are_known_by_their_form():
+    w = floats(15).reshape(3, 5)
+    packed = packed_int4(dynquant.quantize_weights(w, bits=4, group_size=2))
+    x, scratch = np.ones((2, 5), F32), memory(FUNCTIONS["w4a8_scratch_bytes"](2, 5, 1), 0)
+    out = np.full((2, 3), 77, F32)
+
+    def multiply(packed, n=3, k=5, group=2):
+        return FUNCTIONS["w4a8_matmul"](packed, None, x, 2, n, k, group, scratch, out)
+
+    for bad in ({"n": 2}, {"k": 4}, {"group": 1}, {"packed": packed_weights(np.ones((3, 5), np.int8))}):
+        assert multiply(**{"packed": packed, **bad}) == BAD_ARGUMENT
+    assert (out == 77).all()
+    assert multiply(packed) == OK
+
+
 def test_no_byte_outside_of_packed_weights_and_scratch_is_written(isa):
     m, n, k = 5, 35, 129
     w, x, w_scales, out = (
@@ -339,6 +415,8 @@ def arguments_of(name):
         packed_weights(np.ones((2, 3), np.int8)),
         memory(FUNCTIONS["w8a8_scratch_bytes"](2, 3), 0),
     )
+    packed_4 = packed_int4(dynquant.quantize_weights(np.ones((2, 3), F32), bits=4))
+    scratch_4 = memory(FUNCTIONS["w4a8_scratch_bytes"](2, 3, 3), 0)
     out = np.full(6, 77, F32)
     return {
         "amax_f32": [x, 6, value],
@@ -354,6 +432,8 @@ def arguments_of(name):
         "w8a8_matvec": [codes, scales, 2, 3, codes.copy(), 1.0, out],
         "w8a8_pack": [codes, 2, 3, packed],
         "w8a8_matmul": [packed, scales, scales.copy(), x, 2, 2, 3, scratch, out],
+        "w4a8_pack": [codes, scales, np.ones(2, np.uint8), 2, 3, 3, packed_4],
+        "w4a8_matmul": [packed_4, scales.copy(), x, 2, 2, 3, 3, scratch_4, out],
         "divide_rows_f32": [x, np.ones(3, F32), 2, 3, out],
         "multiply_rows_f32": [x, np.ones(3, F32), 2, 3, out],
     }[name]
@@ -379,6 +459,9 @@ FLOATS = {
     ("w8a8_matmul", 1): 2,
     ("w8a8_matmul", 2): 2,
     ("w8a8_matmul", 3): 6,
+    ("w4a8_pack", 1): 2,
+    ("w4a8_matmul", 1): 2,
+    ("w4a8_matmul", 2): 6,
     **{
         (name, place): n for name in ("divide_rows_f32", "multiply_rows_f32") for place, n in [(0, 6), (1, 3)]
     },
@@ -388,12 +471,14 @@ LENGTH_PLACES = [
     *(("w8a8_matvec", place) for place in (2, 3)),
     *(("w8a8_pack", place) for place in (1, 2)),
     *(("w8a8_matmul", place) for place in (4, 5, 6)),
+    *(("w4a8_pack", place) for place in (3, 4)),
+    *(("w4a8_matmul", place) for place in (3, 4, 5)),
     *((name, place) for name in ("divide_rows_f32", "multiply_rows_f32") for place in (2, 3)),
 ]
 
 
 def check_refused(name, arguments, status):
-    scratch = arguments[7] if name == "w8a8_matmul" else None
+    scratch = arguments[7] if name.endswith("8_matmul") else None
     arrays = [a for a in arguments if isinstance(a, np.ndarray) and a is not scratch]
     before = [a.tobytes() for a in arrays]
     assert FUNCTIONS[name](*arguments) == status
@@ -435,7 +520,8 @@ def test_factors_not_above_zero(name):
 
 
 def test_every_function_has_its_refusals():
-    statusless = {"dot_s8s8_s64", "w8a8_packed_bytes", "w8a8_scratch_bytes"}
+    sizes = {f"{product}_{what}_bytes" for product in ("w8a8", "w4a8") for what in ("packed", "scratch")}
+    statusless = {"dot_s8s8_s64", *sizes}
     assert {name for name, _ in LENGTH_PLACES} == set(FUNCTIONS) - statusless
     assert FUNCTIONS["dot_s8s8_s64"](None, None, -1) == 0
 
@@ -448,3 +534,25 @@ def test_sizes(name):
     assert FUNCTIONS[name](0, 0) >= 0
     # A weight takes a byte, an activation at most two, beside labels, padding and scales.
     assert 4096**2 <= FUNCTIONS[name](4096, 4096) <= 1.03 * 4096**2 * (2 if "scratch" in name else 1)
+
+
+@pytest.mark.parametrize("name", ["w4a8_packed_bytes", "w4a8_scratch_bytes"])
+def test_sizes_with_groups(name):
+    huge = [2**63 - 1, 2**62, 2**40]
+    for shape in [(-1, 1), (1, -1), *((a, b) for a in huge for b in huge)]:
+        for group in (1, 32, 2**63 - 1):
+            assert FUNCTIONS[name](*shape, group) == -1, shape
+    for group in (0, -1, -(2**63)):
+        assert FUNCTIONS[name](4, 4, group) == -1
+    assert FUNCTIONS[name](0, 0, 1) >= 0
+    # A weight takes half a byte, and each group five; an activation one, and each group four.
+    most = 1 + 4 / 32 if "scratch" in name else 0.5 + 5 / 32
+    assert 0.5 * 4096**2 <= FUNCTIONS[name](4096, 4096, 32) <= 1.03 * 4096**2 * most
+
+
+@pytest.mark.parametrize("bad", [0, -1])
+@pytest.mark.parametrize(("name", "place"), [("w4a8_pack", 5), ("w4a8_matmul", 6)])
+def test_groups_that_cannot_be(name, place, bad):
+    arguments = arguments_of(name)
+    arguments[place] = bad
+    check_refused(name, arguments, BAD_ARGUMENT)

@@ -124,6 +124,29 @@ typedef struct dynquant_api {
        DYNQUANT_BAD_ARGUMENT. out may be x itself. A result beyond float32 is infinite. */
     int (*divide_rows_f32)(const float *x, const float *factors, int64_t m, int64_t k, float *out);
     int (*multiply_rows_f32)(const float *x, const float *factors, int64_t m, int64_t k, float *out);
+
+    /* ---- Packed W4A8: the same as packed W8A8 for 4-bit weights with a scale for each group ---- */
+
+    /* Bytes that w4a8_pack writes for weights (n, k), group_size >= 1; -1 for lengths that cannot be. */
+    int64_t (*w4a8_packed_bytes)(int64_t n, int64_t k, int64_t group_size);
+
+    /* Weights w (n, (k + 1) / 2), two codes to a byte, the even element in the low nibble; w_scales and
+       zero_points (n, groups), groups = ceil(k / group_size), the last group of a row may be shorter. Codes
+       and zero points are 0..15; or zero_points is NULL, and codes are in two's complement, in [-8, 7]. To
+       `packed`, w4a8_packed_bytes(n, k, group_size) bytes, of which the same holds as of w8a8_pack's.
+       DYNQUANT_BAD_ARGUMENT also for a zero point above 15. */
+    int (*w4a8_pack)(const uint8_t *w, const float *w_scales, const uint8_t *zero_points, int64_t n,
+                     int64_t k, int64_t group_size, void *packed);
+
+    /* Bytes of scratch that w4a8_matmul needs for m rows of k; -1 for lengths that cannot be. */
+    int64_t (*w4a8_scratch_bytes)(int64_t m, int64_t k, int64_t group_size);
+
+    /* out (m, n) = x (m, k) times weights (n, k), as w8a8_matmul, with out[r][c] = total * a_scale + bias[c],
+       where total adds up float32(exact sum of (code - zero_point) * a) * w_scales over the groups in
+       ascending order, from 0, in float32. DYNQUANT_BAD_ARGUMENT also if `packed` was not written there for
+       (n, k, group_size) by w4a8_pack. */
+    int (*w4a8_matmul)(const void *packed, const float *bias, const float *x, int64_t m, int64_t n,
+                       int64_t k, int64_t group_size, void *scratch, float *out);
 } dynquant_api;
 
 /* The table of the installed dynquant, which is imported if it is not yet; with the GIL held. NULL with
