@@ -96,7 +96,7 @@ def weight_range(x, clip, symmetric, share=1.0):
     least, most = (F32(bound) * F32(share) for bound in (min(0, x.min()), max(0, x.max())))
     with np.errstate(over="ignore", under="ignore"):
         if symmetric:
-            return max(-least, most) / F32(clip), 0
+            return max(most, -least) / F32(clip), 0
         scale = (most - least) / F32(15)
         if scale == 0:
             return scale, 0
