@@ -115,7 +115,7 @@ def test_matvec():
 
 
 def test_weights_and_layers(x):
-    """A product packs its weights anew, a layer has them packed; both quantise one chunk of rows at a time."""
+    """A product packs its weights anew, a layer has them packed; both take one chunk of rows at a time."""
     strided, options = x[:, :4096], {"bits": 4, "group_size": 32}
     rows = np.ascontiguousarray(strided)
     assert peak_over_result(quantize_weights, rows, **options) < MEGABYTE
