@@ -111,6 +111,26 @@ def test_groups_beyond_float32(size, symmetric, isa):
     assert_same_bits(w4a8_matmul(weight, x, bias), with_bias)
 
 
+def test_sums_end_where_the_next_row_begins(isa):
+    """A row's codes end 8 bytes before an odd cache line: two of its eight block sums would fit there."""
+    weight, x, _, plain, _ = case(6, 35, 64 * 1001 - 8, None, False)
+    assert_same_bits(w4a8_matmul(weight, x), plain)
+
+
+@pytest.mark.parametrize("size", [EXACT - 1, EXACT, EXACT + 1, 9001, 12_345, 2 * EXACT, 2 * EXACT + 13, None])
+def test_small_differences_of_large_sums(size, isa):
+    """Codes near the zero point 15: sums of 15 * 127 are beside each other that differ in their last bits."""
+    rng = np.random.default_rng(11)
+    k = 40_001
+    codes = np.where(rng.random((17, k)) < 0.001, 14, 15).astype(np.int8)
+    groups = -(-k // (size or k))
+    arrays = codes, np.ones((17, groups), F32), np.full((17, groups), 15, np.uint8), size
+    x = rng.integers(121, 128, (5, k)).astype(F32)
+    x[:, 0] = 127
+    x[1] *= -1
+    assert_same_bits(w4a8_matmul(packed(*arrays), x), expected(*arrays, x))
+
+
 LARGEST = {"15 - 0": (15, 0), "0 - 15": (0, 15), "7": (7, None), "-8": (-8, None)}
 
 
