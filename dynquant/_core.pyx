@@ -430,11 +430,11 @@ def quantize_rows(FloatRows x not None, float[::1] scales not None, int clip, Py
 
 
 # Scale, and zero point unless that is NULL, of codes for the range [least, most] around 0: symmetric codes in
-# [-levels, levels], or codes in [0, levels].
+# [-levels, levels], or codes in [0, levels]. `most` is not -0.0, so neither is the scale.
 cdef void range_codes(float least, float most, int levels, float* scale, uint8_t* zero_point) noexcept nogil:
     cdef float z
     if zero_point == NULL:
-        scale[0] = (most if most > -least else -least) / levels
+        scale[0] = (most if most >= -least else -least) / levels
         return
     scale[0] = (most - least) / levels
     zero_point[0] = 0

@@ -11,7 +11,7 @@ from ._gptq import calibration_batches
 from ._hadamard import hadamard_block, hadamard_transform
 from ._matmul import by_group, multiply, packed_linear
 from ._smooth import smooth_activations, smooth_weights
-from ._tensor import DynQuantFormat, DynQuantTensor
+from ._tensor import DynQuantFormat, DynQuantTensor, check_field
 from ._validate import (
     F32,
     U8,
@@ -343,7 +343,11 @@ def _int4_weight_of(arrays: Mapping[str, Any], scales: NDArray[np.float32]) -> D
     k = as_count(as_scalar(arrays["in_features"]), "in_features")
     group = arrays.get("group_size")
     fmt, _ = weight_format(4, None if group is None else as_scalar(group), None)
+    shape = (weight.shape[0], k)
+    check_field(weight, "weight_i4", fmt.data_shape(shape), U8)
+    check_field(scales, "weight_scales", fmt.scales_shape(shape), F32)
     zero_points = arrays.get("weight_zero_points")
     if zero_points is not None:
         zero_points = np.array(as_array(zero_points, "weight_zero_points"))
-    return DynQuantTensor(weight.copy(), scales, zero_points, (weight.shape[0], k), fmt)
+        check_field(zero_points, "weight_zero_points", scales.shape, U8)
+    return DynQuantTensor(weight.copy(), scales, zero_points, shape, fmt)

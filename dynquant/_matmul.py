@@ -287,7 +287,7 @@ def _check_int4(weight: Any) -> None:
         raise ParameterError(f"weight: expected packed 4-bit codes per row or per group, got {weight!r}")
     if len(weight.shape) != 2:
         raise ShapeMismatchError("(out_features, in_features)", weight.shape, "weight")
-    check_finite(weight.scales, "weight.scales")
+    check_finite(as_floats(weight.scales, "weight.scales"), "weight.scales")
 
 
 def _multiply_int4(
@@ -321,12 +321,12 @@ def packed_linear(
 ) -> _core.PackedLinear:
     """Weights, not empty, in the form of the kernels in use."""
     n, k = weight.shape
-    data, scales = np.ascontiguousarray(weight.data), np.ascontiguousarray(weight.scales)
+    data, scales = np.ascontiguousarray(weight.data), as_floats(weight.scales, "weight.scales")
     if weight.format.bits == 8:
         layer = _core.PackedLinear(n, k, 0, bias, smooth, block)
         layer.pack_int8(data, scales)
         return layer
-    layer = _core.PackedLinear(n, k, min(k, weight.format.group_of(k)), bias, smooth, block)
+    layer = _core.PackedLinear(n, k, weight.format.group_of(k), bias, smooth, block)
     zero_points = weight.zero_points
     if zero_points is not None:
         zero_points = np.ascontiguousarray(zero_points)

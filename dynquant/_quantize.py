@@ -285,7 +285,7 @@ def quantize_named(
         if len(shape) < axes:
             raise ShapeMismatchError(expected, shape, name)
         (m, k), scales_shape = fmt.rows_of(shape), fmt.scales_shape(shape)
-    clip, packed, group = fmt.clip, fmt.packed, fmt.group_size or k or 1
+    clip, packed, group = fmt.clip, fmt.packed, fmt.group_of(k)
     rank = last_rank = rank_of(mode, group if k else 0)
     if k % group:
         last_rank = rank_of(mode, k % group)

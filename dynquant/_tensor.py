@@ -131,7 +131,8 @@ class DynQuantFormat:
 
     def group_of(self, k: int) -> int:
         """How many of the `k` elements of a row share a scale, at least 1."""
-        return self.group_size or k or 1
+        size = self.group_size
+        return (k or 1) if size is None or size > k else size
 
     def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scales of a tensor of `shape`."""
@@ -201,12 +202,12 @@ class DynQuantTensor:
         object.__setattr__(self, "shape", _as_shape(self.shape))
         if self.format.granularity != "per_tensor" and not self.shape:
             raise ShapeMismatchError("(..., k)", self.shape, "shape")
-        _check_field(self.data, "data", self.format.data_shape(self.shape), self.format.data_dtype)
-        _check_field(self.scales, "scales", self.format.scales_shape(self.shape), F32)
+        check_field(self.data, "data", self.format.data_shape(self.shape), self.format.data_dtype)
+        check_field(self.scales, "scales", self.format.scales_shape(self.shape), F32)
         if self.zero_points is not None:
             if not self.format.packed:
                 raise ParameterError(f"zero_points: expected None unless codes are packed, got {self.format}")
-            _check_field(self.zero_points, "zero_points", self.scales.shape, U8)
+            check_field(self.zero_points, "zero_points", self.scales.shape, U8)
             if self.zero_points.max(initial=0) > 15:
                 raise ParameterError(f"zero_points: expected numbers up to 15, got {self.zero_points.max()}")
 
@@ -287,7 +288,7 @@ def _as_shape(shape: Any) -> tuple[int, ...]:
     return lengths
 
 
-def _check_field(array: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+def check_field(array: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     if not isinstance(array, np.ndarray) or array.dtype != dtype:
         got = f"dtype {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
         raise DTypeError(f"{name}: expected an ndarray of {dtype}, got {got}")

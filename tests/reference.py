@@ -4,6 +4,8 @@ Nothing here shares code or method with the package: percentiles come from a ful
 division each, integer sums from int64.
 """
 
+import math
+
 import numpy as np
 
 F32 = np.float32
@@ -64,6 +66,78 @@ def dequantize(codes, scales, per_row=False):
         return codes.astype(F32) * (scales[..., None] if per_row else scales[0])
 
 
+def groups(x, size):
+    """Runs of `size` elements of the last axis; the last one may be shorter."""
+    return [x[..., start : start + size] for start in range(0, x.shape[-1], size)]
+
+
+def quantize_groups(x, clip, size, p=None):
+    """(codes, scales) of `x`, the scales with an axis of groups in place of the last one."""
+    x = floats(x)
+    parts = [quantize(part, clip, p, per_row=True) for part in groups(x, size)]
+    if not parts:
+        return np.zeros(x.shape, np.int8), np.zeros(x.shape, F32)
+    codes, scales = zip(*parts, strict=True)
+    return np.concatenate(codes, axis=-1), np.stack(scales, axis=-1)
+
+
+def dequantize_groups(codes, scales, size, zero_points=None):
+    """code * scale, or (code - zero_point) * scale; one scale for each group."""
+    values = np.empty(codes.shape, F32)
+    for g, (part, value) in enumerate(zip(groups(codes, size), groups(values, size), strict=True)):
+        part = part.astype(np.int64) - (0 if zero_points is None else zero_points[..., g, None])
+        with np.errstate(over="ignore", under="ignore"):
+            value[...] = part.astype(F32) * scales[..., g, None]
+    return values
+
+
+def weight_range(x, clip, symmetric, share=1.0):
+    """(scale, zero_point) for codes of `share` of the range of `x`; the zero point is 0 if symmetric."""
+    least, most = (F32(bound) * F32(share) for bound in (min(0, x.min()), max(0, x.max())))
+    with np.errstate(over="ignore", under="ignore"):
+        if symmetric:
+            return max(most, -least) / F32(clip), 0
+        scale = (most - least) / F32(15)
+        if scale == 0:
+            return scale, 0
+        return scale, min(math.floor(float(-least / scale) + 0.5), 15)
+
+
+def weight_codes(x, scale, zero_point, clip, symmetric):
+    """int8 codes of one group, with the zero point in them."""
+    if symmetric or scale == 0:
+        return codes(x, scale, clip)
+    ratio = (x / scale).astype(np.float64)
+    return np.clip(np.copysign(np.floor(np.abs(ratio) + 0.5), ratio) + zero_point, 0, 15).astype(np.int8)
+
+
+def square_error(x, codes, scale, zero_point):
+    with np.errstate(over="ignore", under="ignore"):
+        values = (codes.astype(F32) - F32(zero_point)) * scale
+    return math.fsum((x.astype(np.float64) - values.astype(np.float64)) ** 2)
+
+
+def quantize_weights(w, bits=4, size=None, symmetric=False, search=False):
+    """codes (N, K), scales (N, groups), zero_points (N, groups), all 0 if symmetric.
+
+    The search tries the shares 1, 31/32, ..., 10/32 of each range; the first of the best is taken.
+    """
+    w = floats(w)
+    clip = 127 if bits == 8 else 7
+    rows = []
+    for row in w:
+        fitted = []
+        for x in groups(row, size or w.shape[1]):
+            ranges = [
+                weight_range(x, clip, symmetric, i / 32) for i in (range(32, 9, -1) if search else [32])
+            ]
+            coded = [(weight_codes(x, *fit, clip, symmetric), *fit) for fit in ranges]
+            fitted.append(min(coded, key=lambda c, x=x: square_error(x, *c)) if search else coded[0])
+        code, scale, zero = zip(*fitted, strict=True)
+        rows.append((np.concatenate(code), np.array(scale, F32), np.array(zero, np.uint8)))
+    return tuple(np.stack(arrays) for arrays in zip(*rows, strict=True))
+
+
 def mae(x, values):
     x = floats(x)
     if x.size == 0:
@@ -105,6 +179,21 @@ def w8a8_matvec(weight, weight_scales, activation):
     sums = np.array([int(np.dot(row.astype(np.int64), a.astype(np.int64))) for row in weight], np.int64)
     with np.errstate(over="ignore", under="ignore"):
         return sums.astype(F32) * floats(weight_scales) * a_scale[0]
+
+
+def w4a8_matmul(codes, scales, zero_points, size, x, bias=None):
+    """`codes` (N, K) with `zero_points` (N, groups) taken off, or None; `x` (M, K) quantised row by row."""
+    a, a_scales = quantize(x, per_row=True)
+    total = np.zeros((len(x), len(codes)), F32)
+    for g, (w, part) in enumerate(zip(groups(codes, size), groups(a, size), strict=True)):
+        w = w.astype(np.float64) - (0 if zero_points is None else zero_points[:, g, None])
+        # Products of integers added up in float64 are exact below 2**53.
+        sums = part.astype(np.float64) @ w.T
+        with np.errstate(over="ignore", under="ignore"):
+            total = total + sums.astype(F32) * scales[:, g]
+    with np.errstate(over="ignore", under="ignore"):
+        y = total * a_scales[:, None]
+    return y if bias is None else y + floats(bias)
 
 
 def calib_stats(batches):

@@ -2,6 +2,7 @@
 
 import builtins
 import copy
+import dataclasses
 import os
 import pickle
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from dynquant import (
     NonFiniteError,
     ParameterError,
     Percentile,
+    QuantLinear,
     ShapeMismatchError,
     SmoothQuantConfig,
     _isa,
@@ -41,9 +43,12 @@ from dynquant import (
     dynamic_quantize_int8_per_row,
     fold_smooth_factors,
     quantization_mae,
+    quantize_weights,
     search_alpha,
     smooth_activations,
     smooth_weights,
+    w4a8_matmul,
+    w4a8_matvec,
     w8a8_matvec,
 )
 
@@ -55,9 +60,12 @@ SCALES = np.ones(3, F32)
 FACTORS = np.ones(4, F32)
 INT8, PER_ROW = DynQuantFormat.INT8_PER_TENSOR, DynQuantFormat.INT8_PER_ROW
 PACKED, PACKED_ROWS = DynQuantFormat(4, "per_tensor", packed=True), DynQuantFormat(4, "per_row", packed=True)
+PER_GROUP, PACKED_GROUPS = DynQuantFormat.int8_per_group(3), DynQuantFormat(4, "per_group", 3, True)
 Q = dynamic_quantize_int8(X)
 SEEN = Calibrator(4)
 SEEN.update(X)
+INT4 = quantize_weights(X, bits=4, group_size=3)
+LAYER = QuantLinear.from_float(X, bits=4, hadamard=True, smooth=[0.5, 1, 2, 4])
 
 BASES = {
     ShapeMismatchError: ValueError,
@@ -94,6 +102,7 @@ class FloatArgument(NamedTuple):
     shape: tuple[int, ...]
     call: Callable[..., Any]
     out: np.ndarray | None = None
+    optional: bool = False
 
 
 def filled(shape, dtype=np.int8):
@@ -101,7 +110,7 @@ def filled(shape, dtype=np.int8):
 
 
 MEDIAN = Percentile(0.5)
-CODES, VALUES, Y = filled((3, 4)), filled((3, 4), F32), filled(3, F32)
+CODES, VALUES, Y, PRODUCT = filled((3, 4)), filled((3, 4), F32), filled(3, F32), filled((3, 3), F32)
 BYTES, ROWS_OF_BYTES = filled(6, np.uint8), filled((3, 2), np.uint8)
 per_row = dynamic_quantize_int8_per_row
 
@@ -116,6 +125,11 @@ FLOAT_ARGUMENTS = {
     "int4": FloatArgument("x", (3, 4), dynamic_quantize_int4),
     "int4 packed": FloatArgument("x", (3, 4), partial(dynamic_quantize, format=PACKED), BYTES),
     "int4 rows": FloatArgument("x", (3, 4), partial(dynamic_quantize, format=PACKED_ROWS), ROWS_OF_BYTES),
+    "int8 groups": FloatArgument("x", (3, 4), partial(dynamic_quantize, format=PER_GROUP), CODES),
+    "int4 groups": FloatArgument("x", (3, 4), partial(dynamic_quantize, format=PACKED_GROUPS), ROWS_OF_BYTES),
+    "groups of a vector": FloatArgument(
+        "x", (4,), partial(dynamic_quantize, format=PER_GROUP, mode=MEDIAN), filled(4)
+    ),
     "mae": FloatArgument("original", (3, 4), partial(quantization_mae, quantized=Q)),
     "factors, activations": FloatArgument("activations", (3, 4), partial(compute_smooth_factors, weights=X)),
     "factors, weights": FloatArgument("weights", (3, 4), partial(compute_smooth_factors, X)),
@@ -144,6 +158,26 @@ FLOAT_ARGUMENTS = {
     "matvec, weight_scales": FloatArgument(
         "weight_scales", (3,), lambda x, **out: w8a8_matvec(WEIGHT, x, ROW, **out), Y
     ),
+    "quantize_weights": FloatArgument("w", (3, 4), quantize_weights),
+    "quantize_weights int4": FloatArgument("w", (3, 4), partial(quantize_weights, bits=4, group_size=3)),
+    "quantize_weights search": FloatArgument("w", (3, 4), partial(quantize_weights, bits=4, search=True)),
+    "w4a8_matvec": FloatArgument("activation", (4,), partial(w4a8_matvec, INT4), Y),
+    "w4a8_matmul": FloatArgument("activations", (3, 4), partial(w4a8_matmul, INT4), PRODUCT),
+    "w4a8_matmul threads": FloatArgument(
+        "activations", (3, 4), partial(w4a8_matmul, INT4, num_threads=2), PRODUCT
+    ),
+    "w4a8_matmul, bias": FloatArgument("bias", (3,), partial(w4a8_matmul, INT4, X), PRODUCT, True),
+    "from_float": FloatArgument("weight", (3, 4), partial(QuantLinear.from_float, bits=4)),
+    "from_float hadamard": FloatArgument(
+        "weight", (3, 4), partial(QuantLinear.from_float, bits=4, hadamard=True)
+    ),
+    "from_float, bias": FloatArgument(
+        "bias", (3,), lambda b: QuantLinear.from_float(X, b, bits=4), optional=True
+    ),
+    "from_float, smooth": FloatArgument(
+        "smooth", (4,), lambda s: QuantLinear.from_float(X, bits=4, smooth=s), optional=True
+    ),
+    "layer": FloatArgument("x", (3, 4), LAYER, PRODUCT),
 }
 
 NOT_FLOATS = {
@@ -179,7 +213,9 @@ def check_float_argument(argument, x, error, message, fields):
 @float_arguments
 @pytest.mark.parametrize("make", NOT_FLOATS.values(), ids=NOT_FLOATS.keys())
 def test_not_floats(make, argument):
-    check_float_argument(argument, make(argument.shape), DTypeError, "expected a float array", {})
+    made = make(argument.shape)
+    if not (made is None and argument.optional):
+        check_float_argument(argument, made, DTypeError, "expected a float array", {})
 
 
 @float_arguments
@@ -234,7 +270,7 @@ def test_every_kind_of_infinity_and_nan_at_many_places(n, bits, isa):
 def test_nan_in_the_last_of_many_rows_leaves_out_as_it_was():
     x = np.ones((1000, 33), F32)
     x[-1, -1] = NAN
-    for fmt in (PER_ROW, DynQuantFormat.INT4_PER_ROW, PACKED_ROWS):
+    for fmt in (PER_ROW, DynQuantFormat.INT4_PER_ROW, PACKED_ROWS, PER_GROUP, PACKED_GROUPS):
         out = filled(fmt.data_shape(x.shape), fmt.data_dtype)
         for threads in (1, 4):
             quantize = partial(dynamic_quantize, num_threads=threads)
@@ -296,8 +332,19 @@ NOT_A_PERCENTILE = [0, 0.0, -0.1, 1.0000001, 2, NAN, INF, -INF, "0.5", None, Tru
 NOT_AN_ALPHA = [-1e-9, 1.0000001, -1, 2, NAN, INF, "0.5", None, True, [0.5], 1j]
 NOT_AN_EPSILON = [0, 0.99e-10, -1.0, NAN, INF, 3.5e38, "1", None, True, [1e-5]]
 NOT_A_CLIP = [0, -127, NAN, INF, -INF, 1e-60, 1e39, 1e300, 10**400, "127", None, True, [127], 7j]
+NOT_A_FLAG = [None, 0, 1, "yes", 1.0, [True]]
+NOT_INT4 = [None, X, WEIGHT, "q", Q, dynamic_quantize_int4(X, packed=True), quantize_weights(X),
+            dynamic_quantize(X, DynQuantFormat.int4_per_group(3))]  # fmt: skip
 NOT_A_FORMAT = [None, "INT8_PER_ROW", 8, DynQuantFormat, MaxAbs()]
 TWO_AXES = "(..., k) with at least two axes"
+
+
+def with_scale(scale):
+    """INT4 with that scale for the first group of the last row."""
+    scales = INT4.scales.copy()
+    scales[2, 0] = scale
+    return dataclasses.replace(INT4, scales=scales)
+
 
 BAD_CALLS = [
     *each(NOT_A_CLIP, ParameterError, "clip_val:", compute_scale, (X,)),
@@ -451,6 +498,63 @@ BAD_CALLS = [
     *each([ROW[:3], X, ROW[None], 1.0], ShapeMismatchError, "activation:", w8a8_matvec, (WEIGHT, SCALES)),
     *each([[], X[:0], np.empty((4, 0))], EmptyInputError, "activation:", w8a8_matvec, (WEIGHT, SCALES)),
     Bad(EmptyInputError, "activation:", w8a8_matvec, (WEIGHT[:, :0], SCALES, []), {"out": Y}),
+    # 4-bit weights
+    *each([0, 3, 16, "4", None, 4.0, True, np.int64(4), [4]], ParameterError, "bits: expected 4 or 8",
+          lambda bits: quantize_weights(X, bits=bits)),
+    *each([0, -1, 2.0, "32", True, [32], np.ones(1, int)], ParameterError, "group_size: expected an int",
+          lambda size: quantize_weights(X, bits=4, group_size=size)),
+    *each(NOT_A_FLAG[1:], ParameterError, "symmetric: expected a bool",
+          lambda flag: quantize_weights(X, bits=4, symmetric=flag)),
+    *each(NOT_A_FLAG, ParameterError, "search: expected a bool", quantize_weights, (X,), "search"),
+    *each(NOT_A_COUNT, ParameterError, "num_threads:", quantize_weights, (X,), "num_threads"),
+    Bad(ParameterError, "group_size: expected None for 8-bit", quantize_weights, (X,), {"group_size": 32}),
+    Bad(ParameterError, "symmetric: expected True or None", quantize_weights, (X,), {"symmetric": False}),
+    *each([2.0, ROW, X[None], []], ShapeMismatchError, "w: expected shape (out_features, in_features)",
+          quantize_weights),
+    *each([X[:0], X[:, :0]], EmptyInputError, "w: expected at least one element", quantize_weights),
+    *each(NOT_INT4, ParameterError, "weight: expected", lambda weight: w4a8_matmul(weight, X)),
+    *each(NOT_INT4, ParameterError, "weight: expected", lambda weight: w4a8_matvec(weight, ROW)),
+    *(
+        bad
+        for call, x in ((w4a8_matmul, X), (w4a8_matvec, ROW))
+        for bad in (
+            Bad(ShapeMismatchError, "weight: expected shape (out_features, in_features)", call,
+                (dynamic_quantize(X[None], PACKED_ROWS), x)),
+            Bad(ShapeMismatchError, "weight: expected shape (out_features, in_features)", call,
+                (dynamic_quantize(ROW, PACKED_GROUPS), x)),
+            Bad(NonFiniteError, "weight.scales: expected finite", call, (with_scale(NAN), x), {},
+                {"index": 4}),
+            Bad(NonFiniteError, "weight.scales: expected finite", call, (with_scale(-INF), x), {},
+                {"value": -INF}),
+            Bad(DTypeError, "out:", call, (INT4, x), {"out": filled((*x.shape[:-1], 3), float)}),
+            Bad(ShapeMismatchError, "out:", call, (INT4, x), {"out": filled((4, 3), F32)}),
+            Bad(LayoutError, "out:", call, (INT4, x), {"out": filled((6, 6), F32)[::2, ::2] if x is X
+                                                       else filled(6, F32)[::2]}),
+        )
+    ),
+    *each([X[:, :3], X[None], ROW, 1.0, [], X[:, :0]], ShapeMismatchError, "activations:",
+          w4a8_matmul, (INT4,)),
+    *each([ROW[:3], X, ROW[None], 1.0], ShapeMismatchError, "activation:", w4a8_matvec, (INT4,)),
+    *each([[], X[:0], np.empty((4, 0))], EmptyInputError, "activation:", w4a8_matvec, (INT4,)),
+    *each([SCALES[:2], [], 1.0, SCALES[None]], ShapeMismatchError, "bias:", w4a8_matmul, (INT4, X)),
+    *each(NOT_A_COUNT, ParameterError, "num_threads:", w4a8_matmul, (INT4, X), "num_threads"),
+    *each(NOT_A_COUNT, ParameterError, "num_threads:", LAYER, (X,), "num_threads"),
+    *each([X[:, :3], ROW[:3], 1.0, []], ShapeMismatchError, "x: expected shape", LAYER),
+    # QuantLinear
+    *each([0, 16, "4", None], ParameterError, "bits:", lambda bits: QuantLinear.from_float(X, bits=bits)),
+    *each([0, 2.0, True], ParameterError, "group_size:",
+          lambda size: QuantLinear.from_float(X, bits=4, group_size=size)),
+    Bad(ParameterError, "group_size:", QuantLinear.from_float, (X,), {"group_size": 32}),
+    *(
+        bad
+        for name in ("search", "hadamard")
+        for bad in each(NOT_A_FLAG, ParameterError, f"{name}: expected", QuantLinear.from_float, (X,), name)
+    ),
+    Bad(ParameterError, "symmetric:", QuantLinear.from_float, (X,), {"symmetric": "no"}),
+    Bad(ParameterError, "expected magnitudes up to", QuantLinear.from_float, (X * F32(3e38),),
+        {"hadamard": True}),
+    Bad(ParameterError, "expected the range", QuantLinear.from_float, (X.T * F32(3e38),), {"bits": 4}),
+    Bad(ParameterError, "w: expected the range", quantize_weights, (X.T * F32(3e38),), {"bits": 4}),
     # Instruction sets
     *each(["sse9", "", "AVX2", 7], IsaError, "cannot be had", _isa.select),
 ]  # fmt: skip
@@ -478,6 +582,11 @@ def test_keyword_only():
         lambda: compute_smooth_factors(X, X, SmoothQuantConfig(), MaxAbs()),
         lambda: search_alpha(X, X, [0.5]),
         lambda: w8a8_matvec(WEIGHT, SCALES, ROW, Y),
+        lambda: quantize_weights(X, 4),
+        lambda: w4a8_matvec(INT4, ROW, Y),
+        lambda: w4a8_matmul(INT4, X, SCALES, PRODUCT),
+        lambda: QuantLinear.from_float(X, SCALES, 4),
+        lambda: LAYER(X, PRODUCT),
     ):
         with pytest.raises(TypeError, match="positional"):
             call()

@@ -20,8 +20,10 @@ from dynquant import (
     dynamic_quantize,
     dynamic_quantize_int8,
     quantization_mae,
+    quantize_weights,
     smooth_activations,
     smooth_weights,
+    w4a8_matmul,
     w8a8_matvec,
 )
 
@@ -221,6 +223,57 @@ def test_matvec(extreme):
             yield w8a8_matvec(view[: 2 * n].reshape(2, n), scales, activation[:n], out=out).size
 
     compare(calls, range(64))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_w4a8(symmetric):
+    """pack_panel_u4, gemm_panel_u4s8: every number of outputs up to two panels and more, rows of 1 to 5."""
+    rng = np.random.default_rng(10)
+    data = rng.integers(0, 256, (70, 26), dtype=np.uint8)
+    scales, zero_points = (
+        rng.standard_normal((70, 8)).astype(F32),
+        rng.integers(0, 16, (70, 8), dtype=np.uint8),
+    )
+    x, fmt = floats(rng, 5 * 51).reshape(5, 51), DynQuantFormat(4, "per_group", 7, True)
+
+    def calls(arena, offset):
+        for n in range(71):
+            weight = DynQuantTensor(
+                data[:n], scales[:n], None if symmetric else zero_points[:n], (n, 51), fmt
+            )
+            for m in (1, 2, 5):
+                out = arena.slot(m * n, offset, F32).reshape(m, n)
+                yield w4a8_matmul(weight, x[:m], out=out).size
+
+    compare(calls, range(0, 64, 20))
+
+
+@pytest.mark.parametrize("fmt", [DynQuantFormat.int8_per_group(5), DynQuantFormat(4, "per_group", 37, True)])
+def test_groups(fmt):
+    """Groups that begin at every byte, and at either half of one."""
+    x = floats(np.random.default_rng(11), LONGEST)
+
+    def calls(arena, offset):
+        for n in LENGTHS[::3]:
+            out = arena.slot((n + 1) // 2 if fmt.packed else n, offset, fmt.data_dtype)
+            q = dynamic_quantize(x[:n], fmt, out=out)
+            yield q.scales.tobytes(), q.dequantize().tobytes()
+
+    compare(calls, range(0, 64, 7))
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_weights(search):
+    """min_max_row, quantize_row_f32_u4, shift_row, error_sums_row."""
+    w = floats(np.random.default_rng(12), LONGEST)
+
+    def calls(arena, offset):
+        view = array_at(offset, w)
+        for n in LENGTHS[1 :: 7 if search else 1]:
+            q = quantize_weights(view[None, :n], bits=4, group_size=29, search=search)
+            yield q.data.tobytes(), q.scales.tobytes(), q.zero_points.tobytes(), q.dequantize().tobytes()
+
+    compare(calls, range(0, 64, 16))
 
 
 # What short rows do not reach

@@ -15,14 +15,18 @@ from dynquant import (
     DynQuantTensor,
     MaxAbs,
     Percentile,
+    QuantLinear,
     compute_scale,
     compute_smooth_factors,
     dynamic_quantize,
     dynamic_quantize_int8,
     dynamic_quantize_int8_per_row,
     quantization_mae,
+    quantize_weights,
     smooth_activations,
     smooth_weights,
+    w4a8_matmul,
+    w4a8_matvec,
     w8a8_matvec,
 )
 
@@ -30,12 +34,15 @@ MEGABYTE = 1 << 20
 SHAPE = (1024, 16_384)
 PACKED = DynQuantFormat(4, "per_tensor", packed=True)
 PACKED_ROWS = DynQuantFormat(4, "per_row", packed=True)
+PACKED_GROUPS = DynQuantFormat(4, "per_group", 32, packed=True)
 FORMATS = {
     "int8": DynQuantFormat.INT8_PER_TENSOR,
     "int8 rows": DynQuantFormat.INT8_PER_ROW,
     "int4 rows": DynQuantFormat.INT4_PER_ROW,
     "packed": PACKED,
     "packed rows": PACKED_ROWS,
+    "int8 groups": DynQuantFormat.int8_per_group(128),
+    "packed groups": PACKED_GROUPS,
 }
 
 
@@ -127,6 +134,19 @@ def test_matvec():
     assert peak_over_result(w8a8_matvec, weight, scales, activation) < MEGABYTE
 
 
+def test_weights_and_layers(x):
+    """A product packs its weights anew, a layer has them packed; both take one chunk of rows at a time."""
+    strided, options = x[:, :4096], {"bits": 4, "group_size": 32}
+    rows = np.ascontiguousarray(strided)
+    assert peak_over_result(quantize_weights, rows, **options) < MEGABYTE
+    assert peak_over_result(quantize_weights, strided, **options) < rows.nbytes + MEGABYTE
+    weight, layer = quantize_weights(rows, **options), QuantLinear.from_float(rows, **options, hadamard=True)
+    assert peak_over_result(w4a8_matmul, weight, rows) < weight.memory_bytes + MEGABYTE
+    assert peak_over_result(w4a8_matvec, weight, rows[0]) < weight.memory_bytes + MEGABYTE
+    assert peak_over_result(layer, rows) < MEGABYTE
+    assert peak_over_result(layer, rows, out=np.empty((1024, 1024), F32), num_threads=2) < MEGABYTE
+
+
 # Leaks
 
 A = np.random.default_rng(0).standard_normal((2, 8)).astype(F32)
@@ -135,6 +155,8 @@ Q = dynamic_quantize_int8(A)
 WEIGHT = np.ones((3, 8), np.int8)
 CALIBRATOR = Calibrator(8)
 CALIBRATOR.update(A)
+INT4 = quantize_weights(A, bits=4, group_size=3)
+LAYER = QuantLinear.from_float(A, bits=4, hadamard=True, smooth=FACTORS)
 
 
 def quantize_nan():
@@ -158,7 +180,12 @@ CALLS = {
     "smooth factors, percentile": lambda: compute_smooth_factors(A, [A, A], mode=Percentile(0.5)),
     "smooth_activations": lambda: smooth_activations(A, FACTORS, out=A),
     "smooth_weights": lambda: smooth_weights(A, FACTORS),
+    "packed groups": lambda: dynamic_quantize(A, PACKED_GROUPS, Percentile(0.5)),
     "matvec": lambda: w8a8_matvec(WEIGHT, [1.0, 1.0, 1.0], FACTORS),
+    "weights": lambda: quantize_weights(A, bits=4, group_size=3, search=True),
+    "int4 matvec": lambda: w4a8_matvec(INT4, FACTORS),
+    "int4 matmul": lambda: w4a8_matmul(INT4, A, [1.0, 2.0]),
+    "int4 layer": lambda: QuantLinear.from_arrays(LAYER.to_arrays())(A),
     # Many batches, so that what is kept for each of them adds up.
     "collect": lambda: CalibStats.collect([A] * 20),
     "calibrator": lambda: CALIBRATOR.update(A),

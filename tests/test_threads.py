@@ -39,6 +39,7 @@ FORMATS = [
     DynQuantFormat.INT8_PER_TENSOR,
     DynQuantFormat.INT4_PER_ROW,
     DynQuantFormat(4, "per_row", packed=True),
+    DynQuantFormat(4, "per_group", 33, packed=True),
 ]
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=repr)
 

@@ -1,0 +1,105 @@
+/* The intrinsics that dynquant/kernels/simd.h takes from AVX-512 and VNNI, in vectors of gcc and clang that any
+   processor computes. Found in place of the compiler's own header, it lets the blocks for VNNI be compiled as
+   they are, and tested, where that instruction set is not at hand. */
+#ifndef EMULATED_IMMINTRIN_H
+#define EMULATED_IMMINTRIN_H
+
+#include <stdint.h>
+#include <string.h>
+
+typedef int32_t __m512i __attribute__((vector_size(64)));
+typedef int8_t emulated_s8 __attribute__((vector_size(64)));
+typedef uint8_t emulated_u8 __attribute__((vector_size(64)));
+typedef int16_t emulated_s16 __attribute__((vector_size(64)));
+typedef uint16_t emulated_u16 __attribute__((vector_size(64)));
+typedef uint32_t emulated_u32 __attribute__((vector_size(64)));
+typedef float __m512 __attribute__((vector_size(64)));
+typedef uint8_t __m128i __attribute__((vector_size(16)));
+
+static inline void _mm_sfence(void) {}
+static inline __m128i _mm_loadu_si128(const __m128i* x) { __m128i v; memcpy(&v, x, 16); return v; }
+static inline __m512i _mm512_loadu_si512(const void* x) { __m512i v; memcpy(&v, x, 64); return v; }
+static inline void _mm_storeu_si128(__m128i* out, __m128i v) { memcpy(out, &v, 16); }
+static inline void _mm512_storeu_si512(void* out, __m512i v) { memcpy(out, &v, 64); }
+static inline void _mm512_stream_si512(__m512i* out, __m512i v) { memcpy(out, &v, 64); }
+static inline __m512 _mm512_loadu_ps(const void* x) { __m512 v; memcpy(&v, x, 64); return v; }
+static inline void _mm512_storeu_ps(void* out, __m512 v) { memcpy(out, &v, 64); }
+
+static inline __m512i _mm512_setzero_si512(void) { return (__m512i){0}; }
+static inline __m512i _mm512_set1_epi32(int32_t x) { return (__m512i){0} + x; }
+static inline __m512i _mm512_set1_epi8(char x) { return (__m512i)((emulated_s8){0} + (int8_t)x); }
+static inline __m512 _mm512_set1_ps(float x) { return (__m512){0} + x; }
+#define _mm512_setr_epi32(...) ((__m512i){__VA_ARGS__})
+
+/* As unsigned: the instructions wrap. */
+#define EMULATED_SUM(type, a, op, b) ((__m512i)((type)(a) op (type)(b)))
+static inline __m512i _mm512_add_epi32(__m512i a, __m512i b) { return EMULATED_SUM(emulated_u32, a, +, b); }
+static inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) { return EMULATED_SUM(emulated_u32, a, -, b); }
+static inline __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
+static inline __m512i _mm512_xor_si512(__m512i a, __m512i b) { return a ^ b; }
+static inline __m512i _mm512_srli_epi16(__m512i a, int n) { return (__m512i)((emulated_u16)a >> n); }
+static inline __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
+static inline __m512 _mm512_mul_ps(__m512 a, __m512 b) { return a * b; }
+/* Rounded twice, which simd.h allows wherever it asks for these. */
+static inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) { return a * b + c; }
+static inline __m512 _mm512_fnmadd_ps(__m512 a, __m512 b, __m512 c) { return c - a * b; }
+static inline __m512i _mm512_castps_si512(__m512 a) { return (__m512i)a; }
+
+#define EMULATED_EACH(n) for (int i = 0; i < (n); i++)
+static inline __m512 _mm512_cvtepi32_ps(__m512i a) { __m512 r; EMULATED_EACH(16) r[i] = (float)a[i]; return r; }
+static inline __m512i _mm512_cvtepu8_epi32(__m128i a) { __m512i r; EMULATED_EACH(16) r[i] = a[i]; return r; }
+static inline __m128i _mm512_cvtepi32_epi8(__m512i a) { __m128i r; EMULATED_EACH(16) r[i] = (uint8_t)a[i]; return r; }
+static inline __m512i _mm512_permutexvar_epi32(__m512i at, __m512i a) {
+    __m512i r;
+    EMULATED_EACH(16) r[i] = a[at[i] & 15];
+    return r;
+}
+static inline int _mm512_test_epi32_mask(__m512i a, __m512i b) {
+    int mask = 0;
+    EMULATED_EACH(16) mask |= ((a[i] & b[i]) != 0) << i;
+    return mask;
+}
+/* Bit i of the result is bit (a, b, c) of the truth table, a the highest. */
+static inline __m512i _mm512_ternarylogic_epi32(__m512i a, __m512i b, __m512i c, int table) {
+    __m512i r = {0};
+    EMULATED_EACH(8) if (table >> i & 1) r |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+    return r;
+}
+static inline int32_t _mm512_reduce_add_epi32(__m512i a) {
+    uint32_t sum = 0;
+    EMULATED_EACH(16) sum += (uint32_t)a[i];
+    return (int32_t)sum;
+}
+static inline __m512i _mm512_min_epi8(__m512i a, __m512i b) {
+    emulated_s8 x = (emulated_s8)a, y = (emulated_s8)b;
+    EMULATED_EACH(64) x[i] = x[i] < y[i] ? x[i] : y[i];
+    return (__m512i)x;
+}
+static inline __m512i _mm512_max_epi8(__m512i a, __m512i b) {
+    emulated_s8 x = (emulated_s8)a, y = (emulated_s8)b;
+    EMULATED_EACH(64) x[i] = x[i] > y[i] ? x[i] : y[i];
+    return (__m512i)x;
+}
+static inline int emulated_clamp(int x, int most) { return x > most ? most : x < -most - 1 ? -most - 1 : x; }
+/* In each 16 bytes those of a first. */
+static inline __m512i _mm512_packs_epi32(__m512i a, __m512i b) {
+    emulated_s16 r;
+    EMULATED_EACH(32) r[i] = (int16_t)emulated_clamp((i & 4 ? b : a)[i / 8 * 4 + i % 4], 32767);
+    return (__m512i)r;
+}
+static inline __m512i _mm512_packs_epi16(__m512i a, __m512i b) {
+    const emulated_s16 x = (emulated_s16)a, y = (emulated_s16)b;
+    emulated_s8 r;
+    EMULATED_EACH(64) r[i] = (int8_t)emulated_clamp((i & 8 ? y : x)[i / 16 * 8 + i % 8], 127);
+    return (__m512i)r;
+}
+/* acc + four products of an unsigned byte of a with a signed byte of b, in each int32; it wraps. */
+static inline __m512i _mm512_dpbusd_epi32(__m512i acc, __m512i a, __m512i b) {
+    const emulated_u8 x = (emulated_u8)a;
+    const emulated_s8 y = (emulated_s8)b;
+    emulated_u32 sums = (emulated_u32)acc;
+    EMULATED_EACH(64) sums[i / 4] += (uint32_t)(x[i] * y[i]);
+    return (__m512i)sums;
+}
+
+#endif

@@ -1,0 +1,164 @@
+"""Kernels for processors that are not at hand, compiled for the one that is.
+
+Those for VNNI, with the instructions of AVX-512 replaced by plain C: what stands around the instruction, such
+as offsets, packing by fours and what is taken off the sums. And the forms for processors other than x86.
+"""
+
+import importlib.util
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+import numpy as np
+import pytest
+import reference
+from common import F32, assert_same_bits, distributions
+
+from dynquant import (
+    DynQuantFormat,
+    DynQuantTensor,
+    Percentile,
+    QuantLinear,
+    _core,
+    _isa,
+    dynamic_quantize,
+    hadamard_transform,
+    simd_info,
+    w4a8_matmul,
+    w8a8_matmul,
+    w8a8_matvec,
+)
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Macros that the compiler is told, and one that it is to forget.
+BUILDS = {
+    "vnni": ({"__SSE2__": "1", "__AVX512BW__": "1", "__AVX512VNNI__": "1"}, []),
+    "plain C": ({}, ["__SSE2__", "__AVX2__", "__AVX512BW__", "__AVX512VNNI__", "__F16C__"]),
+}
+# -O1: an unrolled emulation takes long to compile. No FMA, as in the build of the package.
+SETUP = """
+import json, sys
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+root, defined, undefined = json.loads(sys.argv.pop(1))
+extension = Extension(
+    "isa_emulated",
+    ["isa_emulated.pyx"],
+    include_dirs=[f"{root}/tests/emulated", f"{root}/dynquant"],
+    define_macros=[*defined.items()],
+    undef_macros=undefined,
+    extra_compile_args=["-O1", "-g0", "-ffp-contract=off", "-w"],
+)
+directives = {"language_level": 3, "wraparound": False, "boundscheck": False, "cdivision": True}
+include_path = [root, f"{root}/dynquant"]
+setup(ext_modules=cythonize([extension], include_path=include_path, compiler_directives=directives))
+"""
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def table(request, tmp_path_factory):
+    """The table of kernels of a module that is built here."""
+    for name in ("Cython", "setuptools"):
+        pytest.importorskip(name)
+    compiler = (sysconfig.get_config_var("CC") or "").split()
+    if not compiler or shutil.which(compiler[0]) is None:
+        pytest.skip("no C compiler of the kind that Python was built with")
+    folder = tmp_path_factory.mktemp("emulated")
+    (folder / "isa_emulated.pyx").write_text('include "kernels/all.pxi"\n')
+    options = json.dumps([str(ROOT), *BUILDS[request.param]])
+    command = [sys.executable, "-c", SETUP, options, "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = folder.glob(f"*{sysconfig.get_config_var('EXT_SUFFIX')}")
+    spec = importlib.util.spec_from_file_location("isa_emulated", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return request.param, module.table
+
+
+@pytest.fixture(autouse=True)
+def emulated(table):
+    name, kernels = table
+    selected = simd_info()["selected"]
+    _core.set_table(kernels)
+    yield name
+    _isa.select(selected)
+
+
+def test_they_are_the_kernels_that_are_meant(emulated):
+    """Panels of 32 outputs and a byte of memory for each activation, or of 2 outputs and two bytes."""
+    panel, width = {"vnni": (32, 1), "plain C": (2, 2)}[emulated]
+    layer = _core.PackedLinear(1, 1024, 0, None, None, 0)
+    assert layer.weight_bytes == panel * (4 + 1024) + 4
+    assert layer.activation_bytes() == 1024 * width + 64
+
+
+def int8_arrays(m, n, k):
+    rng = np.random.default_rng(k)
+    weight = rng.integers(-128, 128, (n, k), dtype=np.int8)
+    weight[0], weight[-1] = -128, 127
+    x = rng.standard_normal((m, k)).astype(F32)
+    x[0] = 1
+    return weight, rng.standard_normal(n).astype(F32), x
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 63, 64, 65, 130, 1001, 2**16 + 5])
+def test_int8(k):
+    """-128 and 127 against activations that are all 127 among them."""
+    for n in (1, 33):
+        weight, scales, x = int8_arrays(6, n, k)
+        rows = np.stack([reference.w8a8_matvec(weight, scales, row) for row in x])
+        for row, y in zip(x, rows, strict=True):
+            assert_same_bits(w8a8_matvec(weight, scales, row), y)
+        for m in (1, 2, 4, 6):
+            assert_same_bits(w8a8_matmul(weight, scales, x[:m]), rows[:m])
+        layer = QuantLinear.from_arrays({"weight_i8": weight, "weight_scales": scales})
+        assert_same_bits(layer.to_arrays()["weight_i8"], weight)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    ("k", "size"),
+    [(1, 1), (9, 3), (64, 32), (100, 64), (383, 7), (8200, 8192), (18_003, 9001)],
+)
+def test_int4(k, size, symmetric):
+    rng = np.random.default_rng(k)
+    for n in (1, 33):
+        groups = -(-k // size)
+        codes = rng.integers(-8 if symmetric else 0, 8 if symmetric else 16, (n, k), dtype=np.int8)
+        codes[0], codes[-1] = codes.min(), codes.max()
+        scales = rng.standard_normal((n, groups)).astype(F32)
+        zero_points = None if symmetric else rng.integers(0, 16, (n, groups), dtype=np.uint8)
+        x = rng.standard_normal((6, k)).astype(F32)
+        x[0], x[1] = 1, -1
+        fmt = DynQuantFormat(4, "per_group", size, True)
+        weight = DynQuantTensor(reference.pack(codes, per_row=True), scales, zero_points, (n, k), fmt)
+        y = reference.w4a8_matmul(codes, scales, zero_points, size, x)
+        for m in (1, 2, 4, 6):
+            assert_same_bits(w4a8_matmul(weight, x[:m]), y[:m])
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 4097])
+def test_quantize(n):
+    for name, x in distributions(n, np.random.default_rng(n)).items():
+        for fmt in (DynQuantFormat.INT8_PER_TENSOR, DynQuantFormat.INT4_PER_TENSOR):
+            for p in (None, 0.9):
+                q = dynamic_quantize(x, fmt, *(() if p is None else (Percentile(p),)))
+                codes, scales = reference.quantize(x, fmt.clip, p)
+                assert_same_bits(q.data, codes, name)
+                assert_same_bits(q.scales, scales, name)
+
+
+def test_float16_and_rotation():
+    x = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    x = x[np.isfinite(x)]
+    # A group of one has its value for a scale.
+    scales = dynamic_quantize(x, DynQuantFormat.int8_per_group(1)).scales
+    assert_same_bits(scales, np.abs(x.astype(F32)) / F32(127))
+    rows = np.random.default_rng(0).standard_normal((3, 96)).astype(F32)
+    rotated = hadamard_transform(rows)
+    _isa.select("baseline")
+    assert_same_bits(rotated, hadamard_transform(rows))

@@ -1,0 +1,629 @@
+"""w4a8_matvec, w4a8_matmul and QuantLinear with 4-bit weights, against sums of integers."""
+
+import concurrent.futures
+import copy
+import functools
+import io
+import pickle
+
+import numpy as np
+import pytest
+import reference
+from common import F32, ISAS, array_at, assert_same_bits, real_layer, using
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynquant import (
+    DTypeError,
+    DynQuantFormat,
+    DynQuantTensor,
+    EmptyInputError,
+    FeatureDimMismatchError,
+    LayoutError,
+    NonFiniteError,
+    ParameterError,
+    QuantLinear,
+    ShapeMismatchError,
+    _core,
+    _matmul,
+    error_metrics,
+    hadamard_transform,
+    quantize_weights,
+    smooth_activations,
+    smooth_weights,
+    w4a8_matmul,
+    w4a8_matvec,
+)
+
+# k whose sum is exact in float32: longer groups are added up from such runs.
+EXACT = 8192
+
+
+def packed(codes, scales, zero_points, size):
+    """The tensor of these codes (N, K), one scale a row where `size` is None."""
+    fmt = DynQuantFormat(4, "per_row" if size is None else "per_group", size, True)
+    if size is None:
+        scales, zero_points = scales[:, 0], None if zero_points is None else zero_points[:, 0]
+    return DynQuantTensor(reference.pack(codes, per_row=True), scales, zero_points, codes.shape, fmt)
+
+
+def weights(n, k, size, symmetric, seed=0):
+    """Random codes of the whole range with scales of both signs: what `reference.w4a8_matmul` takes."""
+    rng = np.random.default_rng(seed)
+    groups = -(-k // (size or k))
+    codes = rng.integers(-8 if symmetric else 0, 8 if symmetric else 16, (n, k), dtype=np.int8)
+    zero_points = None if symmetric else rng.integers(0, 16, (n, groups), dtype=np.uint8)
+    return codes, rng.standard_normal((n, groups)).astype(F32), zero_points, size
+
+
+def expected(codes, scales, zero_points, size, x, bias=None):
+    return reference.w4a8_matmul(codes, scales, zero_points, size or codes.shape[1], x, bias)
+
+
+def activations(m, k, seed=0):
+    """Normal ones, with outliers and a row of zeros."""
+    x = np.random.default_rng(seed).standard_normal((m, k)).astype(F32)
+    x[:, :: k // 3 + 1] *= 3
+    x[m // 2] = 0
+    return x
+
+
+@functools.cache
+def case(m, n, k, size, symmetric):
+    """Weight, activations, bias, and what comes of them; the same for every instruction set."""
+    arrays = weights(n, k, size, symmetric)
+    x, bias = activations(m, k), np.random.default_rng(1).standard_normal(n).astype(F32)
+    return packed(*arrays), x, bias, expected(*arrays, x), expected(*arrays, x, bias)
+
+
+# Products
+
+each_symmetry = pytest.mark.parametrize("symmetric", [False, True])
+
+
+@each_symmetry
+@pytest.mark.parametrize("size", [1, 3, 8, 31, 32, 64, None])
+@pytest.mark.parametrize("k", [1, 2, 7, 9, 16, 63, 128, 383])
+def test_sizes(k, size, symmetric, isa):
+    """Every remainder of rows by tiles of four, of outputs by panels of 8, 16 and 32, of k by units of 8."""
+    for n in (1, 7, 8, 17, 33, 67):
+        weight, x, bias, plain, with_bias = case(11, n, k, size, symmetric)
+        for m in (1, 2, 3, 4, 5, 11):
+            assert_same_bits(w4a8_matmul(weight, x[:m]), plain[:m], f"m={m} n={n}")
+        assert_same_bits(w4a8_matmul(weight, x, bias), with_bias, f"bias n={n}")
+
+
+@each_symmetry
+@pytest.mark.parametrize(
+    ("n", "k", "size"),
+    [(40, 1001, 100), (3, 4096, 4096), (35, 9000, None), (33, 20_011, 32), (5, 3 * EXACT + 29, EXACT)],
+)
+def test_longer_rows(n, k, size, symmetric, isa):
+    weight, x, bias, _, with_bias = case(6, n, k, size, symmetric)
+    assert_same_bits(w4a8_matmul(weight, x, bias), with_bias)
+
+
+@each_symmetry
+@pytest.mark.parametrize("size", [EXACT + 1, 2 * EXACT, 2 * EXACT + 13, 40_001, None])
+def test_groups_beyond_float32(size, symmetric, isa):
+    """Sums of more than 8,192 products may have no float32; they are rounded once, at the end of a group."""
+    weight, x, bias, _, with_bias = case(6, 35, 70_003, size, symmetric)
+    assert_same_bits(w4a8_matmul(weight, x, bias), with_bias)
+
+
+def test_sums_end_where_the_next_row_begins(isa):
+    """A row's codes end 8 bytes before an odd cache line: two of its eight block sums would fit there."""
+    weight, x, _, plain, _ = case(6, 35, 64 * 1001 - 8, None, False)
+    assert_same_bits(w4a8_matmul(weight, x), plain)
+
+
+@pytest.mark.parametrize("size", [EXACT - 1, EXACT, EXACT + 1, 9001, 12_345, 2 * EXACT, 2 * EXACT + 13, None])
+def test_small_differences_of_large_sums(size, isa):
+    """Codes near the zero point 15: sums of 15 * 127 are beside each other that differ in their last bits."""
+    rng = np.random.default_rng(11)
+    k = 40_001
+    codes = np.where(rng.random((17, k)) < 0.001, 14, 15).astype(np.int8)
+    groups = -(-k // (size or k))
+    arrays = codes, np.ones((17, groups), F32), np.full((17, groups), 15, np.uint8), size
+    x = rng.integers(121, 128, (5, k)).astype(F32)
+    x[:, 0] = 127
+    x[1] *= -1
+    assert_same_bits(w4a8_matmul(packed(*arrays), x), expected(*arrays, x))
+
+
+LARGEST = {"15 - 0": (15, 0), "0 - 15": (0, 15), "7": (7, None), "-8": (-8, None)}
+
+
+@pytest.mark.parametrize(("code", "zero_point"), LARGEST.values(), ids=LARGEST.keys())
+@pytest.mark.parametrize(
+    ("k", "size"),
+    [
+        *((2 * EXACT + 9, size) for size in (24, 32, 64, EXACT - 1, EXACT, EXACT + 1, 2 * EXACT + 8)),
+        *((200_000, size) for size in (128, EXACT + 1, 66_000, None)),
+    ],
+)
+def test_the_largest_sums(k, size, code, zero_point, isa):
+    """All activations 127 in magnitude: 15 * 127 * 200,000 needs 29 bits, a run of int16 sums 15 bits."""
+    x = np.full((5, k), 127, F32)
+    x[1] = -127
+    x[2, ::2] = -127
+    lengths = [size] * (k // size) + [k % size] * (k % size > 0) if size else [k]
+    n, groups = 9, len(lengths)
+    codes, scales = np.full((n, k), code, np.int8), np.full((n, groups), 0.5, F32)
+    zero_points = None if zero_point is None else np.full((n, groups), zero_point, np.uint8)
+    y = w4a8_matmul(packed(codes, scales, zero_points, size), x)
+    value, total, alternating = code - (zero_point or 0), F32(0), F32(0)
+    for i, length in enumerate(lengths):
+        total += F32(value * 127 * length) * F32(0.5)
+        # Of an odd run one activation is left over.
+        first = 1 if sum(lengths[:i]) % 2 else -1
+        alternating += F32(value * 127 * (length % 2) * first) * F32(0.5)
+    for r, wanted in enumerate((total, -total, alternating, total, total)):
+        assert y[r].tolist() == [wanted] * n
+
+
+def test_groups_are_added_up_in_order():
+    """Floats near 127 * 2**24 are 128 apart: one half of 127 is lost beside it, two halves are not."""
+    codes, scales = np.ones((1, 3), np.int8), np.array([[2.0**24, 0.5, 0.5]], F32)
+    assert w4a8_matmul(packed(codes, scales, None, 1), [[127.0, 127, 127]]).tolist() == [[2.0**24 * 127]]
+    backward = packed(codes, np.ascontiguousarray(scales[:, ::-1]), None, 1)
+    assert w4a8_matmul(backward, [[127.0, 127, 127]]).tolist() == [[2.0**24 * 127 + 128]]
+
+
+def test_more_rows_than_a_chunk(isa):
+    """Rows are taken in chunks of half a megabyte of activations."""
+    k = 30_000
+    for size in (128, None):
+        row_bytes = _core.PackedLinear(9, k, size or k, None, None, 0).activation_bytes()
+        assert 45 * row_bytes > 2 * _matmul._CHUNK_BYTES
+        weight, x, bias, _, with_bias = case(45, 9, k, size, False)
+        assert_same_bits(w4a8_matmul(weight, x, bias), with_bias)
+        out = np.full(with_bias.shape, np.nan, F32)
+        assert w4a8_matmul(weight, x, bias, out=out) is out
+        assert_same_bits(out, with_bias)
+
+
+@each_symmetry
+def test_a_matvec_is_a_row(symmetric, isa):
+    for k, size in [(1, None), (63, 8), (300, 32), (300, None), (20_001, 3)]:
+        weight, x, _, plain, _ = case(5, 40, k, size, symmetric)
+        for token, row in zip(x, plain, strict=True):
+            assert_same_bits(w4a8_matvec(weight, token), row)
+            out = np.full(40, np.nan, F32)
+            assert w4a8_matvec(weight, token, out=out) is out
+            assert_same_bits(out, row)
+
+
+@given(data=st.data())
+def test_rows_and_outputs_are_independent(data):
+    m, n, k = (data.draw(st.integers(1, most)) for most in (14, 40, 90))
+    size, symmetric = data.draw(st.none() | st.integers(1, k + 1)), data.draw(st.booleans())
+    codes, scales, zero_points, _ = weights(n, k, size, symmetric, seed=data.draw(st.integers(0, 2**20)))
+    x, bias = activations(m, k), np.arange(n, dtype=F32)
+    y = w4a8_matmul(packed(codes, scales, zero_points, size), x, bias)
+    assert_same_bits(y, expected(codes, scales, zero_points, size, x, bias))
+    rows = data.draw(st.permutations(range(m)))
+    assert_same_bits(w4a8_matmul(packed(codes, scales, zero_points, size), x[rows], bias), y[rows])
+    of = data.draw(st.permutations(range(n)))
+    part = packed(codes[of], scales[of], None if zero_points is None else zero_points[of], size)
+    assert_same_bits(w4a8_matmul(part, x, bias[of]), np.ascontiguousarray(y[:, of]))
+
+
+@pytest.mark.parametrize("num_threads", [2, 3, 100])
+def test_threads_change_nothing(num_threads, isa):
+    weight, x, bias, _, with_bias = case(10, 133, 200, 48, False)
+    assert_same_bits(w4a8_matmul(weight, x, bias, num_threads=num_threads), with_bias)
+    out = np.full((10, 133), np.nan, F32)
+    w4a8_matmul(weight, x, bias, out=out, num_threads=num_threads)
+    assert_same_bits(out, with_bias)
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f8", ">f4", "bfloat16"])
+def test_other_float_types(dtype, isa):
+    dtype = np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype)
+    arrays = weights(20, 5000, 96, False)
+    x = activations(5, 5000).astype(dtype)
+    assert_same_bits(w4a8_matmul(packed(*arrays), x), expected(*arrays, x.astype(F32)))
+    assert_same_bits(w4a8_matvec(packed(*arrays), x[0]), expected(*arrays, x[:1].astype(F32))[0])
+
+
+@pytest.mark.parametrize("size", [None, 7])
+def test_layouts(size):
+    """Fields of a tensor, and activations, that are strided, misaligned, read-only or in Fortran order."""
+    weight, x, bias, _, y = case(5, 20, 50, size, False)
+    data, scales, zero_points, shape, fmt = (
+        getattr(weight, name) for name in ("data", "scales", "zero_points", "shape", "format")
+    )
+    frozen = scales.copy()
+    frozen.flags.writeable = False
+    for fields in (
+        [np.repeat(v, 2, axis=0)[::2] for v in (data, scales, zero_points)],
+        [np.repeat(v, 2, axis=-1)[..., ::2] for v in (data, scales, zero_points)],
+        [np.asfortranarray(v) for v in (data, scales, zero_points)],
+        [array_at(1, data), array_at(2, scales), array_at(3, zero_points)],
+        [data, frozen, zero_points],
+    ):
+        other = DynQuantTensor(*fields, shape, fmt)
+        assert_same_bits(w4a8_matmul(other, np.asfortranarray(x), np.repeat(bias, 2)[::2]), y)
+        assert_same_bits(w4a8_matvec(other, np.repeat(x[0], 3)[::3]), w4a8_matvec(weight, x[0]))
+
+
+def test_the_last_high_nibble_of_an_odd_row_is_not_read():
+    codes, scales, zero_points, _ = weights(4, 9, 3, False)
+    weight = packed(codes, scales, zero_points, 3)
+    x = activations(3, 9)
+    y = w4a8_matmul(weight, x)
+    weight.data[:, -1] |= 0xF0
+    assert_same_bits(w4a8_matmul(weight, x), y)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 3, 4), (3, 0, 4), (0, 0, 4), (2, 3, 0), (0, 3, 0)])
+@pytest.mark.parametrize("size", [None, 3])
+def test_empty(size, m, n, k):
+    groups = () if size is None else (-(-k // size),)
+    fmt = DynQuantFormat(4, "per_row" if size is None else "per_group", size, True)
+    data, scales = np.zeros((n, (k + 1) // 2), np.uint8), np.ones((n, *groups), F32)
+    weight = DynQuantTensor(data, scales, np.ones(scales.shape, np.uint8), (n, k), fmt)
+    x, bias = np.ones((m, k), F32), np.arange(n, dtype=F32)
+    wanted = np.broadcast_to(bias - k, (m, n)).astype(F32)
+    assert_same_bits(w4a8_matmul(weight, x, bias), wanted)
+    out = np.full((m, n), np.nan, F32)
+    assert w4a8_matmul(weight, x, bias, out=out) is out
+    assert_same_bits(out, wanted)
+    if k:
+        assert w4a8_matvec(weight, np.ones(k, F32)).tolist() == [-k] * n
+
+
+def test_scale_zero_and_zeros():
+    """A row of zeros gives the bias; groups with scale 0 add nothing."""
+    codes, scales, zero_points, _ = weights(9, 40, 8, False)
+    scales[:, 2] = 0
+    x = activations(5, 40)
+    bias = np.linspace(-1, 1, 9, dtype=F32)
+    y = w4a8_matmul(packed(codes, scales, zero_points, 8), x, bias)
+    assert_same_bits(y[2], bias)
+    without = x.copy()
+    without[:, 16:24] = np.abs(x).max(axis=1, keepdims=True) / 2
+    assert_same_bits(w4a8_matmul(packed(codes, scales, zero_points, 8), without, bias), y)
+
+
+def test_it_is_close_to_the_float_product():
+    """On real weights and activations: the error is that of 4-bit weights, not of a slip."""
+    w, _, x = real_layer("up")
+    for options, least in (({"group_size": 32}, 18), ({"group_size": 128}, 16), ({"symmetric": True}, 12)):
+        y = w4a8_matmul(quantize_weights(w, bits=4, **options), x)
+        assert error_metrics(x @ w.T, y).sqnr_db > least
+
+
+# QuantLinear
+
+M, N, K = 6, 37, 96
+OPTIONS = {
+    "rows": {},
+    "groups": {"group_size": 32},
+    "odd groups": {"group_size": 7},
+    "symmetric": {"group_size": 32, "symmetric": True},
+    "symmetric rows": {"symmetric": True},
+    "search": {"group_size": 24, "search": True},
+}
+each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+FACTORS = np.exp2(np.random.default_rng(7).uniform(-3, 3, K)).astype(F32)
+ROTATIONS = [{}, {"hadamard": True}, {"smooth": FACTORS}, {"smooth": FACTORS, "hadamard": True}]
+each_rotation = pytest.mark.parametrize("rotation", ROTATIONS, ids=lambda r: " ".join(r) or "plain")
+
+
+def floats(m=M, n=N, k=K):
+    rng = np.random.default_rng(3)
+    return (rng.standard_normal(shape).astype(F32) for shape in ((n, k), (m, k), n))
+
+
+def linear(**options):
+    weight, x, bias = floats()
+    return weight, x, bias, QuantLinear.from_float(weight, bias, bits=4, **options)
+
+
+@each_option
+@each_rotation
+def test_a_layer_is_its_product(options, rotation, isa):
+    """Smoothed first, then rotated: weights once, activations in every call."""
+    weight, x, bias, layer = linear(**options, **rotation)
+    if "smooth" in rotation:
+        weight, x = smooth_weights(weight, FACTORS), smooth_activations(x, FACTORS)
+    if "hadamard" in rotation:
+        weight, x = hadamard_transform(weight), hadamard_transform(x)
+    y = w4a8_matmul(quantize_weights(weight, bits=4, **options), x, bias)
+    assert_same_bits(layer(linear()[1]), y)
+    assert (layer.in_features, layer.out_features) == (K, N)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("k", [1, 3, 6, 64, 70, 96, 1000, 4096 + 32])
+def test_rotation_of_any_length(k, bits, isa):
+    weight, x, bias = floats(5, 9, k)
+    layer = QuantLinear.from_float(weight, bias, bits=bits, hadamard=True)
+    rotated = QuantLinear.from_float(hadamard_transform(weight), bias, bits=bits)
+    assert_same_bits(layer(x), rotated(hadamard_transform(x)))
+    assert_same_bits(layer(x.astype(np.float16)), layer(x.astype(np.float16).astype(F32)))
+
+
+@each_option
+@each_rotation
+def test_weight_dequantized(options, rotation):
+    """Within what 4 bits cost, in the space that the weights were given in."""
+    weight, _, _, layer = linear(**options, **rotation)
+    values = layer.weight_dequantized()
+    factors = rotation.get("smooth", np.ones(K, F32))
+    assert error_metrics(weight * factors, values * factors).sqnr_db > 15
+    if not rotation:
+        assert_same_bits(values, quantize_weights(weight, bits=4, **options).dequantize())
+
+
+def test_rotation_helps_against_outliers():
+    """A channel a hundred times as large leaves the others few codes, unless it is spread over them."""
+    weight, x, _ = floats()
+    assert error_metrics(x @ weight.T, QuantLinear.from_float(weight, bits=4, hadamard=True)(x)).sqnr_db > 15
+    x[:, 5] *= 100
+    plain, rotated = (
+        error_metrics(x @ weight.T, QuantLinear.from_float(weight, hadamard=h)(x)).mse for h in (False, True)
+    )
+    assert rotated < plain / 3
+
+
+@each_option
+@each_rotation
+def test_arrays_do_not_depend_on_the_instruction_set(options, rotation):
+    """Made under one set, read under every other."""
+    with using("baseline"):
+        _, x, _, layer = linear(**options, **rotation)
+        arrays, y = layer.to_arrays(), layer(x)
+    for isa in ISAS:
+        with using(isa):
+            made = linear(**options, **rotation)[3].to_arrays()
+            read = QuantLinear.from_arrays(arrays)
+            again = read.to_arrays()
+            assert_same_bits(read(x), y)
+        assert list(made) == list(again) == list(arrays)
+        for name, array in arrays.items():
+            assert_same_bits(made[name], array, f"{isa} {name}")
+            assert_same_bits(again[name], array, f"{isa} {name}")
+
+
+def test_what_the_arrays_are():
+    weight, _, bias, layer = linear(**OPTIONS["odd groups"], smooth=FACTORS, hadamard=True)
+    q = quantize_weights(hadamard_transform(weight * FACTORS), bits=4, group_size=7)
+    arrays = layer.to_arrays()
+    for name, wanted in [
+        ("weight_i4", q.data),
+        ("weight_scales", q.scales),
+        ("weight_zero_points", q.zero_points),
+        ("bias", bias),
+        ("smooth", FACTORS),
+    ]:
+        assert_same_bits(arrays.pop(name), wanted, name)
+    assert {name: array.tolist() for name, array in arrays.items()} == {
+        "in_features": K,
+        "group_size": 7,
+        "hadamard": True,
+    }
+    plain = linear(**OPTIONS["symmetric rows"])[3].to_arrays()
+    assert set(plain) == {"weight_i4", "weight_scales", "in_features", "bias"}
+
+
+def through_a_file(layer):
+    file = io.BytesIO()
+    np.savez(file, **layer.to_arrays())
+    file.seek(0)
+    return QuantLinear.from_arrays(np.load(file))
+
+
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
+    "npz": through_a_file,
+}
+
+
+@pytest.mark.parametrize("through", COPIES.values(), ids=COPIES.keys())
+@each_option
+@each_rotation
+def test_copies(options, rotation, through):
+    _, x, _, layer = linear(**options, **rotation)
+    twin = through(layer)
+    assert_same_bits(twin(x), layer(x))
+    assert repr(twin) == repr(layer)
+    assert twin.memory_bytes == layer.memory_bytes
+    assert_same_bits(twin.weight_dequantized(), layer.weight_dequantized())
+
+
+def test_a_pickle_of_another_instruction_set():
+    with using(ISAS[0]):
+        _, x, _, layer = linear(group_size=32, hadamard=True)
+        text, y = pickle.dumps(layer), layer(x)
+    for isa in ISAS:
+        with using(isa):
+            assert_same_bits(pickle.loads(text)(x), y)
+
+
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_a_layer_keeps_no_view_of_what_it_was_made_from(hadamard):
+    weight, x, bias, layer = linear(group_size=32, smooth=FACTORS.copy(), hadamard=hadamard)
+    y, arrays = layer(x), layer.to_arrays()
+    read = QuantLinear.from_arrays(arrays)
+    weight[:], bias[:] = 0, 0
+    for array in (*arrays.values(), *layer.to_arrays().values()):
+        array[...] = 1
+    assert_same_bits(layer(x), y)
+    assert_same_bits(read(x), y)
+
+
+@pytest.mark.parametrize("shape", [(K,), (0, K), (2, 3, K), (1, 1, 1, K), (2, 0, K)])
+def test_leading_axes(shape):
+    layer = linear(group_size=32, hadamard=True)[3]
+    x = np.random.default_rng(0).standard_normal(shape).astype(F32)
+    y = layer(x)
+    assert y.shape == (*shape[:-1], N)
+    assert_same_bits(y.reshape(-1, N), layer(x.reshape(-1, K)))
+    out = np.empty(y.shape, F32)
+    assert layer(x, out=out) is out
+    assert_same_bits(out, y)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1024, 1024), (1024, 4096), (4128, 1056)])
+@each_symmetry
+def test_memory(symmetric, n, k, isa):
+    """Half a byte a weight, and 5 bytes for every 32 of them."""
+    fmt = {"in_features": k, "group_size": 32, "weight_i4": np.ones((n, k // 2), np.uint8)}
+    if not symmetric:
+        fmt["weight_zero_points"] = np.ones((n, k // 32), np.uint8)
+    layer = QuantLinear.from_arrays({**fmt, "weight_scales": np.ones((n, k // 32))})
+    assert n * k * 0.65 < layer.memory_bytes <= 0.67 * n * k
+    biased = QuantLinear.from_arrays({**layer.to_arrays(), "bias": np.ones(n), "smooth": np.ones(k)})
+    assert biased.memory_bytes == layer.memory_bytes + 4 * (n + k)
+
+
+def test_repr():
+    for options, parts in [
+        ({}, "int4 with zero points, bias=True, smooth=False, hadamard=False"),
+        ({"symmetric": True, "smooth": FACTORS}, "int4, bias=True, smooth=True, hadamard=False"),
+        ({"group_size": 32}, "int4 per_group of 32 with zero points, bias=True"),
+        ({"group_size": 8, "symmetric": True, "hadamard": True}, "int4 per_group of 8, bias=True"),
+        ({"hadamard": True}, "smooth=False, hadamard=True)"),
+    ]:
+        text = repr(linear(**options)[3])
+        assert text.startswith(f"QuantLinear(in_features={K}, out_features={N}, int4")
+        assert parts in text
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_many_threads_on_one_layer(bits):
+    """Callers share the layer, and each shares its work with threads of its own."""
+    rng = np.random.default_rng(4)
+    layer = QuantLinear.from_float(rng.standard_normal((150, K)), bits=bits, hadamard=True, smooth=FACTORS)
+    batches = [rng.standard_normal((m, K)).astype(F32) for m in (1, 3, 8, 50)] * 10
+    wanted = [layer(x) for x in batches]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(functools.partial(layer, num_threads=2), batches))
+    for y, right in zip(results, wanted, strict=True):
+        assert_same_bits(y, right)
+
+
+# Errors
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_a_rotation_beyond_float32(smooth, rows, bits):
+    """Sums of 512 that overflow; with 1000 rows beyond the first chunk."""
+    k = 512
+    factors = {"smooth": np.full(k, 0.25, F32)} if smooth else {}
+    layer = QuantLinear.from_float(np.ones((3, k), F32), bits=bits, hadamard=True, **factors)
+    if rows == 1000:
+        assert rows * layer._layer.activation_bytes() > _matmul._CHUNK_BYTES
+    x, out = np.ones((rows, k), F32), np.full((rows, 3), 7, F32)
+    x[-1] = F32(2e37)
+    for options in ({}, {"out": out}, {"out": out, "num_threads": 2}):
+        with pytest.raises(ParameterError, match="x: expected rows within float32 when rotated"):
+            layer(x, **options)
+    assert (out == 7).all()
+    # What is not finite to begin with is named as such, and so is a quotient.
+    x[-1, 5] = np.inf
+    with pytest.raises(NonFiniteError, match="x:") as caught:
+        layer(x, out=out)
+    assert caught.value.index == (rows - 1) * k + 5
+    if smooth:
+        x[-1, 5] = 3e38
+        with pytest.raises(NonFiniteError, match="x / smooth") as caught:
+            layer(x, out=out)
+        assert caught.value.index == (rows - 1) * k + 5
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 60])
+def test_out_is_untouched_after_an_error_in_the_last_row(rows):
+    """With 60 rows the error lies beyond the first chunk."""
+    k = 30_000
+    x = np.ones((rows, k), F32)
+    x[-1, -1] = np.nan
+    out = np.full((rows, 2), 7, F32)
+    weight = quantize_weights(np.ones((2, k), F32), bits=4, group_size=32)
+    for num_threads in (1, 2):
+        with pytest.raises(NonFiniteError) as caught:
+            w4a8_matmul(weight, x, out=out, num_threads=num_threads)
+        assert caught.value.index == rows * k - 1
+    assert (out == 7).all()
+
+
+def test_out_may_not_overlap():
+    memory = np.zeros(20, F32)
+    weight = quantize_weights(np.eye(4, dtype=F32), bits=4, group_size=2)
+    with pytest.raises(LayoutError, match="overlaps"):
+        w4a8_matmul(weight, memory[:8].reshape(2, 4), out=memory[4:12].reshape(2, 4))
+    with pytest.raises(LayoutError, match="overlaps"):
+        w4a8_matvec(weight, memory[:4], out=memory[2:6])
+    with pytest.raises(LayoutError, match="overlaps"):
+        w4a8_matmul(weight, np.ones((2, 4), F32), memory[:4], out=memory[2:10].reshape(2, 4))
+    assert not memory.any()
+    scales = weight.scales.copy()
+    with pytest.raises(LayoutError, match="overlaps"):
+        w4a8_matmul(weight, np.ones((2, 4), F32), out=weight.scales.reshape(2, 4))
+    with pytest.raises(LayoutError, match="overlaps"):
+        w4a8_matvec(weight, np.ones(4, F32), out=weight.scales.reshape(-1)[:4])
+    assert_same_bits(weight.scales, scales)
+
+
+GOOD = linear(group_size=32, smooth=FACTORS, hadamard=True)[3].to_arrays()
+INT8 = QuantLinear.from_float(np.ones((3, 4), F32)).to_arrays()
+BAD_ARRAYS = [
+    ({"weight_i4": GOOD["weight_i4"].view(np.int8)}, DTypeError, "weight_i4"),
+    ({"weight_i4": GOOD["weight_i4"].astype(int)}, DTypeError, "weight_i4"),
+    ({"weight_i4": GOOD["weight_i4"][0]}, ShapeMismatchError, "weight_i4"),
+    ({"weight_i4": GOOD["weight_i4"][:, 1:]}, ShapeMismatchError, "weight_i4"),
+    ({"weight_i4": GOOD["weight_i4"][1:]}, ShapeMismatchError, "weight_scales"),
+    ({"weight_i4": GOOD["weight_i4"][:0]}, EmptyInputError, "weight_i4"),
+    ({"weight_i4": GOOD["weight_i4"][:, :0]}, EmptyInputError, "weight_i4"),
+    ({"weight_i8": INT8["weight_i8"]}, ParameterError, "unknown ['weight_i8']"),
+    ({"in_features": K + 1}, ShapeMismatchError, "weight_i4"),
+    ({"in_features": 0}, ParameterError, "in_features"),
+    ({"in_features": np.array([K])}, ParameterError, "in_features"),
+    ({"in_features": float(K)}, ParameterError, "in_features"),
+    ({"group_size": 0}, ParameterError, "group_size"),
+    ({"group_size": np.array(32.0)}, ParameterError, "group_size"),
+    ({"group_size": 31}, ShapeMismatchError, "weight_scales"),
+    ({"group_size": None}, ShapeMismatchError, "weight_scales"),
+    ({"weight_scales": GOOD["weight_scales"][:, :2]}, ShapeMismatchError, "weight_scales"),
+    ({"weight_scales": GOOD["weight_scales"][0]}, ShapeMismatchError, "weight_scales"),
+    ({"weight_scales": GOOD["weight_scales"] * np.nan}, NonFiniteError, "weight_scales"),
+    ({"weight_scales": GOOD["weight_scales"].astype(int)}, DTypeError, "weight_scales"),
+    ({"weight_zero_points": GOOD["weight_zero_points"][:, :2]}, ShapeMismatchError, "weight_zero_points"),
+    ({"weight_zero_points": GOOD["weight_zero_points"].view(np.int8)}, DTypeError, "weight_zero_points"),
+    ({"weight_zero_points": np.full_like(GOOD["weight_zero_points"], 16)}, ParameterError, "zero_points"),
+    ({"bias": GOOD["bias"][1:]}, ShapeMismatchError, "bias"),
+    ({"bias": GOOD["bias"] * np.inf}, NonFiniteError, "bias"),
+    ({"smooth": GOOD["smooth"][1:]}, FeatureDimMismatchError, "smooth"),
+    ({"smooth": GOOD["smooth"] - GOOD["smooth"]}, ParameterError, "smooth"),
+    ({"hadamard": 1}, ParameterError, "hadamard"),
+    ({"hadamard": np.array([True])}, ParameterError, "hadamard"),
+    ({"more": 1}, ParameterError, "unknown ['more']"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_ARRAYS, ids=lambda v: str(v)[:40])
+def test_arrays_that_make_no_layer(changes, error, message):
+    with pytest.raises(error) as caught:
+        QuantLinear.from_arrays({**GOOD, **changes})
+    assert type(caught.value) is error
+    assert message in str(caught.value)
+
+
+def test_arrays_that_are_missing():
+    for name in ("weight_i4", "weight_scales", "in_features"):
+        with pytest.raises(ParameterError, match="missing"):
+            QuantLinear.from_arrays({key: array for key, array in GOOD.items() if key != name})
+    for name in ("weight_zero_points", "in_features", "group_size"):
+        with pytest.raises(ParameterError, match=f"unknown .*{name}"):
+            QuantLinear.from_arrays({**INT8, name: GOOD[name]})
+    # Without zero points the codes are symmetric.
+    symmetric = QuantLinear.from_arrays({k: v for k, v in GOOD.items() if k != "weight_zero_points"})
+    assert "zero points" not in repr(symmetric)
