@@ -20,7 +20,7 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_RawFree, PyMem_RawMallo
 from cpython.object cimport PyObject, PyObject_GenericSetAttr
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.pyport cimport PY_SSIZE_T_MAX
-from libc.math cimport ceil, pow
+from libc.math cimport ceil, pow, sqrt
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
 
@@ -727,17 +727,19 @@ def scale_columns(FloatRows x not None, const float[::1] factors not None, bint 
             scale_columns_of_row(&row, &factors[0], divide, &out[r, 0])
 
 
-def hadamard(float[:, ::1] x not None, Py_ssize_t block):
-    """Transform every run of `block` elements of every row, in place."""
-    cdef Py_ssize_t r, start
-    if x.shape[1] == 0:
-        return
-    with nogil:
-        for r in range(x.shape[0]):
-            start = 0
-            while start < x.shape[1]:
-                kernels.hadamard_row_f32(&x[r, start], block)
-                start += block
+# Rotate every run of `block` elements of x (n,), in place; block divides n.
+cdef void rotate(float* x, Py_ssize_t n, Py_ssize_t block) noexcept nogil:
+    cdef float scale = <float> (1.0 / sqrt(<double> block))
+    cdef Py_ssize_t i
+    for i in range(n // block):
+        kernels.hadamard_row_f32(x + i * block, block, scale)
+
+
+def hadamard(float[::1] x not None, Py_ssize_t block):
+    """Transform every run of `block` elements, in place."""
+    if x.shape[0]:
+        with nogil:
+            rotate(&x[0], x.shape[0], block)
 
 
 def all_finite(FloatRows x not None):
@@ -814,8 +816,7 @@ cdef Floats prepared_row(Floats x, const float* factors, Py_ssize_t block, float
             memcpy(prepared + start, block_of(&x, start, n, scratch), n * sizeof(float))
             start += n
     if block:
-        for start in range(0, x.n // block):
-            kernels.hadamard_row_f32(prepared + start * block, block)
+        rotate(prepared, x.n, block)
     x.data, x.kind = <const char*> prepared, F32
     return x
 

@@ -67,7 +67,7 @@ def hadamard_transform(
         raise ParameterError(f"x: expected magnitudes up to {most:.3g}, so that sums stay within float32")
     result = np.empty(array.shape, F32) if out is None else out
     result[...] = array
-    _core.hadamard(result.reshape(array.size // max(n, 1), n), block)
+    _core.hadamard(result.reshape(-1), block)
     return result
 
 

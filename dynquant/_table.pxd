@@ -78,4 +78,4 @@ ctypedef struct Kernels:
     void (*count_windows_row_f32)(const float* x, const int32_t* amax_bits, uint32_t* counts,
                                   Py_ssize_t n) noexcept nogil
     # hadamard.pxi
-    void (*hadamard_row_f32)(float* x, Py_ssize_t n) noexcept nogil
+    void (*hadamard_row_f32)(float* x, Py_ssize_t n, float scale) noexcept nogil

@@ -1,7 +1,7 @@
 # The row kernels of one instruction set: which one is decided by the flags that the including module is
 # compiled with. Nothing here allocates, touches a Python object or fails.
 from cpython.pycapsule cimport PyCapsule_New
-from libc.math cimport copysignf, fabs, sqrt
+from libc.math cimport copysignf, fabs
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcpy, memset
 
@@ -50,6 +50,10 @@ cdef extern from "kernels/simd.h" nogil:
     dq_sums dq_part_add(dq_sums s, dq_part part)
     dq_floats dq_floats_load(const float* x)
     void dq_floats_store(float* out, dq_floats x)
+    dq_floats dq_floats_add(dq_floats x, dq_floats y)
+    dq_floats dq_floats_sub(dq_floats x, dq_floats y)
+    dq_floats dq_floats_scale(dq_floats x, float scale)
+    dq_floats dq_hadamard_lanes(dq_floats x)
     dq_floats dq_zero_points_load(const uint8_t* z)
     dq_floats dq_group_add(dq_floats acc, dq_sums s, dq_floats zero_points, float a_sum, dq_floats scales)
     dq_acc dq_acc_zero()
@@ -67,6 +71,7 @@ cdef enum:
     EXACT = 1 << 13
     PANEL = 2 * DQ_LANES
     ROWS = 4
+    RUN_OF_VECTORS = 8 * DQ_LANES
 
 
 include "convert.pxi"

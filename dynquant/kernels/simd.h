@@ -9,6 +9,7 @@
    sums step       DQ_DEPTH products for each of DQ_LANES outputs, the step of a matrix product.
    codes step      the same for weights of 4 bits, 8 products for each of DQ_LANES outputs; and the end of a
                    group, where sums become floats.
+   rotation step   the passes of a Hadamard transform within one vector, which loops cannot shuffle.
 
    Each has a form in plain C that every compiler takes, and forms for what instructions offer. A form may differ from another in speed only, never in a bit of any result. */
 #ifndef DQ_SIMD_H
@@ -339,6 +340,10 @@ static inline dq_sums dq_sums_step(dq_sums acc, dq_weights w, dq_spread_act a) {
    dq_group_add is the end of a group: acc + float((sums - zero_point * a_sum)) * scale, where |sums| and
    |zero_point * a_sum| are below 2**24, so that floats hold them and their difference exactly. */
 #define DQ_CODES 8
+
+/* dq_hadamard_lanes: log2(DQ_LANES) passes over DQ_LANES floats; in the pass of stride s element i becomes
+   x[i] + x[i ^ s] where bit s of i is 0, and x[i ^ s] - x[i] where it is 1. Multiplying by -1 is exact, so
+   that the forms with a fused multiply-add round like those without. */
 #if defined(__AVX512BW__)
 
 typedef __m512i dq_part;
@@ -373,6 +378,18 @@ static inline void dq_floats_store(float* out, dq_floats x) { _mm512_storeu_ps(o
 static inline dq_floats dq_zero_points_load(const uint8_t* z) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)z)));
 }
+static inline dq_floats dq_floats_add(dq_floats x, dq_floats y) { return _mm512_add_ps(x, y); }
+static inline dq_floats dq_floats_sub(dq_floats x, dq_floats y) { return _mm512_sub_ps(x, y); }
+static inline dq_floats dq_floats_scale(dq_floats x, float scale) {
+    return _mm512_mul_ps(x, _mm512_set1_ps(scale));
+}
+static inline dq_floats dq_hadamard_lanes(dq_floats x) {
+    const __m512 ones = _mm512_set1_ps(1), minus = _mm512_set1_ps(-1);
+    x = _mm512_fmadd_ps(x, _mm512_mask_blend_ps(0xAAAA, ones, minus), _mm512_permute_ps(x, 0xB1));
+    x = _mm512_fmadd_ps(x, _mm512_mask_blend_ps(0xCCCC, ones, minus), _mm512_permute_ps(x, 0x4E));
+    x = _mm512_fmadd_ps(x, _mm512_mask_blend_ps(0xF0F0, ones, minus), _mm512_shuffle_f32x4(x, x, 0xB1));
+    return _mm512_fmadd_ps(x, _mm512_mask_blend_ps(0xFF00, ones, minus), _mm512_shuffle_f32x4(x, x, 0x4E));
+}
 static inline dq_floats dq_group_add(dq_floats acc, dq_sums s, dq_floats zero_points, float a_sum,
                                      dq_floats scales) {
     const __m512 sum = _mm512_fnmadd_ps(zero_points, _mm512_set1_ps(a_sum), _mm512_cvtepi32_ps(s));
@@ -404,6 +421,19 @@ static inline dq_floats dq_floats_load(const float* x) { return _mm256_loadu_ps(
 static inline void dq_floats_store(float* out, dq_floats x) { _mm256_storeu_ps(out, x); }
 static inline dq_floats dq_zero_points_load(const uint8_t* z) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)z)));
+}
+static inline dq_floats dq_floats_add(dq_floats x, dq_floats y) { return _mm256_add_ps(x, y); }
+static inline dq_floats dq_floats_sub(dq_floats x, dq_floats y) { return _mm256_sub_ps(x, y); }
+static inline dq_floats dq_floats_scale(dq_floats x, float scale) {
+    return _mm256_mul_ps(x, _mm256_set1_ps(scale));
+}
+static inline dq_floats dq_hadamard_lanes(dq_floats x) {
+    const __m256 sign1 = _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1);
+    const __m256 sign2 = _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1);
+    const __m256 sign4 = _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1);
+    x = _mm256_fmadd_ps(x, sign1, _mm256_permute_ps(x, 0xB1));
+    x = _mm256_fmadd_ps(x, sign2, _mm256_permute_ps(x, 0x4E));
+    return _mm256_fmadd_ps(x, sign4, _mm256_permute2f128_ps(x, x, 1));
 }
 static inline dq_floats dq_group_add(dq_floats acc, dq_sums s, dq_floats zero_points, float a_sum,
                                      dq_floats scales) {
@@ -444,6 +474,16 @@ static inline dq_sums dq_part_add(dq_sums s, dq_part part) {
 static inline dq_floats dq_floats_load(const float* x) { return _mm_loadu_ps(x); }
 static inline void dq_floats_store(float* out, dq_floats x) { _mm_storeu_ps(out, x); }
 static inline dq_floats dq_zero_points_load(const uint8_t* z) { return _mm_setr_ps(z[0], z[1], z[2], z[3]); }
+static inline dq_floats dq_floats_add(dq_floats x, dq_floats y) { return _mm_add_ps(x, y); }
+static inline dq_floats dq_floats_sub(dq_floats x, dq_floats y) { return _mm_sub_ps(x, y); }
+static inline dq_floats dq_floats_scale(dq_floats x, float scale) {
+    return _mm_mul_ps(x, _mm_set1_ps(scale));
+}
+static inline dq_floats dq_hadamard_lanes(dq_floats x) {
+    const __m128 sign1 = _mm_setr_ps(1, -1, 1, -1), sign2 = _mm_setr_ps(1, 1, -1, -1);
+    x = _mm_add_ps(_mm_mul_ps(x, sign1), _mm_shuffle_ps(x, x, 0xB1));
+    return _mm_add_ps(_mm_mul_ps(x, sign2), _mm_shuffle_ps(x, x, 0x4E));
+}
 static inline dq_floats dq_group_add(dq_floats acc, dq_sums s, dq_floats zero_points, float a_sum,
                                      dq_floats scales) {
     const __m128 sum = _mm_sub_ps(_mm_cvtepi32_ps(s), _mm_mul_ps(zero_points, _mm_set1_ps(a_sum)));
@@ -471,6 +511,10 @@ static inline dq_sums dq_part_add(dq_sums s, dq_part part) { return s + part; }
 static inline dq_floats dq_floats_load(const float* x) { return *x; }
 static inline void dq_floats_store(float* out, dq_floats x) { *out = x; }
 static inline dq_floats dq_zero_points_load(const uint8_t* z) { return *z; }
+static inline dq_floats dq_floats_add(dq_floats x, dq_floats y) { return x + y; }
+static inline dq_floats dq_floats_sub(dq_floats x, dq_floats y) { return x - y; }
+static inline dq_floats dq_floats_scale(dq_floats x, float scale) { return x * scale; }
+static inline dq_floats dq_hadamard_lanes(dq_floats x) { return x; }
 static inline dq_floats dq_group_add(dq_floats acc, dq_sums s, dq_floats zero_points, float a_sum,
                                      dq_floats scales) {
     return acc + ((float)s - zero_points * a_sum) * scales;

@@ -39,6 +39,7 @@ static inline __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
 static inline __m512i _mm512_xor_si512(__m512i a, __m512i b) { return a ^ b; }
 static inline __m512i _mm512_srli_epi16(__m512i a, int n) { return (__m512i)((emulated_u16)a >> n); }
 static inline __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
+static inline __m512 _mm512_sub_ps(__m512 a, __m512 b) { return a - b; }
 static inline __m512 _mm512_mul_ps(__m512 a, __m512 b) { return a * b; }
 /* Rounded twice, which simd.h allows wherever it asks for these. */
 static inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) { return a * b + c; }
@@ -52,6 +53,20 @@ static inline __m128i _mm512_cvtepi32_epi8(__m512i a) { __m128i r; EMULATED_EACH
 static inline __m512i _mm512_permutexvar_epi32(__m512i at, __m512i a) {
     __m512i r;
     EMULATED_EACH(16) r[i] = a[at[i] & 15];
+    return r;
+}
+static inline __m512 _mm512_mask_blend_ps(int mask, __m512 a, __m512 b) {
+    EMULATED_EACH(16) a[i] = mask >> i & 1 ? b[i] : a[i];
+    return a;
+}
+static inline __m512 _mm512_permute_ps(__m512 a, int at) {
+    __m512 r;
+    EMULATED_EACH(16) r[i] = a[(i & ~3) | (at >> 2 * (i & 3) & 3)];
+    return r;
+}
+static inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int at) {
+    __m512 r;
+    EMULATED_EACH(16) r[i] = (i < 8 ? a : b)[4 * (at >> 2 * (i / 4) & 3) + (i & 3)];
     return r;
 }
 static inline int _mm512_test_epi32_mask(__m512i a, __m512i b) {
