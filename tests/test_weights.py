@@ -101,7 +101,7 @@ RANGES = {
     "scale rounded up": [-8 * TINY],
     # 22/15 is rounded down: 22 steps do not fit 15 codes.
     "scale rounded down": [22 * TINY, 3 * TINY],
-    "scale rounded down, below": [-22 * TINY, 3 * TINY],
+    "scale rounded down, below": [-22 * TINY, -3 * TINY],
     "scale rounded down, both": [-11 * TINY, 11 * TINY, 4 * TINY],
     "subnormal": [1e-40, -3e-41, 2e-42],
     "largest": [LARGEST, 0.0, LARGEST / 3],
