@@ -54,17 +54,25 @@ def hadamard_transform(
     >>> hadamard_transform([3.0, 1.0, 0.0, 0.0]).tolist()
     [2.0, 1.0, 2.0, 1.0]
     """
-    array = as_floats(x, "x")
+    return rotate_named(x, block_size, out, "x")
+
+
+def rotate_named(
+    x: ArrayLike, block_size: int | None, out: NDArray[np.float32] | None, name: str
+) -> NDArray[np.float32]:
+    """`hadamard_transform` for an argument called `name`."""
+    array = as_floats(x, name)
     if array.ndim == 0:
-        raise ShapeMismatchError("(..., n)", array.shape, "x")
-    n = array.shape[-1]
-    block = _block_size(block_size, n)
+        raise ShapeMismatchError("(..., n)", array.shape, name)
+    block = _block_size(block_size, array.shape[-1])
     if out is not None:
         checked_out(out, array.shape, F32, in_place=x)
-    check_finite(array, "x")
+    check_finite(array, name)
     most = float(np.finfo(F32).max) / block
     if max(map(abs, _core.min_max(float_rows(array, 1, array.size)))) > most:
-        raise ParameterError(f"x: expected magnitudes up to {most:.3g}, so that sums stay within float32")
+        raise ParameterError(
+            f"{name}: expected magnitudes up to {most:.3g}, so that sums stay within float32"
+        )
     result = np.empty(array.shape, F32) if out is None else out
     result[...] = array
     _core.hadamard(result.reshape(-1), block)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ._gptq import calibration_batches
-from ._hadamard import hadamard_block, hadamard_transform
+from ._hadamard import hadamard_block, rotate_named
 from ._matmul import by_group, multiply, packed_linear
 from ._smooth import smooth_activations, smooth_weights
 from ._tensor import DynQuantFormat, DynQuantTensor, check_field
@@ -144,9 +144,10 @@ class QuantLinear:
             w = smooth_weights(w, factors)
             check_finite(w, "weight * smooth")
         if hadamard:
-            w = hadamard_transform(w, block_size=_rotation(k))
+            w = rotate_named(w, _rotation(k), None, "weight")
         batches = None if calibration is None else _prepared(calibration, k, factors, hadamard)
-        return cls(quantize_matrix(w, fmt, symmetric, search, batches, 1), offset, factors, hadamard)
+        tensor = quantize_matrix(w, fmt, symmetric, search, batches, 1, "weight")
+        return cls(tensor, offset, factors, hadamard)
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any]) -> QuantLinear:
@@ -195,7 +196,7 @@ class QuantLinear:
             if weight.zero_points is not None:
                 arrays["weight_zero_points"] = weight.zero_points
             if self._format.group_size is not None:
-                arrays["group_size"] = np.array(self._format.group_size)
+                arrays["group_size"] = np.array(self._format.group_of(self.in_features))
         if self._bias is not None:
             arrays["bias"] = self._bias.copy()
         if self._smooth is not None:
@@ -219,7 +220,7 @@ class QuantLinear:
         """The float32 weights (out_features, in_features) that the layer stands for, as they were given."""
         weight = self._weight().dequantize()
         if self._hadamard:
-            hadamard_transform(weight, block_size=_rotation(self.in_features), out=weight)
+            rotate_named(weight, _rotation(self.in_features), weight, "weight")
         return weight if self._smooth is None else weight / self._smooth
 
     @property
@@ -291,7 +292,7 @@ def _prepared(
     """Calibration rows as the quantised weights meet them."""
     for batch in calibration_batches(calibration, k):
         x = batch if factors is None else smooth_activations(batch, factors)
-        yield hadamard_transform(x, block_size=_rotation(k)) if hadamard else x
+        yield rotate_named(x, _rotation(k), None, "calibration") if hadamard else x
 
 
 def _rotation(k: int) -> int:

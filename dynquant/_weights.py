@@ -96,7 +96,7 @@ def quantize_weights(
     matrix = as_matrix(w, "w", "(out_features, in_features)")
     check_finite(matrix, "w")
     batches = None if calibration is None else calibration_batches(calibration, matrix.shape[1])
-    return quantize_matrix(matrix, fmt, symmetric, search, batches, threads)
+    return quantize_matrix(matrix, fmt, symmetric, search, batches, threads, "w")
 
 
 def weight_format(bits: Any, group_size: Any, symmetric: Any) -> tuple[DynQuantFormat, bool]:
@@ -119,15 +119,16 @@ def quantize_matrix(
     search: bool,
     batches: Iterable[NDArray[np.float32]] | None,
     threads: int,
+    name: str,
 ) -> DynQuantTensor:
-    """`quantize_weights` for a finite matrix, and options and batches that are checked."""
+    """`quantize_weights` for a finite matrix called `name`, and options and batches that are checked."""
     rows, group = float_rows(w, *w.shape), fmt.group_of(w.shape[1])
     scales = np.empty(fmt.scales_shape(w.shape), F32)
     zero_points = None if symmetric else np.empty(scales.shape, U8)
     s, z = scales.reshape(-1), None if zero_points is None else zero_points.reshape(-1)
     over_rows(_core.fit_rows, (rows, s, z, fmt.clip if symmetric else 15, search, group), len(w), threads)
     if not np.isfinite(scales).all():
-        raise ParameterError("w: expected the range of each group within float32, got one beyond it")
+        raise ParameterError(f"{name}: expected the range of each group within float32, got one beyond it")
     data = np.empty(fmt.data_shape(w.shape), fmt.data_dtype)
     over_rows(
         _core.code_rows, (rows, s, z, fmt.clip, not search, fmt.packed, group, as_run(data)), len(w), threads
