@@ -33,11 +33,12 @@ demo: $(VENV)/installed  ## quantise a real feed-forward block, every recipe bes
 test: lint $(VENV)/installed-test  ## lint, then test the installed wheel on every instruction set
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-lint: $(VENV)/installed-lint  ## ruff, cython-lint, mypy
+lint: $(VENV)/installed-lint  ## ruff, cython-lint, mypy, stubs against the built modules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint dynquant/*.pyx dynquant/*.pxd dynquant/kernels/*.pxi tests/embed/*/*.pyx
 	$(BIN)/mypy
+	$(BIN)/stubtest --ignore-missing-stub dynquant._core dynquant.capi
 
 bench: $(VENV)/installed-bench  ## every kernel on every instruction set beside NumPy; saves JSON and chart
 	$(BIN)/python bench/run.py $(BENCH_ARGS)
