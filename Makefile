@@ -51,5 +51,5 @@ wheel: $(VENV)/installed  ## build the wheel into dist/
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
-	rm -f dynquant/*.c dynquant/*.so
+	rm -f dynquant/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
