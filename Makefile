@@ -6,8 +6,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py MANIFEST.in $(shell find dynquant -name '*.py*' -not -name '*.pyc' -o -name '*.px*' -o -name '*.h')
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+PYTHONS ?= $(PYTHON)
 
-.PHONY: help demo test lint bench bench-peers wheel clean
+.PHONY: help demo test lint bench bench-peers wheel wheels clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,7 +50,10 @@ bench-peers: $(VENV)/installed-bench $(VENV)/installed-peers  ## the same beside
 wheel: $(VENV)/installed  ## build the wheel into dist/
 	@ls -l dist
 
+wheels: $(VENV)/installed-wheels  ## build, repair, check and test a wheel for each of PYTHONS, in wheelhouse/
+	$(BIN)/python tools/wheels.py --pytest-args "$(PYTEST_ARGS)" $(PYTHONS)
+
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist wheelhouse *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	rm -f dynquant/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
