@@ -1,4 +1,4 @@
-"""Wheels for Linux, one for each Python given: built from the sdist, repaired, checked, tested where no compiler is.
+"""Wheels for Linux, one for each Python given: from the sdist, repaired, checked, tested with no compiler.
 
 Run in a git checkout by a Python that has the extra "wheels". All goes to wheelhouse/.
 """
@@ -22,9 +22,10 @@ NOT_IN_SDIST = (".ci/", ".github/", ".gitignore")
 ADDED_TO_SDIST = ("PKG-INFO", "setup.cfg", "dynquant.egg-info/")
 
 
-def run(*command, path=f"{BIN}{os.pathsep}{os.environ['PATH']}", folder=ROOT):
+def run(*command, folder=ROOT, **environment):
     print("+", shlex.join(map(str, command)), flush=True)
-    subprocess.run(command, check=True, cwd=folder, env={**os.environ, "PATH": path})
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(command, check=True, cwd=folder, env={**os.environ, "PATH": path, **environment})
 
 
 def build_sdist():
@@ -49,7 +50,9 @@ def unpacked(sdist, folder):
 
 
 def build_wheel(sdist, python, folder):
-    run(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder / "raw", sdist)
+    # Python's own linker command may give the modules a run path, which is this machine's.
+    command = (python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder / "raw", sdist)
+    run(*command, LDSHARED="cc -shared")
     (raw,) = (folder / "raw").iterdir()
     run(BIN / "auditwheel", "repair", "--wheel-dir", folder / "repaired", raw)
     (wheel,) = (folder / "repaired").iterdir()
@@ -63,8 +66,8 @@ def test_wheel(wheel, python, source, pytest_args):
     path = str(python.parent)
     if found := [name for name in ("cc", "gcc", "clang") if shutil.which(name, path=path)]:
         raise SystemExit(f"{path} has {found}")
-    run(python, "-m", "pip", "install", "--quiet", f"{wheel}[test]", path=path)
-    run(python.parent / "pytest", "-q", *pytest_args, path=path, folder=source)
+    run(python, "-m", "pip", "install", "--quiet", f"{wheel}[test]", PATH=path)
+    run(python.parent / "pytest", "-q", *pytest_args, folder=source, PATH=path)
 
 
 def main():
