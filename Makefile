@@ -6,8 +6,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py MANIFEST.in $(shell find dynquant -name '*.py*' -not -name '*.pyc' -o -name '*.px*' -o -name '*.h')
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+PYTHONS ?= $(PYTHON)
 
-.PHONY: help demo test lint bench bench-peers wheel clean
+.PHONY: help demo test lint bench bench-peers wheel wheels clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,11 +34,12 @@ demo: $(VENV)/installed  ## quantise a real feed-forward block, every recipe bes
 test: lint $(VENV)/installed-test  ## lint, then test the installed wheel on every instruction set
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-lint: $(VENV)/installed-lint  ## ruff, cython-lint, mypy
+lint: $(VENV)/installed-lint  ## ruff, cython-lint, mypy, stubs against the built modules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint dynquant/*.pyx dynquant/*.pxd dynquant/kernels/*.pxi tests/embed/*/*.pyx
 	$(BIN)/mypy
+	$(BIN)/stubtest --ignore-missing-stub dynquant._core dynquant.capi
 
 bench: $(VENV)/installed-bench  ## every kernel on every instruction set beside NumPy; saves JSON and chart
 	$(BIN)/python bench/run.py $(BENCH_ARGS)
@@ -48,7 +50,10 @@ bench-peers: $(VENV)/installed-bench $(VENV)/installed-peers  ## the same beside
 wheel: $(VENV)/installed  ## build the wheel into dist/
 	@ls -l dist
 
+wheels: $(VENV)/installed-wheels  ## build, repair, check and test a wheel for each of PYTHONS, in wheelhouse/
+	$(BIN)/python tools/wheels.py --pytest-args "$(PYTEST_ARGS)" $(PYTHONS)
+
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
-	rm -f dynquant/*.c dynquant/*.so
+	rm -rf $(VENV) build dist wheelhouse *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -f dynquant/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,30 +6,42 @@ that get instruction-set flags; ``_core``, which holds the CPU detector, never d
 Environment: ``DYNQUANT_DEBUG=1`` turns Cython's bounds checks on.
 """
 
+import contextlib
 import os
-import platform
 import tempfile
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.errors import CompileError, PlatformError
 
 DEBUG = os.environ.get("DYNQUANT_DEBUG", "0") not in ("", "0")
 
+# Each mode has its own folder, or one would take the other's files for up to date.
+BUILD = os.path.join("build", "debug") if DEBUG else "build"
+
 # Contraction to FMA would make instruction sets disagree. Trapping is off because no floating-point
 # exception flag is ever read here, and with it the compiler may not vectorise a compare. -g0: Python's own
-# flags may carry -g, which makes the modules five times larger.
-GNU_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden"]
+# flags may carry -g, which makes the modules five times larger. A function that no header declares would be
+# called all the same, its pointers cut to 32 bits.
+GNU_FLAGS = [
+    *("-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden"),
+    "-Werror=implicit-function-declaration",
+]
 MSVC_FLAGS = ["/O2", "/fp:precise"]
 
-ISA_FLAGS = {
+GNU_ISA_FLAGS = {
     "baseline": [],
     "avx2": ["-march=x86-64-v3"],
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
     "avx512vnni": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512vnni"],
 }
+# No switch of MSVC stands for VNNI.
+MSVC_ISA_FLAGS = {"baseline": [], "avx2": ["/arch:AVX2"], "avx512": ["/arch:AVX512"]}
+ISA_MACROS = {"avx2": "__AVX2__", "avx512": "__AVX512BW__", "avx512vnni": "__AVX512VNNI__"}
 
+# Not the stable ABI: measured beside these modules, it adds 8 % to dynamic_quantize_int8 of 64 floats and
+# 15 % to a QuantLinear of 64 x 64 on one row, and spares 3.10 and free-threaded Pythons no wheel.
 DIRECTIVES = {
     "language_level": 3,
     "boundscheck": DEBUG,
@@ -40,49 +52,83 @@ DIRECTIVES = {
     "freethreading_compatible": True,
 }
 
+INSTALL = (
+    "to get it: `apt install gcc python3-dev` on Debian, `xcode-select --install` on macOS, "
+    "Build Tools for Visual Studio on Windows"
+)
+
 
 def isa_of(extension):
     return extension.name.partition("._isa_")[2]
 
 
+@contextlib.contextmanager
+def silenced():
+    """Nothing that is written to standard error meanwhile is shown, compilers included."""
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
 class BuildKernels(build_ext):
-    """build_ext that drops the instruction sets which this processor or compiler cannot have."""
+    """build_ext that drops the instruction sets which this target or compiler cannot have."""
 
     def build_extensions(self):
-        flags = MSVC_FLAGS if self.compiler.compiler_type == "msvc" else GNU_FLAGS
-        isas = [isa for isa in ISA_FLAGS if self.can_compile(isa)]
-        if left_out := sorted(set(ISA_FLAGS) - set(isas)):
+        self.check_compiler()
+        msvc = self.compiler.compiler_type == "msvc"
+        flags, isa_flags = (MSVC_FLAGS, MSVC_ISA_FLAGS) if msvc else (GNU_FLAGS, GNU_ISA_FLAGS)
+        isas = [isa for isa in isa_flags if isa == "baseline" or self.can_compile(isa, isa_flags[isa])]
+        if left_out := sorted(set(GNU_ISA_FLAGS) - set(isas)):
             print(f"dynquant: leaving out {', '.join(left_out)}: not for this processor or compiler")
         self.extensions = [e for e in self.extensions if isa_of(e) in ("", *isas)]
         for extension in self.extensions:
-            extension.extra_compile_args = flags + ISA_FLAGS.get(isa_of(extension), [])
+            extension.extra_compile_args = flags + isa_flags.get(isa_of(extension), [])
             extension.define_macros = [(f"DQ_BUILT_{isa.upper()}", "1") for isa in isas]
         super().build_extensions()
 
-    def can_compile(self, isa):
-        if isa == "baseline":
-            return True
-        # The detector in dynquant/cpu.h speaks only the dialect of gcc and clang.
-        if self.compiler.compiler_type == "msvc" or platform.machine().lower() not in ("x86_64", "amd64"):
-            return False
+    def check_compiler(self):
+        """Say in one line what is missing, before compiler and distutils say it in many."""
+        if refusal := self.refusal("int probe(void) { return 0; }"):
+            raise PlatformError(f"dynquant needs a C compiler, but {refusal}; {INSTALL}")
+        if refusal := self.refusal("#include <Python.h>"):
+            folders = ", ".join(self.compiler.include_dirs)
+            raise PlatformError(f"dynquant needs Python.h, and none that compiles is in {folders}; {INSTALL}")
+
+    def can_compile(self, isa, flags):
+        """Whether the compiler takes the flags for this target, and then the vector steps."""
+        code = f'#ifndef {ISA_MACROS[isa]}\n#error\n#endif\n#include "dynquant/kernels/simd.h"'
+        return not self.refusal(code, flags)
+
+    def refusal(self, code, flags=()):
+        """Why `code` does not compile; empty if it does."""
         with tempfile.TemporaryDirectory() as folder:
             source = os.path.join(folder, "probe.c")
             with open(source, "w") as file:
-                file.write("#include <immintrin.h>\nint probe(void) { return 0; }\n")
+                file.write(code + "\n")
             try:
-                self.compiler.compile([source], output_dir=folder, extra_postargs=ISA_FLAGS[isa])
-            except CompileError:
-                return False
-        return True
+                with silenced():
+                    self.compiler.compile([source], folder, include_dirs=["."], extra_postargs=list(flags))
+            except (CompileError, PlatformError) as error:
+                return str(error)
+        return ""
 
 
 setup(
     ext_modules=cythonize(
         [
-            Extension(f"dynquant.{name}", [f"dynquant/{name}.pyx"], include_dirs=["dynquant"])
-            for name in ["_core", "capi", *(f"_isa_{isa}" for isa in ISA_FLAGS)]
+            Extension(
+                f"dynquant.{name}", [f"dynquant/{name}.pyx"], include_dirs=["dynquant"], depends=["setup.py"]
+            )
+            for name in ["_core", "capi", *(f"_isa_{isa}" for isa in GNU_ISA_FLAGS)]
         ],
+        build_dir=os.path.join(BUILD, "cython"),
         compiler_directives=DIRECTIVES,
     ),
+    options={"build": {"build_base": BUILD}},
     cmdclass={"build_ext": BuildKernels},
 )

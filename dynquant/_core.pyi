@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +13,11 @@ _F64 = NDArray[np.float64]
 
 WINDOW_CELLS: int
 
+@final
 class FloatRows:
     m: int
     k: int
-    def __init__(self, x: NDArray[Any], kind: int, m: int, k: int) -> None: ...
+    def __new__(cls, x: NDArray[Any], kind: int, m: int, k: int) -> FloatRows: ...
 
 def filled(cls: type, data: Any, scales: Any, zero_points: Any, shape: Any, format: Any) -> Any: ...
 def set_table(table: object) -> None: ...
@@ -97,15 +98,17 @@ def w8a8_matvec(
     weight: _I8, weight_scales: _F32, activation: _I8, activation_scale: float, out: _F32
 ) -> None: ...
 
+@final
 class Activations:
-    def __init__(self, layer: PackedLinear, m: int) -> None: ...
+    def __new__(cls, layer: PackedLinear, m: int) -> Activations: ...
 
+@final
 class PackedLinear:
     panel_count: int
     weight_bytes: int
-    def __init__(
-        self, n: int, k: int, group: int, bias: _F32 | None, factors: _F32 | None, block: int
-    ) -> None: ...
+    def __new__(
+        cls, n: int, k: int, group: int, bias: _F32 | None, factors: _F32 | None, block: int
+    ) -> PackedLinear: ...
     def activation_bytes(self) -> int: ...
     def pack_int8(self, weight: _I8, scales: _F32) -> None: ...
     def unpack_int8(self, weight: _I8, scales: _F32) -> None: ...

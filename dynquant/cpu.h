@@ -1,30 +1,69 @@
 /* Which instruction sets this CPU and this operating system can run.
 
-   Compiled without instruction-set flags. libgcc's tables also check that the operating system saves the
-   wide registers. Every feature that the build flag permits is asked for, not only the one that names the
-   set: -march=x86-64-v3 lets the compiler emit any of them. */
+   Compiled without instruction-set flags. Every feature that the build flag permits is asked for, not only the
+   one that names the set: -march=x86-64-v3 lets the compiler emit any of them. cpuid is read by hand, since
+   compilers differ in the names that __builtin_cpu_supports knows, and MSVC has nothing like it. */
 #ifndef DQ_CPU_H
 #define DQ_CPU_H
 
-#if defined(__x86_64__) && defined(__GNUC__)
-static int dq_cpu_has_avx2(void) {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi")
-        && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("lzcnt")
-        && __builtin_cpu_supports("movbe") && __builtin_cpu_supports("f16c")
-        && __builtin_cpu_supports("popcnt");
+#if defined(__x86_64__) || defined(_M_X64)
+
+#if defined(__GNUC__) || defined(__clang__)
+#include <cpuid.h>
+static void dq_cpuid(unsigned leaf, unsigned r[4]) { __cpuid_count(leaf, 0, r[0], r[1], r[2], r[3]); }
+static unsigned dq_saved_registers(void) {
+    unsigned low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return low;
 }
-static int dq_cpu_has_avx512(void) {
-    return dq_cpu_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
-        && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq")
-        && __builtin_cpu_supports("avx512vl");
-}
-static int dq_cpu_has_avx512vnni(void) { return dq_cpu_has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #else
-static int dq_cpu_has_avx2(void) { return 0; }
-static int dq_cpu_has_avx512(void) { return 0; }
-static int dq_cpu_has_avx512vnni(void) { return 0; }
+#include <immintrin.h>
+#include <intrin.h>
+static void dq_cpuid(unsigned leaf, unsigned r[4]) { __cpuidex((int*)r, (int)leaf, 0); }
+static unsigned dq_saved_registers(void) { return (unsigned)_xgetbv(0); }
 #endif
+
+#define DQ_BIT(n) (1u << (n))
+static int dq_has(unsigned value, unsigned bits) { return (value & bits) == bits; }
+
+/* 0 baseline, 1 x86-64-v3, 2 x86-64-v4, 3 with AVX512-VNNI: each has all that the ones below it have. */
+static int dq_cpu_level(void) {
+    enum { EAX, EBX, ECX };
+    const unsigned fma = DQ_BIT(12), movbe = DQ_BIT(22), popcnt = DQ_BIT(23), xgetbv = DQ_BIT(27),
+                   avx = DQ_BIT(28), f16c = DQ_BIT(29); /* leaf 1, ecx */
+    const unsigned bmi = DQ_BIT(3), avx2 = DQ_BIT(5), bmi2 = DQ_BIT(8); /* leaf 7, ebx */
+    const unsigned avx512 =
+        DQ_BIT(16) | DQ_BIT(17) | DQ_BIT(28) | DQ_BIT(30) | DQ_BIT(31); /* F DQ CD BW VL: leaf 7, ebx */
+    const unsigned vnni = DQ_BIT(11); /* leaf 7, ecx */
+    const unsigned lzcnt = DQ_BIT(5); /* leaf 0x80000001, ecx */
+    const unsigned ymm = 0x06;
+#if defined(__APPLE__)
+    const unsigned zmm = ymm; /* Darwin saves the rest from its first use on, and shows it only then. */
+#else
+    const unsigned zmm = 0xE6;
+#endif
+    unsigned r[4], wide[4];
+    dq_cpuid(0, r);
+    if (r[EAX] < 7) return 0;
+    dq_cpuid(0x80000000u, r);
+    if (r[EAX] < 0x80000001u) return 0;
+    dq_cpuid(0x80000001u, r);
+    if (!dq_has(r[ECX], lzcnt)) return 0;
+    dq_cpuid(1, r);
+    if (!dq_has(r[ECX], fma | movbe | popcnt | xgetbv | avx | f16c)) return 0;
+    dq_cpuid(7, wide);
+    if (!dq_has(wide[EBX], bmi | avx2 | bmi2) || !dq_has(dq_saved_registers(), ymm)) return 0;
+    if (!dq_has(wide[EBX], avx512) || !dq_has(dq_saved_registers(), zmm)) return 1;
+    return dq_has(wide[ECX], vnni) ? 3 : 2;
+}
+
+#else
+static int dq_cpu_level(void) { return 0; }
+#endif
+
+static int dq_cpu_has_avx2(void) { return dq_cpu_level() >= 1; }
+static int dq_cpu_has_avx512(void) { return dq_cpu_level() >= 2; }
+static int dq_cpu_has_avx512vnni(void) { return dq_cpu_level() >= 3; }
 
 #ifdef DQ_BUILT_AVX2
 #define DQ_HAS_AVX2_BUILD 1

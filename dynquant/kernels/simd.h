@@ -11,7 +11,8 @@
                    group, where sums become floats.
    rotation step   the passes of a Hadamard transform within one vector, which loops cannot shuffle.
 
-   Each has a form in plain C that every compiler takes, and forms for what instructions offer. A form may differ from another in speed only, never in a bit of any result. */
+   Each has a form in plain C that every compiler takes, and forms for what instructions offer. A form may
+   differ from another in speed only, never in a bit of any result. */
 #ifndef DQ_SIMD_H
 #define DQ_SIMD_H
 
@@ -20,8 +21,14 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX2__) || defined(__SSE2__)
+#if defined(__SSE2__) || defined(_M_X64)
+#define DQ_SSE2
 #include <immintrin.h>
+#endif
+
+/* What -ffp-contract=off is to gcc and clang: no product and sum in one rounding, in this whole source. */
+#if defined(_MSC_VER)
+#pragma fp_contract(off)
 #endif
 
 static inline int32_t dq_bits(float x) {
@@ -132,7 +139,7 @@ static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t c
    (the biases are 15 and 127); the product with 2**112 is exact and also normalises subnormals. Infinity and
    NaN would come out as 2**16 and above, so they get float32's top exponent by hand. */
 static inline float dq_widen(uint16_t h) {
-    int32_t b = dq_bits(dq_float((int32_t)(h & 0x7FFF) << 13) * 0x1p112f);
+    int32_t b = dq_bits(dq_float((int32_t)(h & 0x7FFF) << 13) * 5.1922968585348276e33f);
     b |= (h & 0x7C00) == 0x7C00 ? 0x7F800000 : 0;
     return dq_float(b | (int32_t)((uint32_t)(h & 0x8000) << 16));
 }
@@ -182,7 +189,9 @@ static inline dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a) {
     /* The sign goes to a, which is never -128 and so can be negated; |-128| is 128 as an unsigned byte.
        A pair is then at most 2 * 128 * 127 = 32,512 and vpmaddubsw cannot saturate. */
     __m256i vw = _mm256_loadu_si256((const __m256i*)w);
+#if defined(__GNUC__)
     __asm__("" : "+x"(vw)); /* or gcc loads it twice, and the loads are what this step waits for */
+#endif
     const __m256i va = _mm256_sign_epi8(_mm256_loadu_si256((const __m256i*)a), vw);
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(vw), va);
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
@@ -193,7 +202,7 @@ static inline int32_t dq_acc_sum(dq_acc acc) {
     return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
 }
 
-#elif defined(__SSE2__)
+#elif defined(DQ_SSE2)
 
 #define DQ_DOT_STEP 16
 typedef __m128i dq_acc;
@@ -285,7 +294,7 @@ static inline dq_sums dq_sums_step(dq_sums acc, dq_weights w, dq_spread_act a) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(w, a));
 }
 
-#elif defined(__SSE2__)
+#elif defined(DQ_SSE2)
 
 typedef __m128i dq_sums;
 typedef __m128i dq_weights;
@@ -441,7 +450,7 @@ static inline dq_floats dq_group_add(dq_floats acc, dq_sums s, dq_floats zero_po
     return _mm256_add_ps(acc, _mm256_mul_ps(sum, scales));
 }
 
-#elif defined(__SSE2__)
+#elif defined(DQ_SSE2)
 
 /* int32 lanes: `low` has two of each of the first two outputs, `high` of the other two. */
 typedef struct {

@@ -1,0 +1,127 @@
+"""What setup.py asks of the compiler: which modules, after which change, and what it says when there is none.
+
+The compiler is a stand-in that notes what it is given.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("Cython")
+pytest.importorskip("setuptools")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="MSVC is not found by the variable CC")
+
+ROOT = pathlib.Path(__file__).parent.parent
+ISAS = {"_isa_baseline", "_isa_avx2", "_isa_avx512", "_isa_avx512vnni"}
+MODULES = {"_core", "capi", *ISAS}
+
+COMPILER = """if True:
+    import os, pathlib, sys
+    refused = os.environ.get("REFUSED")
+    if refused in sys.argv:
+        sys.exit(f"no {refused}")
+    with open(os.environ["LOG"], "a") as log:
+        log.writelines(arg + "\\n" for arg in sys.argv if arg.endswith(".c") and "cython" in arg)
+    pathlib.Path(sys.argv[sys.argv.index("-o") + 1]).touch()
+"""
+
+
+class Tree:
+    """A copy of the sources, and builds of it."""
+
+    def __init__(self, folder):
+        self.folder, self.log = folder / "tree", folder / "log"
+        shutil.copytree(ROOT / "dynquant", self.folder / "dynquant", ignore=shutil.ignore_patterns("*.so"))
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, self.folder)
+        (folder / "compiler.py").write_text(COMPILER)
+        self.compiler = f"{sys.executable} {folder / 'compiler.py'}"
+
+    def run(self, *arguments, **environment):
+        """The process of a build, and the names of the modules that it compiled."""
+        self.log.write_text("")
+        given = {"CC": self.compiler, "LDSHARED": self.compiler, "LOG": str(self.log), "DYNQUANT_DEBUG": "0"}
+        done = subprocess.run(
+            [sys.executable, "setup.py", "--quiet", "build_ext", *arguments],
+            cwd=self.folder,
+            env={**os.environ, **given, **environment},
+            capture_output=True,
+            text=True,
+        )
+        return done, {pathlib.Path(line).stem for line in self.log.read_text().splitlines()}
+
+    def compiled(self, *arguments, **environment):
+        done, modules = self.run(*arguments, **environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return modules
+
+    def touch(self, name):
+        (self.folder / name).touch()
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    tree = Tree(tmp_path_factory.mktemp("build"))
+    assert tree.compiled() == MODULES
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        (None, set()),
+        ("dynquant/_core.pyi", set()),
+        ("dynquant/kernels/gemm_u4.pxi", ISAS),
+        ("dynquant/kernels/simd.h", MODULES),
+        ("dynquant/cpu.h", {"_core"}),
+        ("dynquant/include/dynquant.h", {"capi"}),
+        ("dynquant/_core.pxd", {"_core", "capi"}),
+        ("dynquant/_table.pxd", MODULES),
+        ("dynquant/_isa_avx2.pyx", {"_isa_avx2"}),
+        ("setup.py", MODULES),
+    ],
+)
+def test_what_a_change_rebuilds(tree, changed, expected):
+    if changed:
+        tree.touch(changed)
+    assert tree.compiled("--inplace") == expected
+    assert tree.compiled("--inplace") == set()
+
+
+def test_the_debug_build_shares_no_file_with_the_other(tree):
+    assert tree.compiled(DYNQUANT_DEBUG="1") == MODULES
+    assert tree.compiled() == set()
+    assert not list((tree.folder / "dynquant").glob("*.c"))
+
+
+def test_an_instruction_set_that_the_compiler_refuses_is_left_out(tree):
+    done, modules = tree.run("--force", REFUSED="-march=x86-64-v4")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "leaving out avx512, avx512vnni" in done.stdout
+    assert modules == {"_core", "capi", "_isa_baseline", "_isa_avx2"}
+
+
+def test_without_a_compiler(tree):
+    done, _ = tree.run("--force", CC="/nonexistent/cc")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: dynquant needs a C compiler, but")
+    assert "/nonexistent/cc" in line
+    assert "`apt install gcc python3-dev`" in line
+
+
+def test_without_headers(tree, tmp_path):
+    """A compiler that takes C, and refuses every include."""
+    script = tmp_path / "compiler.py"
+    refuse = (
+        "    if '#include' in pathlib.Path(sys.argv[sys.argv.index('-c') + 1]).read_text(): sys.exit(1)\n"
+    )
+    script.write_text(COMPILER + refuse)
+    done, _ = tree.run("--force", CC=f"{sys.executable} {script}")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: dynquant needs Python.h, and none that compiles is in /")
