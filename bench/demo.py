@@ -110,22 +110,40 @@ def show_layer(name, weight, calibration, x):
             f"{label:24}{tensor.memory_bytes:8,}{mae:10.5f}{sqnr:10.1f} dB"
             f"{ours:7.0f} us{numpys:7.0f} us{numpys / ours:7.1f}x"
         )
-    show_products(weight, factors, x, exact)
+    show_products(weight, calibration, factors, x, exact)
     show_smoothing(weight, calibration, x)
 
 
-def show_products(weight, factors, x, exact):
+def layers(weight, calibration, factors):
+    """Name -> the layer with int8 or 4-bit weights, as it is or prepared so that quantising costs less."""
+    group = {"bits": 4, "group_size": 32}
+    options = {
+        "W8A8": {},
+        "W8A8, smoothed": {"smooth": factors},
+        "W8A8, rotated": {"hadamard": True},
+        "W8A8, smoothed and rotated": {"smooth": factors, "hadamard": True},
+        "W4A8 g32, symmetric": {**group, "symmetric": True},
+        "W4A8 g32": group,
+        "W4A8 g32, compensated": {**group, "calibration": calibration},
+        "W4A8 g32, comp., rotated": {**group, "calibration": calibration, "hadamard": True},
+        "W4A8 g128": {"bits": 4, "group_size": 128},
+    }
+    return {name: dq.QuantLinear.from_float(weight, **chosen) for name, chosen in options.items()}
+
+
+def show_products(weight, calibration, factors, x, exact):
     """The layer itself, with integer weights and activations, against float32."""
-    plain = dq.QuantLinear.from_float(weight)
-    smoothed = dq.QuantLinear.from_float(weight, smooth=factors)
-    print(f"QuantLinear: weights {weight.nbytes:,} -> {plain.memory_bytes:,} bytes")
-    for label, layer in (("W8A8", plain), ("W8A8, smoothed", smoothed)):
+    print(
+        f"{'layer (float32 ' + format(weight.nbytes, ',') + ' bytes)':32}{'bytes':>9}{'output SQNR':>13}",
+        end="",
+    )
+    print("".join(f"{tokens:>12}{'NumPy':>10}{'ratio':>8}" for tokens in (f"{len(x)} tokens", "1 token")))
+    for label, layer in layers(weight, calibration, factors).items():
+        print(f"{label:32}{layer.memory_bytes:9,}{sqnr_db(exact, layer(x)):10.1f} dB", end="")
         for rows in (x, x[:1]):
             ours, numpys = median_times(lambda f=layer, r=rows: f(r), lambda r=rows: r @ weight.T)
-            print(
-                f"  {label:15}{len(rows):3} tokens: output {sqnr_db(exact, layer(x)):.1f} dB, {ours:.0f} us, "
-                f"NumPy float32 {numpys:.0f} us: {numpys / ours:.1f}x"
-            )
+            print(f"{ours:9.0f} us{numpys:7.0f} us{numpys / ours:7.1f}x", end="")
+        print()
 
 
 def smoothings(weight, calibration):
