@@ -58,7 +58,7 @@ cdef inline uint8_t nibble(const uint8_t* packed, Py_ssize_t i) noexcept nogil:
     return packed[i // 2] >> (4 * (i & 1)) & 0x0F
 
 
-# One group of one output, n k, from a row of nibbles at k = start; flip is XORed to every byte.
+# n k of one output, from a row of nibbles at k = start, to units of their own; flip is XORed to every byte.
 cdef inline void pack_group(const uint8_t* w, Py_ssize_t start, Py_ssize_t n, uint8_t flip,
                             uint8_t* unit) noexcept nogil:
     cdef Py_ssize_t u, j
@@ -84,14 +84,21 @@ cdef inline void pack_group(const uint8_t* w, Py_ssize_t start, Py_ssize_t n, ui
 cdef void pack_panel_u4(const uint8_t* w, const float* scales, const uint8_t* zero_points, Py_ssize_t rows,
                         uint8_t* panel, float* panel_scales, uint8_t* panel_zero_points, Py_ssize_t k,
                         Py_ssize_t group) noexcept nogil:
-    cdef Py_ssize_t groups = groups_of(k, group), r, g
+    cdef Py_ssize_t groups = groups_of(k, group), r, g, start = 0, n
+    # Where no group ends within a unit the row is one run of units, and is moved in parts that keep the lines
+    # of the panel which they touch in L1.
+    cdef Py_ssize_t part = group if group % DQ_CODES else 64 * DQ_CODES
     memset(panel, 0, group_panel_bytes(k, group))
     memset(panel_scales, 0, groups * PANEL * sizeof(float))
     memset(panel_zero_points, 0, groups * PANEL)
-    for r in range(rows):
-        for g in range(groups):
-            pack_group(w + r * ((k + 1) // 2), g * group, group_len(g * group, k, group),
-                       0 if zero_points != NULL else 0x88, panel + 4 * (g * units_of(group) * PANEL + r))
+    while start < k:
+        n = group_len(start, k, part)
+        for r in range(rows):
+            pack_group(w + r * ((k + 1) // 2), start, n, 0 if zero_points != NULL else 0x88,
+                       panel + 4 * (start // part * units_of(part) * PANEL + r))
+        start += n
+    for g in range(groups):
+        for r in range(rows):
             panel_scales[g * PANEL + r] = scales[r * groups + g]
             panel_zero_points[g * PANEL + r] = 8 if zero_points == NULL else zero_points[r * groups + g]
 
