@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -354,32 +354,26 @@ def multiply(
     name: str,
 ) -> NDArray[np.float32]:
     """Rows of `x` times packed weights with n outputs, a chunk of rows at a time."""
-    m = x.shape[0]
+    m, k = x.shape
     y = np.empty((m, n), F32) if out is None else out
     chunk = _chunk_rows(m, _CHUNK_BYTES // layer.activation_bytes())
     a = _core.Activations(layer, min(m, chunk))
     # A new array may be given up half written; the caller's may not.
     if out is not None and chunk < m:
         for first in range(0, m, chunk):
-            _quantize(layer, x[first : first + chunk], a, x, smooth, name)
+            part = x[first : first + chunk]
+            if not layer.quantize(float_rows(part, len(part), k), a):
+                _raise_bad_row(x, smooth, name)
     for first in range(0, m, chunk):
         part, into = (x, y) if m <= chunk else (x[first : first + chunk], y[first : first + chunk])
-        _quantize(layer, part, a, x, smooth, name)
+        if not layer.quantize(float_rows(part, len(part), k), a):
+            _raise_bad_row(x, smooth, name)
         over_rows(layer.multiply, (a, into), layer.panel_count, threads)
     return y
 
 
-def _quantize(
-    layer: _core.PackedLinear,
-    part: NDArray[Any],
-    a: _core.Activations,
-    x: NDArray[Any],
-    smooth: NDArray[np.float32] | None,
-    name: str,
-) -> None:
-    """Quantise some rows of `x` into `a`, or raise for what is wrong with x."""
-    if layer.quantize(float_rows(part, *part.shape), a):
-        return
+def _raise_bad_row(x: NDArray[Any], smooth: NDArray[np.float32] | None, name: str) -> NoReturn:
+    """Raise for what is wrong with x, which has a row that a layer could not quantise."""
     check_finite(x, name)
     if smooth is not None:
         with np.errstate(over="ignore"):
