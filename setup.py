@@ -3,7 +3,9 @@
 One kernel source is compiled once per instruction set. The modules named ``_isa_*`` are the only ones
 that get instruction-set flags; ``_core``, which holds the CPU detector, never does.
 
-Environment: ``DYNQUANT_DEBUG=1`` turns Cython's bounds checks on.
+Environment: ``DYNQUANT_DEBUG=1`` turns Cython's bounds checks on. ``DYNQUANT_SANITIZE=address,undefined``, or
+whatever else ``-fsanitize=`` of gcc and clang takes, makes modules that need the sanitizer's library loaded
+before Python: `make sanitize` and `make tsan` do that.
 """
 
 import contextlib
@@ -16,9 +18,11 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError
 
 DEBUG = os.environ.get("DYNQUANT_DEBUG", "0") not in ("", "0")
+SANITIZE = os.environ.get("DYNQUANT_SANITIZE")
 
 # Each mode has its own folder, or one would take the other's files for up to date.
-BUILD = os.path.join("build", "debug") if DEBUG else "build"
+MODE = "-".join(["debug"] * DEBUG + (SANITIZE or "").replace(",", "-").split())
+BUILD = os.path.join("build", MODE) if MODE else "build"
 
 # Contraction to FMA would make instruction sets disagree. Trapping is off because no floating-point
 # exception flag is ever read here, and with it the compiler may not vectorise a compare. -g0: Python's own
@@ -29,6 +33,11 @@ GNU_FLAGS = [
     "-Werror=implicit-function-declaration",
 ]
 MSVC_FLAGS = ["/O2", "/fp:precise"]
+
+# Later flags win: these follow GNU_FLAGS. A float that does not fit its integer is not in "undefined".
+SANITIZER_FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}"]
+if SANITIZE and "undefined" in SANITIZE:
+    SANITIZER_FLAGS += ["-fsanitize=float-cast-overflow", "-fno-sanitize-recover=all"]
 
 GNU_ISA_FLAGS = {
     "baseline": [],
@@ -88,6 +97,9 @@ class BuildKernels(build_ext):
         self.extensions = [e for e in self.extensions if isa_of(e) in ("", *isas)]
         for extension in self.extensions:
             extension.extra_compile_args = flags + isa_flags.get(isa_of(extension), [])
+            if SANITIZE:
+                extension.extra_compile_args += SANITIZER_FLAGS
+                extension.extra_link_args = [f"-fsanitize={SANITIZE}"]
             extension.define_macros = [(f"DQ_BUILT_{isa.upper()}", "1") for isa in isas]
         super().build_extensions()
 

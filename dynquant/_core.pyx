@@ -861,15 +861,20 @@ cdef Aligned aligned_memory(Py_ssize_t n) except *:
 @cython.final
 @cython.no_gc
 cdef class Activations:
-    """Quantised rows of activations, at most m at a time, for one PackedLinear."""
+    """Quantised rows of activations, at most m at a time, for one PackedLinear; and scratch for one row."""
     cdef Aligned memory
+    cdef float* prepared
     cdef float* scales
+    cdef int8_t* codes
     cdef Py_ssize_t m
 
+    # All that quantize needs, so that it cannot fail when some rows of a result are written.
     def __cinit__(self, PackedLinear layer not None, Py_ssize_t m):
-        cdef Py_ssize_t codes = m * layer.activation_bytes()
-        self.memory = aligned_memory(codes + m * <Py_ssize_t> sizeof(float))
-        self.scales = <float*> (self.memory.data + codes)
+        cdef Py_ssize_t rows = m * layer.activation_bytes()
+        self.memory = aligned_memory(rows + (layer.k + m) * <Py_ssize_t> sizeof(float) + layer.k)
+        self.prepared = <float*> (self.memory.data + rows)
+        self.scales = self.prepared + layer.k
+        self.codes = <int8_t*> (self.scales + m)
 
     def __dealloc__(self):
         PyMem_RawFree(self.memory.block)
@@ -966,24 +971,19 @@ cdef class PackedLinear:
         cdef Floats row
         cdef bint finite = True
         cdef const float* factors = NULL
-        cdef float* prepared = <float*> PyMem_RawMalloc(x.k * (sizeof(float) + 1))
-        cdef int8_t* codes = <int8_t*> (prepared + x.k)
-        if prepared == NULL:
-            raise MemoryError
         if self.factors is not None:
             factors = &self.factors[0]
         a.m = x.m
         with nogil:
             for r in range(x.m):
-                row = prepared_row(x.row(r), factors, self.block, prepared)
+                row = prepared_row(x.row(r), factors, self.block, a.prepared)
                 finite = scale_of(&row, 127, -1, &a.scales[r])
                 if not finite:
                     break
                 if self.group:
-                    code_group_activation(&row, a.scales[r], self.group, codes, a.memory.data + r * width)
+                    code_group_activation(&row, a.scales[r], self.group, a.codes, a.memory.data + r * width)
                 else:
                     code_activation(&row, a.scales[r], a.memory.data + r * width)
-        PyMem_RawFree(prepared)
         return finite
 
     def multiply(self, Activations a not None, float[:, ::1] out not None, Py_ssize_t first=0,

@@ -41,12 +41,13 @@ def _over_runs(work: Callable[..., bool], args: tuple[Any, ...], m: int, num_thr
             errors[i] = error
 
     own = [0]
-    threads = [threading.Thread(target=run, args=(i,), name="dynquant") for i in range(1, num_threads)]
+    threads: list[threading.Thread] = []
     interrupts: list[BaseException] = []
     try:
-        for i, thread in enumerate(threads, 1):
+        for i in range(1, num_threads):
             try:
-                thread.start()
+                threads.append(threading.Thread(target=run, args=(i,), name="dynquant"))
+                threads[-1].start()
             except (RuntimeError, MemoryError):  # no more threads to be had: the caller does their share
                 own.append(i)
         for i in own:

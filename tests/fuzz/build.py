@@ -1,0 +1,88 @@
+"""Builds kernels.c: as a program that replays inputs, or with libFuzzer.
+
+As a program, `python build.py SECONDS FOLDER` fuzzes the kernels of the package that is imported, which clang
+built with ``DYNQUANT_SANITIZE=fuzzer-no-link,address,undefined``. Its files go to FOLDER, and what found new
+ways through the kernels to corpus.txt.
+"""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+CORPUS = HERE / "corpus.txt"
+TABLE = HERE.parent.parent / "dynquant" / "_table.pxd"
+# Only the kernels steer the fuzzer: the plain loops of kernels.c are checked for bad accesses alone.
+CHECKS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def table_header():
+    """The struct of row kernels in C: the text of _table.pxd is nearly that already."""
+    constants, _, fields = TABLE.read_text().partition("ctypedef struct Kernels:\n")
+    fields = re.sub(r"#.*", "", fields).replace(" noexcept nogil", ";").replace("bint", "int")
+    fields = re.sub(r"^(    \w+ \w+)$", r"\1;", fields, flags=re.MULTILINE)
+    enums = "".join(
+        f"enum {{ {name} = {value} }};\n" for name, value in re.findall(r"(\w+) = (\d+)", constants)
+    )
+    includes = "#include <Python.h>\n#include <stdint.h>\n"
+    return f"{includes}{enums}typedef struct {{\n{fields}}} Kernels;\n"
+
+
+def build(folder, command, checks=(), driver=("replay.c",), link=()):
+    """The program, in `folder`."""
+    import programs  # skips the test where there is no compiler
+
+    import dynquant
+
+    folder = pathlib.Path(folder)
+    (folder / "table.h").write_text(table_header())
+    program, compiled = folder / "program", folder / "kernels.o"
+    flags = [
+        "-std=c11",
+        "-D_GNU_SOURCE",
+        "-O2",
+        "-g",
+        "-ffp-contract=off",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        *checks,
+    ]
+    folders = ["-isystem", programs.INCLUDE, "-I", dynquant.get_include(), "-I", str(folder)]
+    programs.run([*command, *flags, *folders, "-c", str(HERE / "kernels.c"), "-o", str(compiled)])
+    sources = [str(HERE / name) for name in driver]
+    more = [*programs.library_flags(), "-lm", *link]
+    programs.run([*command, *flags, *folders, *sources, str(compiled), "-o", str(program), *more])
+    return str(program)
+
+
+def environment():
+    import programs
+
+    home = os.pathsep.join(dict.fromkeys([sys.base_prefix, sys.base_exec_prefix]))
+    return programs.environment(PYTHONHOME=home, PYTHONMALLOC="malloc", ASAN_OPTIONS="detect_leaks=0")
+
+
+def fuzz(seconds, folder):
+    """Run libFuzzer for `seconds`; the corpus is read before and written after."""
+    inputs, smallest = folder / "inputs", folder / "smallest"
+    for path in (inputs, smallest):
+        path.mkdir(parents=True, exist_ok=True)
+    for i, line in enumerate(CORPUS.read_text().splitlines()):
+        (inputs / f"seed-{i}").write_bytes(bytes.fromhex(line))
+    compiler = os.environ.get("CLANG", "clang").split()
+    program = build(folder, compiler, CHECKS, (), ["-fsanitize=fuzzer", "-rdynamic"])
+    command = [program, "-max_len=96", "-len_control=0", "-detect_leaks=0", "-print_final_stats=1"]
+    places = [f"-artifact_prefix={folder}/", str(inputs)]
+    subprocess.run([*command, f"-max_total_time={seconds}", *places], env=environment(), check=True)
+    subprocess.run([*command, "-merge=1", str(smallest), str(inputs)], env=environment(), check=True)
+    lines = sorted(path.read_bytes().hex() for path in smallest.iterdir())
+    CORPUS.write_text("".join(f"{line}\n" for line in lines if line))
+
+
+if __name__ == "__main__":
+    fuzz(int(sys.argv[1]), pathlib.Path(sys.argv[2]))

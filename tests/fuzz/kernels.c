@@ -1,0 +1,780 @@
+/* One input of the fuzzer: what it says is computed by a kernel and by the plain loops below, which share
+   nothing with it, and has to be the same in every bit.
+
+   Bytes of the input choose an instruction set, a case, lengths, addresses and numbers; what it does not give
+   is zero. Every array is a block of its own on the heap and ends where the block ends, so that AddressSanitizer
+   sees the first byte too far. The public functions are called through dynquant.h, the row kernels behind the
+   other Python functions through the table of dynquant/_table.pxd, which table.h is made from. */
+#include <dynquant.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+#include "table.h"
+
+static const dynquant_api *dq;
+static const Kernels *kernels;
+static PyObject *set_table, *tables;
+
+/* ---- The input ---- */
+
+static const uint8_t *rest;
+static size_t rest_size;
+static uint32_t noise;
+
+static uint32_t take(int bytes) {
+    uint32_t value = 0;
+    while (bytes--) {
+        value = value << 8 | (rest_size ? *rest : 0);
+        if (rest_size) rest++, rest_size--;
+    }
+    return value;
+}
+
+static uint32_t more_noise(void) {
+    noise ^= noise << 13;
+    noise ^= noise >> 17;
+    return noise ^= noise << 5;
+}
+
+/* A length up to `most`: short as a rule, and often beside a multiple of 64. */
+static int64_t length(int64_t most) {
+    const uint32_t kind = take(1), n = take(2);
+    const int64_t range = kind < 160 ? 150 : kind < 250 ? 700 : most + 1, any = n % (range > most ? most + 1 : range);
+    const int64_t beside = any / 64 * 64 + kind % 3 - 1;
+    return kind % 4 || beside < 0 || beside > most ? any : beside;
+}
+
+/* ---- Memory ---- */
+
+static void *blocks[64];
+static int block_count;
+
+static void *keep(void *block) {
+    if (block == NULL || block_count == 64) abort();
+    return blocks[block_count++] = block;
+}
+
+/* `bytes` that end with their block, `offset` bytes past a multiple of 16. */
+static void *array_at(size_t bytes, size_t offset) { return (char *)keep(malloc(bytes + offset)) + offset; }
+
+/* The same at an address that the input chooses, a multiple of `item`. */
+static void *array(size_t bytes, size_t item) { return array_at(bytes, take(1) % 16 / item * item); }
+
+/* The same at a cache line, which is what panels and rows of activations start at. */
+static void *lines(size_t bytes) {
+    void *block;
+    if (posix_memalign(&block, 64, bytes ? bytes : 1)) abort();
+    return keep(block);
+}
+
+static void *sentinel(size_t bytes, size_t item) { return memset(array(bytes, item), 77, bytes); }
+
+static void free_all(void) {
+    while (block_count) free(blocks[--block_count]);
+}
+
+/* ---- Numbers ---- */
+
+static float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+static int all_finite(const float *x, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        if (!isfinite(x[i])) return 0;
+    return 1;
+}
+
+enum { NEAR_ONE, HALVES, EVERY, GIVEN, SMALL, STEPS, SPECIAL, KINDS };
+
+static const float SPECIALS[] = {0.0f, -0.0f, 1e-45f, -1e-45f, 0x1p-126f, 0x1.fffffep127f, -0x1.fffffep127f,
+                                 1.0f, -1.0f,  0.5f, -0.5f, 0x1p-149f, 0x1.fffffcp-127f, 127.0f, 3.5f, 0x1p100f};
+
+static float number(uint32_t kind) {
+    const uint32_t r = more_noise();
+    switch (kind) {
+    case NEAR_ONE: return (float)(int32_t)r * 0x1p-30f;
+    case HALVES: return ((int32_t)(r % 513) - 256) * 0.5f;
+    case EVERY: return float_of((r & 0x7F800000) == 0x7F800000 ? r ^ 0x40000000 : r);
+    case GIVEN: return float_of(take(4));
+    case SMALL: return float_of(r & 0x80001FFF);
+    case STEPS: return float_of(0x3F800000 + r % 5);
+    default: return SPECIALS[r % (sizeof SPECIALS / sizeof *SPECIALS)];
+    }
+}
+
+/* n floats; only where they are GIVEN, or spoilt at one place, can they be NaN or infinite. */
+static float *floats(int64_t n) {
+    const uint32_t kind = take(1), spoil = take(1);
+    float *x = array(4 * n, 4);
+    for (int64_t i = 0; i < n; i++) x[i] = number(kind % (KINDS + 1) == KINDS ? (uint32_t)i % KINDS : kind % KINDS);
+    if (n && spoil == 1) x[take(2) % n] = float_of(0x7F800000 | take(4));
+    return x;
+}
+
+static float *finite_floats(int64_t n) {
+    float *x = floats(n);
+    for (int64_t i = 0; i < n; i++)
+        if (!isfinite(x[i])) x[i] = 1;
+    return x;
+}
+
+/* Plain magnitudes that no sum or product leaves float32 with. */
+static float *moderate_floats(int64_t n, uint32_t kind) {
+    float *x = array(4 * n, 4);
+    for (int64_t i = 0; i < n; i++) x[i] = number(kind % 2);
+    return x;
+}
+
+/* n bytes, the least of them `least`. */
+static int8_t *codes_from(int64_t n, int least) {
+    const uint32_t kind = take(1);
+    int8_t *codes = array(n, 1);
+    for (int64_t i = 0; i < n; i++) {
+        const int code = kind < 200 ? (int)(more_noise() % 256) - 128 : kind < 220 ? 127 : kind < 240 ? -128 : 0;
+        codes[i] = (int8_t)(code < least ? least : code);
+    }
+    return codes;
+}
+
+/* ---- Comparison ---- */
+
+static const char *case_name;
+
+static void fail(const char *what, int64_t at) {
+    fprintf(stderr, "%s: %s differs at %lld\n", case_name, what, (long long)at);
+    abort();
+}
+
+static void same(const char *what, const void *actual, const void *expected, size_t bytes) {
+    const uint8_t *a = actual, *e = expected;
+    for (size_t i = 0; i < bytes; i++)
+        if (a[i] != e[i]) fail(what, (int64_t)i);
+}
+
+/* NaN, which infinite products leave, is as good as any other. */
+static void same_floats(const char *what, const float *actual, const float *expected, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        if (bits_of(actual[i]) != bits_of(expected[i]) && !(isnan(actual[i]) && isnan(expected[i]))) fail(what, i);
+}
+
+static void same_number(const char *what, double actual, double expected) {
+    if (memcmp(&actual, &expected, 8) && !(isnan(actual) && isnan(expected))) fail(what, 0);
+}
+
+static void same_status(int actual, int expected) {
+    if (actual != expected) fail("status", actual);
+}
+
+static void untouched(const void *memory, size_t bytes) {
+    for (size_t i = 0; i < bytes; i++)
+        if (((const uint8_t *)memory)[i] != 77) fail("memory that was to stay as it was", (int64_t)i);
+}
+
+/* ---- What is right ---- */
+
+static float amax_of(const float *x, int64_t n) {
+    float most = 0;
+    for (int64_t i = 0; i < n; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+    return most;
+}
+
+static int by_size(const void *a, const void *b) {
+    const float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+static float ranked(const float *x, int64_t n, double p) {
+    float *sorted = array_at(4 * n, 0);
+    int64_t rank = (int64_t)ceilf((float)p * (float)n) - 1;
+    if (n == 0) return 0;
+    for (int64_t i = 0; i < n; i++) sorted[i] = fabsf(x[i]);
+    qsort(sorted, n, 4, by_size);
+    rank = rank > n - 1 ? n - 1 : rank;
+    return sorted[rank > 0 ? rank : 0];
+}
+
+static int code_of(float x, float scale, int clip) {
+    double v;
+    if (scale == 0) return 0;
+    v = x / scale;
+    v = v > clip ? clip : v < -clip ? -clip : v;
+    return (int)copysign(floor(fabs(v) + 0.5), v);
+}
+
+static void code_all(const float *x, int64_t n, float scale, int clip, int8_t *codes) {
+    for (int64_t i = 0; i < n; i++) codes[i] = (int8_t)code_of(x[i], scale, clip);
+}
+
+static void pack_all(const int8_t *codes, int64_t n, uint8_t *packed) {
+    memset(packed, 0, (n + 1) / 2);
+    for (int64_t i = 0; i < n; i++) packed[i / 2] |= (codes[i] & 15) << (i % 2 ? 4 : 0);
+}
+
+static int nibble_at(const uint8_t *packed, int64_t i) { return packed[i / 2] >> (i % 2 ? 4 : 0) & 15; }
+
+static int64_t dot_of(const int8_t *a, const int8_t *b, int64_t n) {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+/* The groups' exact sums of one output, each times its scale, added up in ascending order. */
+static float total_of(const uint8_t *w, const float *scales, const uint8_t *zeros, const int8_t *a, int64_t k,
+                      int64_t group) {
+    float total = 0;
+    for (int64_t g = 0; g * group < k; g++) {
+        int64_t sum = 0;
+        for (int64_t i = g * group; i < k && i < (g + 1) * group; i++) {
+            const int code = nibble_at(w, i);
+            sum += (zeros == NULL ? (code ^ 8) - 8 : code - zeros[g]) * a[i];
+        }
+        total += (float)sum * scales[g];
+    }
+    return total;
+}
+
+/* ---- Cases: the public functions ---- */
+
+static void scales(void) {
+    const int64_t n = length(9000);
+    const float *x = floats(n);
+    const float clip = take(1) % 4 ? 127 : number(GIVEN);
+    const double p = take(1) % 4 ? (take(2) + 1) / 65536.0 : number(GIVEN);
+    const int bad = !(clip > 0 && isfinite(clip)), bad_p = !(p > 0 && p <= 1);
+    const int usual = all_finite(x, n) ? DYNQUANT_OK : DYNQUANT_NON_FINITE;
+    float *found = sentinel(4, 4), expected;
+
+    same_status(dq->amax_f32(x, n, found), usual);
+    if (usual != DYNQUANT_OK) {
+        untouched(found, 4);
+        same_status(dq->amax_scale_f32(x, n, 127, found), usual);
+        same_status(dq->percentile_f32(x, n, 0.5, found), usual);
+        untouched(found, 4);
+        return;
+    }
+    expected = amax_of(x, n);
+    same_floats("amax", found, &expected, 1);
+    memset(found, 77, 4);
+    if (bad || isinf(expected / clip)) {
+        same_status(dq->amax_scale_f32(x, n, clip, found), DYNQUANT_BAD_ARGUMENT);
+        untouched(found, 4);
+    } else {
+        same_status(dq->amax_scale_f32(x, n, clip, found), DYNQUANT_OK);
+        expected /= clip;
+        same_floats("scale", found, &expected, 1);
+    }
+    memset(found, 77, 4);
+    if (bad_p) {
+        same_status(dq->percentile_f32(x, n, p, found), DYNQUANT_BAD_ARGUMENT);
+        untouched(found, 4);
+        return;
+    }
+    expected = ranked(x, n, p);
+    same_status(dq->percentile_f32(x, n, p, found), DYNQUANT_OK);
+    same_floats("percentile", found, &expected, 1);
+    memset(found, 77, 4);
+    if (bad || isinf(expected / clip)) {
+        same_status(dq->percentile_scale_f32(x, n, p, clip, found), DYNQUANT_BAD_ARGUMENT);
+        untouched(found, 4);
+    } else {
+        same_status(dq->percentile_scale_f32(x, n, p, clip, found), DYNQUANT_OK);
+        expected /= clip;
+        same_floats("percentile scale", found, &expected, 1);
+    }
+}
+
+static void quantize(void) {
+    const int64_t n = length(9000);
+    const float *x = floats(n);
+    const int packed = take(1) % 2;
+    const int32_t clip = packed ? 7 : take(1) % 4 ? 127 : (int32_t)take(1) - 8;
+    const uint32_t kind = take(1) % 3;
+    const float scale = kind == 0 ? amax_of(x, n) / 127 : kind == 1 ? fabsf(number(take(1) % KINDS)) : number(GIVEN);
+    const size_t bytes = packed ? (n + 1) / 2 : n;
+    int8_t *codes = sentinel(bytes, 1), *expected = array_at(n, 0);
+    const int status = packed ? dq->quantize_row_f32_s4(x, n, scale, (uint8_t *)codes)
+                              : dq->quantize_row_f32_s8(x, n, scale, clip, codes);
+    if (!(scale >= 0 && isfinite(scale) && clip >= 1 && clip <= 127)) {
+        same_status(status, DYNQUANT_BAD_ARGUMENT);
+        untouched(codes, bytes);
+        return;
+    }
+    same_status(status, all_finite(x, n) ? DYNQUANT_OK : DYNQUANT_NON_FINITE);
+    if (status != DYNQUANT_OK) {
+        untouched(codes, bytes);
+        return;
+    }
+    code_all(x, n, scale, clip, expected);
+    if (packed) {
+        uint8_t *nibbles = array_at(bytes, 0);
+        pack_all(expected, n, nibbles);
+        same("packed codes", codes, nibbles, bytes);
+    } else {
+        same("codes", codes, expected, bytes);
+    }
+}
+
+static void dynamic_quantize(void) {
+    const int64_t n = length(9000);
+    const float *x = floats(n);
+    int8_t *codes = sentinel(n, 1), *expected = array_at(n, 0);
+    uint8_t *packed = sentinel((n + 1) / 2, 1), *nibbles = array_at((n + 1) / 2, 0);
+    float *scale = sentinel(4, 4), right;
+    const int status = all_finite(x, n) ? DYNQUANT_OK : DYNQUANT_NON_FINITE;
+    same_status(dq->dynamic_quantize_row_f32_s8(x, n, codes, scale), status);
+    if (status != DYNQUANT_OK) {
+        same_status(dq->dynamic_quantize_row_f32_s4(x, n, packed, scale), status);
+        untouched(codes, n);
+        untouched(packed, (n + 1) / 2);
+        untouched(scale, 4);
+        return;
+    }
+    right = amax_of(x, n) / 127;
+    code_all(x, n, right, 127, expected);
+    same_floats("scale", scale, &right, 1);
+    same("codes", codes, expected, n);
+    same_status(dq->dynamic_quantize_row_f32_s4(x, n, packed, scale), DYNQUANT_OK);
+    right = amax_of(x, n) / 7;
+    code_all(x, n, right, 7, expected);
+    pack_all(expected, n, nibbles);
+    same_floats("scale", scale, &right, 1);
+    same("packed codes", packed, nibbles, (n + 1) / 2);
+}
+
+static void dequantize(void) {
+    const int64_t n = length(9000);
+    const int8_t *codes = codes_from(n, -128);
+    const uint8_t *packed = array((n + 1) / 2, 1);
+    const float scale = number(take(1) % KINDS);
+    float *out = sentinel(4 * n, 4), *expected = array_at(4 * n, 0);
+    memcpy((void *)packed, codes, (n + 1) / 2);
+    if (!isfinite(scale)) {
+        same_status(dq->dequantize_row_s8_f32(codes, n, scale, out), DYNQUANT_BAD_ARGUMENT);
+        same_status(dq->dequantize_row_s4_f32(packed, n, scale, out), DYNQUANT_BAD_ARGUMENT);
+        untouched(out, 4 * n);
+        return;
+    }
+    same_status(dq->dequantize_row_s8_f32(codes, n, scale, out), DYNQUANT_OK);
+    for (int64_t i = 0; i < n; i++) expected[i] = codes[i] * scale;
+    same_floats("values", out, expected, n);
+    same_status(dq->dequantize_row_s4_f32(packed, n, scale, out), DYNQUANT_OK);
+    for (int64_t i = 0; i < n; i++) expected[i] = ((nibble_at(packed, i) ^ 8) - 8) * scale;
+    same_floats("values of nibbles", out, expected, n);
+}
+
+static void dot(void) {
+    const int64_t n = take(1) == 255 ? 65536 + length(70000) : length(9000);
+    const int8_t *a = codes_from(n, -128), *b = codes_from(n, take(1) % 2 ? -128 : -127);
+    if (dq->dot_s8s8_s64(a, b, n) != dot_of(a, b, n)) fail("dot", n);
+}
+
+static void matvec(void) {
+    const int64_t n = length(40), k = length(2000);
+    const int8_t *w = codes_from(n * k, -128), *a = codes_from(k, take(1) % 4 ? -127 : -128);
+    const float *w_scales = floats(n), a_scale = number(take(1) % KINDS);
+    float *out = sentinel(4 * n, 4), *expected = array_at(4 * n, 0);
+    const int status = dq->w8a8_matvec(w, w_scales, n, k, a, a_scale, out);
+    if (!isfinite(a_scale) || !all_finite(w_scales, n)) {
+        same_status(status, isfinite(a_scale) ? DYNQUANT_NON_FINITE : DYNQUANT_BAD_ARGUMENT);
+        untouched(out, 4 * n);
+        return;
+    }
+    for (int64_t r = 0; r < n; r++)
+        expected[r] = k ? (float)dot_of(w + r * k, a, k) * w_scales[r] * a_scale : 0;
+    same_status(status, DYNQUANT_OK);
+    same_floats("products", out, expected, n);
+}
+
+static void matmul(void) {
+    const int64_t m = length(12), n = length(70), k = length(600);
+    const int8_t *w = codes_from(n * k, -128);
+    const float *w_scales = floats(n), *bias = take(1) % 2 ? floats(n) : NULL, *x = floats(m * k);
+    float *out = sentinel(4 * m * n, 4), *expected = array_at(4 * m * n, 0);
+    void *packed = array(dq->w8a8_packed_bytes(n, k), 1), *scratch = array(dq->w8a8_scratch_bytes(m, k), 1);
+    int8_t *codes = array_at(k, 0);
+    int status;
+    same_status(dq->w8a8_pack(w, n, k, packed), DYNQUANT_OK);
+    same_status(dq->w8a8_matmul(packed, w_scales, bias, x, m, n + 1, k, scratch, out), DYNQUANT_BAD_ARGUMENT);
+    same_status(dq->w8a8_matmul(packed, w_scales, bias, x, -1, n, k, scratch, out), DYNQUANT_BAD_ARGUMENT);
+    status = dq->w8a8_matmul(packed, w_scales, bias, x, m, n, k, scratch, out);
+    if (!(all_finite(w_scales, n) && all_finite(x, m * k) && (bias == NULL || all_finite(bias, n)))) {
+        same_status(status, DYNQUANT_NON_FINITE);
+        untouched(out, 4 * m * n);
+        return;
+    }
+    same_status(status, DYNQUANT_OK);
+    for (int64_t r = 0; r < m; r++) {
+        const float a_scale = amax_of(x + r * k, k) / 127;
+        code_all(x + r * k, k, a_scale, 127, codes);
+        for (int64_t c = 0; c < n; c++) {
+            float y = (float)dot_of(w + c * k, codes, k) * w_scales[c] * a_scale;
+            if (k == 0) y = 0;
+            expected[r * n + c] = bias == NULL ? y : k ? y + bias[c] : bias[c];
+        }
+    }
+    same_floats("outputs", out, expected, m * n);
+}
+
+static void smooth(void) {
+    const int64_t m = length(9), k = length(300);
+    float *x = floats(m * k), *factors = floats(k), *expected = array_at(4 * m * k, 0);
+    const int in_place = take(1) % 2, divide = take(1) % 2, whole = all_finite(x, m * k) && all_finite(factors, k);
+    float *out = in_place ? x : sentinel(4 * m * k, 4);
+    int above = 1, status;
+    if (take(1) % 8)
+        for (int64_t i = 0; i < k; i++) factors[i] = factors[i] == 0 ? 1 : fabsf(factors[i]);
+    for (int64_t i = 0; i < k; i++) above &= factors[i] > 0;
+    memcpy(expected, out, 4 * m * k);
+    if (whole && above)
+        for (int64_t i = 0; i < m * k; i++) expected[i] = divide ? x[i] / factors[i % k] : x[i] * factors[i % k];
+    status = (divide ? dq->divide_rows_f32 : dq->multiply_rows_f32)(x, factors, m, k, out);
+    same_status(status, !whole ? DYNQUANT_NON_FINITE : above ? DYNQUANT_OK : DYNQUANT_BAD_ARGUMENT);
+    if (status == DYNQUANT_OK) same_floats("smoothed", out, expected, m * k);
+    else same("memory that was to stay as it was", out, expected, 4 * m * k);
+}
+
+/* Lengths that cannot be: nothing is read or written. */
+static void impossible(void) {
+    static const int64_t LENGTHS[] = {-1, INT64_MIN, INT64_MAX, INT64_MAX / 4 + 1, INT64_MAX / 2};
+    const int64_t n = LENGTHS[take(1) % 5];
+    float *number_out = sentinel(4, 4);
+    int8_t *codes = sentinel(1, 1);
+    same_status(dq->amax_f32(number_out, n, number_out), DYNQUANT_BAD_ARGUMENT);
+    same_status(dq->percentile_f32(number_out, n, 0.5, number_out), DYNQUANT_BAD_ARGUMENT);
+    same_status(dq->dynamic_quantize_row_f32_s8(number_out, n, codes, number_out), DYNQUANT_BAD_ARGUMENT);
+    same_status(dq->quantize_row_f32_s4(number_out, n, 1, (uint8_t *)codes), DYNQUANT_BAD_ARGUMENT);
+    same_status(dq->dequantize_row_s8_f32(codes, n, 1, number_out), DYNQUANT_BAD_ARGUMENT);
+    same_status(dq->w8a8_matvec(codes, number_out, n, 3, codes, 1, number_out), DYNQUANT_BAD_ARGUMENT);
+    same_status(dq->w8a8_matvec(codes, number_out, 3, n, codes, 1, number_out), DYNQUANT_BAD_ARGUMENT);
+    same_status(dq->divide_rows_f32(number_out, number_out, n, n, number_out), DYNQUANT_BAD_ARGUMENT);
+    same_status(dq->w8a8_pack(codes, n, n, codes), DYNQUANT_BAD_ARGUMENT);
+    if (dq->w8a8_packed_bytes(n, n) != -1 || dq->w8a8_scratch_bytes(n, n) != -1) fail("bytes", n);
+    untouched(number_out, 4);
+    untouched(codes, 1);
+}
+
+/* ---- Cases: the row kernels behind other functions ---- */
+
+static float widened(uint16_t h) {
+    const int exponent = h >> 10 & 31, fraction = h & 1023;
+    const float sign = h >> 15 ? -1.0f : 1.0f;
+    if (exponent == 31) return fraction ? NAN : sign * INFINITY;
+    return sign * (exponent ? ldexpf(1024 + fraction, exponent - 25) : ldexpf(fraction, -24));
+}
+
+static void widen(void) {
+    const int64_t n = length(4096);
+    uint16_t *x = array(2 * n, 2);
+    float *out = array(4 * n, 4), *expected = array_at(4 * n, 0);
+    for (int64_t i = 0; i < n; i++) x[i] = (uint16_t)more_noise();
+    kernels->widen_f16_f32(x, out, n);
+    for (int64_t i = 0; i < n; i++) expected[i] = widened(x[i]);
+    same_floats("binary16", out, expected, n);
+    kernels->widen_bf16_f32(x, out, n);
+    for (int64_t i = 0; i < n; i++) expected[i] = float_of((uint32_t)x[i] << 16);
+    same_floats("bfloat16", out, expected, n);
+}
+
+static void counts(void) {
+    const int64_t n = length(4096);
+    const float *x = finite_floats(n);
+    const int32_t bound = (int32_t)(take(1) % 2 && n ? bits_of(x[take(2) % n]) & 0x7FFFFFFF : take(4) >> 1);
+    const int shift = take(1) % 2 ? 10 : 0;
+    const int32_t prefix = bound >> (shift + 10);
+    Py_ssize_t *found = array_at(4096 * sizeof *found, 0), *expected = array_at(4096 * sizeof *expected, 0), below = 0;
+    int32_t most = 0;
+    memset(found, 0, 4096 * sizeof *found);
+    memset(expected, 0, 4096 * sizeof *expected);
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t bits = (int32_t)(bits_of(x[i]) & 0x7FFFFFFF);
+        below += bits < bound;
+        if (bits < bound && bits > most) most = bits;
+        expected[bits >> 20]++;
+        if (bits >> (shift + 10) == prefix) expected[2048 + (bits >> shift & 1023)]++;
+    }
+    if (kernels->count_below_f32(x, bound, n) != below) fail("count", bound);
+    if (kernels->amax_bits_below_f32(x, bound, n) != most) fail("next lower", bound);
+    kernels->count_top_bits_f32(x, found, n);
+    for (int64_t b = 0; b < 2048; b++)
+        if (found[b] + found[2048 + b] != expected[b]) fail("top bits", b);
+    memset(found, 0, 4096 * sizeof *found);
+    kernels->count_next_bits_f32(x, prefix, shift, found, n);
+    same("next bits", found, expected + 2048, 1024 * sizeof *found);
+}
+
+static void asymmetric(void) {
+    const int64_t n = length(4096);
+    const float *x = finite_floats(n);
+    const int zero_point = (int)take(1);
+    const float scale = fabsf(number(take(1) % KINDS));
+    int8_t *four = array(n, 1), *shifted = array(n, 1);
+    uint8_t *eight = array(n, 1), *packed = array((n + 1) / 2, 1), *nibbles = array_at((n + 1) / 2, 0);
+    if (!(scale > 0 && isfinite(scale))) return;
+    kernels->quantize_row_f32_u8(x, scale, zero_point, eight, n);
+    kernels->quantize_row_f32_u4(x, scale, zero_point % 16, four, n);
+    for (int64_t i = 0; i < n; i++) {
+        const double v = x[i] / scale;
+        double near = nearbyint(v) + zero_point;
+        if (eight[i] != (near < 0 ? 0 : near > 255 ? 255 : near)) fail("uint8", i);
+        near = copysign(floor(fabs(v) + 0.5), v) + zero_point % 16;
+        if (four[i] != (near < 0 ? 0 : near > 15 ? 15 : near)) fail("4 bits", i);
+    }
+    kernels->pack_row_s8_s4(four, packed, n);
+    pack_all(four, n, nibbles);
+    same("nibbles", packed, nibbles, (n + 1) / 2);
+    kernels->unpack_row_s4_s8(packed, shifted, n);
+    for (int64_t i = 0; i < n; i++)
+        if (shifted[i] != (four[i] ^ 8) - 8) fail("signed nibble", i);
+    kernels->shift_row_u4_s8(shifted, zero_point % 16, n);
+    for (int64_t i = 0; i < n; i++)
+        if (shifted[i] != four[i] - zero_point % 16) fail("shifted", i);
+}
+
+static void columns(void) {
+    const int64_t n = length(4096) + 1, stride = n + length(50);
+    const float *x = finite_floats(3 * stride + n);
+    int32_t *four = array(4 * n, 4), *one = array(4 * n, 4);
+    for (int64_t i = 0; i < n; i++) four[i] = one[i] = (int32_t)(more_noise() & 0x7F7FFFFF);
+    kernels->column_amax_4_rows_f32(x, stride, four, n);
+    for (int64_t i = 0; i < n; i++)
+        for (int r = 0; r < 4; r++) {
+            const int32_t bits = (int32_t)(bits_of(x[r * stride + i]) & 0x7FFFFFFF);
+            one[i] = bits > one[i] ? bits : one[i];
+        }
+    same("of four rows", four, one, 4 * n);
+    kernels->column_amax_row_f32(x, four, n);
+    same("of a row that is in it", four, one, 4 * n);
+}
+
+static void panels(void) {
+    const int64_t k = take(1) == 255 ? 65536 + length(3000) : 1 + length(3000), rows = 1 + take(1) % kernels->panel_outputs;
+    const int8_t *w = codes_from(rows * k, -128);
+    int8_t *back = array(rows * k, 1), *panel = lines(kernels->panel_bytes(k));
+    kernels->pack_panel_s8(w, rows, panel, k);
+    kernels->unpack_panel_s8(panel, back, rows, k);
+    same("weights", back, w, rows * k);
+}
+
+/* As matmul, for 4-bit weights with a scale and perhaps a zero point for each group. */
+static void matmul4(void) {
+    const int64_t m = length(9), n = length(40), k = length(300), group = 1 + length(350), bytes = (k + 1) / 2;
+    const int64_t count = (k + group - 1) / group, all = n * count;
+    const uint8_t *w = (const uint8_t *)codes_from(n * bytes, -128);
+    const float *w_scales = floats(n * count), *bias = take(1) % 2 ? floats(n) : NULL, *x = floats(m * k);
+    const int symmetric = take(1) % 2, above = take(1) == 1;
+    uint8_t *zeros = array(n * count, 1);
+    float *out = sentinel(4 * m * n, 4), *expected = array_at(4 * m * n, 0);
+    const size_t packed_bytes = dq->w4a8_packed_bytes(n, k, group);
+    void *packed = sentinel(packed_bytes, 1), *scratch = array(dq->w4a8_scratch_bytes(m, k, group), 1);
+    int8_t *codes = array_at(k, 0);
+    int status;
+    for (int64_t i = 0; i < n * count; i++) zeros[i] = more_noise() % 16;
+    if (above && all > 0) zeros[take(2) % all] = 16 + take(1) % 200;
+    status = dq->w4a8_pack(w, w_scales, symmetric ? NULL : zeros, n, k, group, packed);
+    if (!all_finite(w_scales, n * count) || (above && !symmetric && all > 0)) {
+        if (status == DYNQUANT_OK) fail("status of packing", status);
+        untouched(packed, packed_bytes);
+        return;
+    }
+    same_status(status, DYNQUANT_OK);
+    same_status(dq->w4a8_matmul(packed, bias, x, m, n + 1, k, group, scratch, out), DYNQUANT_BAD_ARGUMENT);
+    same_status(dq->w4a8_matmul(packed, bias, x, m, n, k, group + 1, scratch, out), DYNQUANT_BAD_ARGUMENT);
+    status = dq->w4a8_matmul(packed, bias, x, m, n, k, group, scratch, out);
+    if (!(all_finite(x, m * k) && (bias == NULL || all_finite(bias, n)))) {
+        same_status(status, DYNQUANT_NON_FINITE);
+        untouched(out, 4 * m * n);
+        return;
+    }
+    same_status(status, DYNQUANT_OK);
+    for (int64_t r = 0; r < m; r++) {
+        const float a_scale = amax_of(x + r * k, k) / 127;
+        code_all(x + r * k, k, a_scale, 127, codes);
+        for (int64_t c = 0; c < n; c++) {
+            const float y = k ? total_of(w + c * bytes, w_scales + c * count, symmetric ? NULL : zeros + c * count,
+                                         codes, k, group) * a_scale : 0;
+            expected[r * n + c] = bias == NULL ? y : k ? y + bias[c] : bias[c];
+        }
+    }
+    same_floats("outputs", out, expected, m * n);
+}
+
+/* 4-bit weights: (rows, ceil(k / 2)) nibbles, a scale and perhaps a zero point for each group. */
+static void groups(void) {
+    const int long_groups = take(1) == 255;
+    const int64_t k = long_groups ? 8193 + length(20000) : 1 + length(700), rows = 1 + take(1) % kernels->panel_outputs;
+    const int64_t m = 1 + take(1) % 6, group = long_groups ? 8193 + take(2) % (k - 8192) : 1 + take(2) % k;
+    const int64_t count = (k + group - 1) / group, bytes = (k + 1) / 2, all = kernels->panel_outputs;
+    const int symmetric = take(1) % 2;
+    const float *scales = moderate_floats(rows * count, take(1)), *a_scales = moderate_floats(m, 0);
+    const float *bias = take(1) % 2 ? moderate_floats(rows, 0) : NULL;
+    uint8_t *w = (uint8_t *)codes_from(rows * bytes, -128), *zeros = array(rows * count, 1);
+    uint8_t *panel = lines(kernels->group_panel_bytes(k, group)), *panel_zeros = lines(all * count);
+    float *panel_scales = lines(4 * all * count);
+    const size_t width = kernels->group_activation_bytes(k, group);
+    uint8_t *a = lines(m * width), *w_back = array(rows * bytes, 1), *zeros_back = array(rows * count, 1);
+    float *scales_back = array(4 * rows * count, 4);
+    const int64_t stride = rows + take(1) % 5;
+    float *out = sentinel(4 * ((m - 1) * stride + rows), 4);
+    int8_t *codes = codes_from(m * k, -127);
+    if (k % 2)
+        for (int64_t r = 0; r < rows; r++) w[r * bytes + bytes - 1] &= 15;
+    for (int64_t i = 0; i < rows * count; i++) zeros[i] = more_noise() % 16;
+    kernels->pack_panel_u4(w, scales, symmetric ? NULL : zeros, rows, panel, panel_scales, panel_zeros, k, group);
+    kernels->unpack_panel_u4(panel, panel_scales, panel_zeros, w_back, scales_back, symmetric ? NULL : zeros_back, rows,
+                             k, group);
+    same("weights", w_back, w, rows * bytes);
+    same_floats("scales", scales_back, scales, rows * count);
+    if (!symmetric) same("zero points", zeros_back, zeros, rows * count);
+    for (int64_t r = 0; r < m; r++) kernels->pack_group_activation_s8(codes + r * k, a + r * width, k, group);
+    kernels->gemm_panel_u4s8_f32(panel, panel_scales, panel_zeros, bias, a, a_scales, out, stride, m, rows, k, group);
+    for (int64_t r = 0; r < m; r++)
+        for (int64_t c = 0; c < rows; c++) {
+            float total = total_of(w + c * bytes, scales + c * count, symmetric ? NULL : zeros + c * count,
+                                   codes + r * k, k, group);
+            total *= a_scales[r];
+            if (bias) total += bias[c];
+            same_floats("outputs", out + r * stride + c, &total, 1);
+        }
+    for (int64_t r = 0; r + 1 < m; r++) untouched(out + r * stride + rows, 4 * (stride - rows));
+}
+
+static double lanes_of(const double *lane) {
+    double sums[16];
+    memcpy(sums, lane, sizeof sums);
+    for (int half = 8; half; half /= 2)
+        for (int j = 0; j < half; j++) sums[j] += sums[j + half];
+    return sums[0];
+}
+
+static void statistics(void) {
+    const int64_t n = length(4096);
+    const float *x = finite_floats(n), *value = finite_floats(n);
+    const double mean = number(NEAR_ONE);
+    double sum[16] = {0}, deviation[16] = {0}, error[6][16] = {{0}}, sums[6] = {0};
+    float least = 0, most = 0, low = 0, high = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const double v = x[i], q = value[i], d = fabs(v - q), terms[5] = {d, d * d, v * v, q * q, v * q};
+        low = x[i] < low ? x[i] : low;
+        high = x[i] > high ? x[i] : high;
+        sum[i % 16] += v;
+        deviation[i % 16] += (v - mean) * (v - mean);
+        for (int t = 0; t < 5; t++) error[t][i % 16] += terms[t];
+        error[5][0] = d > error[5][0] ? d : error[5][0];
+    }
+    kernels->min_max_row_f32(x, &least, &most, n);
+    if (least != low || most != high) fail("range", 0);
+    same_number("sum", kernels->sum_row_f32_f64(x, n), lanes_of(sum));
+    same_number("deviation", kernels->square_deviation_row_f32_f64(x, mean, n), lanes_of(deviation));
+    same_number("error", kernels->abs_error_row_f32_f64(x, value, n), lanes_of(error[0]));
+    kernels->error_sums_row_f32_f64(x, value, sums, n);
+    for (int t = 0; t < 5; t++) same_number("sums", sums[t], 0.0 + lanes_of(error[t]));
+    same_number("largest error", sums[5], error[5][0]);
+}
+
+/* The counts of a calibration: 2**16 bins, and the WINDOW cells of each column below its largest magnitude. */
+static void bins(void) {
+    const int64_t n = length(600), columns = n < 70 ? n : 70;
+    const float *x = finite_floats(n);
+    int64_t *found = array_at(65536 * sizeof *found, 0);
+    int32_t *amax = array(4 * columns, 4);
+    uint32_t *cells = array(4 * columns * WINDOW, 4), *expected = array_at(4 * columns * WINDOW, 0);
+    memset(found, 0, 65536 * sizeof *found);
+    memset(cells, 0, 4 * columns * WINDOW);
+    memset(expected, 0, 4 * columns * WINDOW);
+    kernels->count_bins_f32(x, found, n);
+    for (int64_t i = 0; i < n; i++)
+        if (found[(bits_of(x[i]) & 0x7FFFFFFF) >> 15]-- == 0) fail("bin", i);
+    for (int64_t b = 0; b < 65536; b++)
+        if (found[b]) fail("bin", b);
+    for (int64_t i = 0; i < columns; i++) {
+        const int32_t bits = (int32_t)(bits_of(x[i]) & 0x7FFFFFFF);
+        int64_t cell;
+        amax[i] = bits + (int32_t)(more_noise() % (0x7F800000 - bits));
+        cell = WINDOW - 1 - ((amax[i] >> 20) - (bits >> 20));
+        expected[i * WINDOW + (cell < 0 ? 0 : cell)]++;
+    }
+    kernels->count_windows_row_f32(x, amax, cells, columns);
+    same("cells", cells, expected, 4 * columns * WINDOW);
+}
+
+static void hadamard(void) {
+    const int64_t n = (int64_t)1 << take(1) % 13;
+    const float scale = (float)(1.0 / sqrt((double)n));
+    float *x = moderate_floats(n, take(1)), *expected = array_at(4 * n, 0);
+    memcpy(expected, x, 4 * n);
+    for (int64_t half = 1; half < n; half *= 2)
+        for (int64_t i = 0; i < n; i++)
+            if (!(i & half)) {
+                const float a = expected[i], b = expected[i + half];
+                expected[i] = a + b;
+                expected[i + half] = a - b;
+            }
+    for (int64_t i = 0; i < n; i++) expected[i] *= scale;
+    kernels->hadamard_row_f32(x, n, scale);
+    same_floats("transform", x, expected, n);
+}
+
+static const struct {
+    const char *name;
+    void (*run)(void);
+} CASES[] = {
+    {"scales", scales},         {"quantize", quantize},     {"dynamic_quantize", dynamic_quantize},
+    {"dequantize", dequantize}, {"dot", dot},               {"matvec", matvec},
+    {"matmul", matmul},         {"matmul4", matmul4},       {"smooth", smooth},
+    {"impossible", impossible}, {"widen", widen},           {"counts", counts},
+    {"asymmetric", asymmetric}, {"columns", columns},       {"panels", panels},
+    {"groups", groups},         {"statistics", statistics}, {"hadamard", hadamard},
+    {"bins", bins},
+};
+
+/* ---- The two functions that a driver calls ---- */
+
+int LLVMFuzzerInitialize(int *argc, char ***argv) {
+    PyObject *core, *isa;
+    (void)argc, (void)argv;
+    Py_Initialize();
+    dq = dynquant_import();
+    core = PyImport_ImportModule("dynquant._core");
+    isa = PyImport_ImportModule("dynquant._isa");
+    if (dq != NULL && core != NULL && isa != NULL) {
+        PyObject *names = PyRun_String("[_table(i) for i in _core.isas_built() if i in _core.isas_supported()]",
+                                       Py_eval_input, PyModule_GetDict(isa), NULL);
+        set_table = PyObject_GetAttrString(core, "set_table");
+        tables = names;
+    }
+    if (set_table == NULL || tables == NULL) {
+        PyErr_Print();
+        exit(2);
+    }
+    return 0;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    PyObject *table, *done;
+    rest = data, rest_size = size;
+    table = PyList_GET_ITEM(tables, take(1) % PyList_GET_SIZE(tables));
+    kernels = (const Kernels *)PyCapsule_GetPointer(table, "dynquant._table.Kernels");
+    done = PyObject_CallFunctionObjArgs(set_table, table, NULL);
+    if (done == NULL) abort();
+    Py_DECREF(done);
+    {
+        const uint32_t chosen = take(1) % (sizeof CASES / sizeof *CASES);
+        noise = take(4) | 1;
+        case_name = CASES[chosen].name;
+        CASES[chosen].run();
+    }
+    free_all();
+    return 0;
+}

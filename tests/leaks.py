@@ -1,0 +1,67 @@
+"""What is still allocated after many calls of everything public; a count of calls as its argument.
+
+Counted are the interpreter's small objects and the bytes that malloc has given out, which no leak can hide
+from: neither is rounded to pages, and nothing else allocates meanwhile.
+"""
+
+import ctypes
+import functools
+import gc
+import sys
+import time
+
+from calls import CALLS, INTO
+
+EVERY = {**CALLS, **{f"{name} into": functools.partial(*pair) for name, pair in INTO.items()}}
+# Free lists of the interpreter, of NumPy and of malloc may be fuller than before; 2,000 calls that each lost
+# the smallest block there is would lose 32,000 bytes.
+MOST_OBJECTS, MOST_BYTES = 200, 16_000
+
+
+class _MallInfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks")
+    ] + [("rest", ctypes.c_size_t * 2)]
+
+
+def _in_use():
+    """Small objects, and bytes from malloc; 0 for what cannot be told."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        return sys.getallocatedblocks(), 0
+    libc.mallinfo2.restype = _MallInfo
+    info = libc.mallinfo2()
+    return sys.getallocatedblocks(), info.uordblks + info.hblkhd
+
+
+def growth(call, times):
+    """Small objects and bytes that `times` calls left behind, after a few to fill caches."""
+    for _ in range(200):
+        call()
+    before = _in_use()
+    for _ in range(times):
+        call()
+    return [after - was for after, was in zip(_in_use(), before, strict=True)]
+
+
+def is_leak(objects, n_bytes):
+    return objects > MOST_OBJECTS or n_bytes > MOST_BYTES
+
+
+def main(times):
+    leaks = 0
+    for name, call in EVERY.items():
+        start = time.perf_counter()
+        objects, n_bytes = growth(call, times)
+        seconds = time.perf_counter() - start
+        leaks += is_leak(objects, n_bytes)
+        print(
+            f"{name:32} {times} calls {seconds:7.1f} s: {objects:+d} objects, {n_bytes:+d} bytes", flush=True
+        )
+    return int(leaks > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -1,0 +1,26 @@
+"""Calls that get no memory: MemoryError, `out` as it was, nothing lost, and the next call works."""
+
+import os
+import platform
+import sys
+
+import pytest
+from programs import compiler, environment, run
+
+HERE = os.path.dirname(__file__)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="replaces the allocator of glibc")
+def test_every_allocation_may_fail(tmp_path):
+    """In turn, alone and with all that follow; those of pooled small objects and of other threads apart."""
+    library = str(tmp_path / "failing_malloc.so")
+    source = os.path.join(HERE, "failing_malloc.c")
+    run([*compiler("CC"), "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", source, "-o", library])
+    folders = os.pathsep.join([environment()["PYTHONPATH"], HERE])
+    # With threads of its own BLAS would take memory at any time.
+    settings = environment(LD_PRELOAD=library, PYTHONPATH=folders, OPENBLAS_NUM_THREADS="1")
+    settings.pop("PYTHONMALLOC", None)
+    printed = run([sys.executable, os.path.join(HERE, "out_of_memory.py")], env=settings).split("\n")
+    *problems, total = filter(None, printed)
+    assert problems == []
+    assert int(total.removeprefix("failed allocations: ")) > 400
