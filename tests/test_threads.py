@@ -280,11 +280,12 @@ POOLS = {
 
 
 @pytest.mark.parametrize("library", POOLS)
-def test_beside_the_pool_of(library):
+def test_beside_the_pool_of(library, tmp_path):
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
     roots = {os.path.dirname(os.path.dirname(module.__file__)) for module in (dynquant, np)}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sorted(roots)), "OPENBLAS_NUM_THREADS": "3"}
     command = [sys.executable, "-c", BESIDE_A_POOL.replace("POOL", POOLS[library])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    # Not in a checkout, whose source folder would hide the installed package.
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -26,8 +26,10 @@
 #include <immintrin.h>
 #endif
 
-/* What -ffp-contract=off is to gcc and clang: no product and sum in one rounding, in this whole source. */
-#if defined(_MSC_VER)
+/* No product and sum in one rounding, in this whole source: what -ffp-contract=off says to gcc. */
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(_MSC_VER)
 #pragma fp_contract(off)
 #endif
 
