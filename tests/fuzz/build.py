@@ -1,8 +1,8 @@
 """Builds kernels.c: as a program that replays inputs, or with libFuzzer.
 
-As a program, `python build.py SECONDS PACKAGE FOLDER` fuzzes the kernels of the dynquant in PACKAGE, that
-was built by clang with ``DYNQUANT_SANITIZE=fuzzer-no-link,address,undefined``. Its files go to FOLDER, and what
-found new ways through the kernels to corpus.txt.
+As a program, `python build.py SECONDS PACKAGE FOLDER` fuzzes the kernels of the dynquant in PACKAGE, built by
+clang with ``DYNQUANT_SANITIZE=fuzzer-no-link,address,undefined``. Its files go to FOLDER, and what found new
+ways through the kernels to corpus.txt.
 """
 
 import os
