@@ -8,7 +8,19 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 PYTHONS ?= $(PYTHON)
 
-.PHONY: help demo test lint bench bench-peers wheel wheels clean
+FUZZ_SECONDS ?= 60
+FUZZ_EXECUTIONS ?= 8000
+LEAK_CALLS ?= 100000
+CLANG ?= clang
+
+# Python is not instrumented: a sanitizer's library must be there before it. Python itself leaks on purpose.
+SANITIZED := PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+library = $$($(CC) -print-file-name=$(1).so)
+# Without meaning there: how much memory and time is taken, an allocator replaced, another processor emulated.
+UNSANITIZED := $(addprefix --deselect tests/test_,memory.py allocation.py old_cpus.py \
+	import.py::test_time_and_memory_of_the_import)
+
+.PHONY: help demo test lint bench bench-peers wheel wheels sanitize tsan leaks fuzz old-cpus clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +52,35 @@ lint: $(VENV)/installed-lint  ## ruff, cython-lint, mypy, stubs against the buil
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint dynquant/*.pyx dynquant/*.pxd dynquant/kernels/*.pxi tests/embed/*/*.pyx
 	$(BIN)/mypy
 	$(BIN)/stubtest --ignore-missing-stub dynquant._core dynquant.capi
+
+sanitize: $(VENV)/installed-test  ## the whole suite with AddressSanitizer and UndefinedBehaviorSanitizer
+	DYNQUANT_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-lib build/sanitized
+	LD_PRELOAD="$(call library,libasan) $(call library,libubsan) $(call library,libstdc++)" $(SANITIZED) \
+		PYTHONPATH=build/sanitized $(BIN)/pytest -s $(UNSANITIZED) $(PYTEST_ARGS)
+
+# At fixed addresses, for ThreadSanitizer knows only those of older kernels. It does not take threads in the child
+# of a fork, nor the thread storage of the C library under other pools, neither of which is instrumented.
+tsan: $(VENV)/installed-test  ## threads on shared arrays and layers, in C and in Python, with ThreadSanitizer
+	DYNQUANT_SANITIZE=thread $(BIN)/python setup.py --quiet build --build-lib build/tsan
+	setarch -R $(BIN)/python tests/fuzz/threads.py build/tsan build/tsan-program
+	LD_PRELOAD="$(call library,libtsan)" TSAN_OPTIONS=halt_on_error=1 PYTHONPATH=build/tsan \
+		setarch -R $(BIN)/pytest -s tests/test_threads.py -k "not fork and not pool_of" $(PYTEST_ARGS)
+
+leaks: $(VENV)/installed-test  ## what is left after 100,000 calls of everything public
+	$(BIN)/python tests/leaks.py $(LEAK_CALLS)
+
+fuzz: $(VENV)/installed-test  ## a minute of libFuzzer on the kernels, thousands of calls of the rest; needs clang
+	CC=$(CLANG) LDSHARED="$(CLANG) -shared" DYNQUANT_SANITIZE=fuzzer-no-link,address,undefined \
+		$(BIN)/python setup.py --quiet build --build-lib build/fuzz
+	CLANG=$(CLANG) $(BIN)/python tests/fuzz/build.py $(FUZZ_SECONDS) build/fuzz build/fuzz-program
+	$(BIN)/python tests/fuzz/facade.py $(FUZZ_EXECUTIONS)
+
+OLD_TESTS := $(addprefix tests/test_,golden.py isa_parity.py quantize.py matmul.py w4a8.py hadamard.py smooth.py)
+old-cpus: $(VENV)/installed-test  ## the baseline kernels alone, then emulated processors; needs qemu-x86_64
+	DYNQUANT_ISA=baseline $(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest tests/test_old_cpus.py
+	for cpu in Nehalem Haswell; do \
+		qemu-x86_64-static -cpu $$cpu $(BIN)/python -m pytest $(OLD_TESTS) || exit 1; done
 
 bench: $(VENV)/installed-bench  ## every kernel on every instruction set beside NumPy; saves JSON and chart
 	$(BIN)/python bench/run.py $(BENCH_ARGS)

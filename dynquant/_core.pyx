@@ -183,7 +183,8 @@ cdef int32_t ranked_bits(const Floats* parts, Py_ssize_t n_parts, Py_ssize_t ran
                 if counts[b]:
                     return NON_FINITE
         b = 0
-        while rank >= counts[b]:
+        # The bound is for parts that another thread writes meanwhile: their counts may not add up to rank.
+        while b < 2047 and rank >= counts[b]:
             rank -= counts[b]
             b += 1
         prefix = <int32_t> ((prefix << 10) | b)

@@ -7,6 +7,7 @@ import os
 import sys
 
 import pytest
+from common import ISAS
 from hypothesis import given
 from programs import compiler, run
 
@@ -24,6 +25,12 @@ def test_kernels(tmp_path):
     inputs = len(build.CORPUS.read_text().splitlines())
     printed = run([program, "20000", str(build.CORPUS)], env=build.environment())
     assert printed == f"{inputs + 20_000} inputs\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pthreads")
+def test_threads_on_shared_memory(tmp_path):
+    program = build.build(tmp_path, compiler("CC"), sources=["threads.c"])
+    assert run([program], env=build.environment()) == "".join(f"{isa}: same\n" for isa in ISAS)
 
 
 NAMES = [function.__name__ for function, _ in facade.PROPERTIES]

@@ -162,6 +162,26 @@ def test_concurrent_calls_on_shared_inputs():
     assert failures == []
 
 
+def test_an_input_that_is_written_meanwhile():
+    """Numbers that are neither the old nor the new are to be expected, an access outside of memory is not."""
+    x, stop = np.ones(70_000, F32), threading.Event()
+
+    def write():
+        while not stop.is_set():
+            x.fill(0)
+            x.fill(3)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for p in [0.3, 0.6, 1.0] * 100:
+            assert compute_scale(x, 1, Percentile(p)) >= 0
+            assert dynamic_quantize(x.reshape(7, -1), FORMATS[3], Percentile(p)).data.max() <= 0x77
+    finally:
+        stop.set()
+        writer.join()
+
+
 def test_in_an_executor():
     batches = [X * F32(i + 1) for i in range(12)]
     expected = [everything(x) for x in batches]

@@ -1,7 +1,7 @@
 """Builds kernels.c: as a program that replays inputs, or with libFuzzer.
 
-As a program, `python build.py SECONDS FOLDER` fuzzes the kernels of the package that is imported, which clang
-built with ``DYNQUANT_SANITIZE=fuzzer-no-link,address,undefined``. Its files go to FOLDER, and what found new
+As a program, `python build.py SECONDS PACKAGE FOLDER` fuzzes the kernels of the dynquant in PACKAGE, built by
+clang with ``DYNQUANT_SANITIZE=fuzzer-no-link,address,undefined``. Its files go to FOLDER, and what found new
 ways through the kernels to corpus.txt.
 """
 
@@ -32,42 +32,36 @@ def table_header():
     return f"{includes}{enums}typedef struct {{\n{fields}}} Kernels;\n"
 
 
-def build(folder, command, checks=(), driver=("replay.c",), link=()):
-    """The program, in `folder`."""
+def build(folder, command, *flags, sources=("kernels.c", "replay.c"), linking=()):
+    """The program made of `sources`, in `folder`; `linking` are flags for the last step alone."""
     import programs  # skips the test where there is no compiler
 
     import dynquant
 
     folder = pathlib.Path(folder)
     (folder / "table.h").write_text(table_header())
-    program, compiled = folder / "program", folder / "kernels.o"
-    flags = [
-        "-std=c11",
-        "-D_GNU_SOURCE",
-        "-O2",
-        "-g",
-        "-ffp-contract=off",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        *checks,
-    ]
+    flags = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-g", "-ffp-contract=off", *programs.STRICT, *flags]
     folders = ["-isystem", programs.INCLUDE, "-I", dynquant.get_include(), "-I", str(folder)]
-    programs.run([*command, *flags, *folders, "-c", str(HERE / "kernels.c"), "-o", str(compiled)])
-    sources = [str(HERE / name) for name in driver]
-    more = [*programs.library_flags(), "-lm", *link]
-    programs.run([*command, *flags, *folders, *sources, str(compiled), "-o", str(program), *more])
-    return str(program)
+    objects = [str(folder / f"{source}.o") for source in sources]
+    for source, compiled in zip(sources, objects, strict=True):
+        programs.run([*command, *flags, *folders, "-c", str(HERE / source), "-o", compiled])
+    program = str(folder / "program")
+    libraries = [*programs.library_flags(), "-lm", "-lpthread"]
+    programs.run([*command, *flags, *linking, *objects, "-o", program, *libraries])
+    return program
 
 
-def environment():
+def environment(*packages):
+    """For a program that embeds Python: the dynquant under test, or the first in the folders `packages`."""
     import programs
 
     home = os.pathsep.join(dict.fromkeys([sys.base_prefix, sys.base_exec_prefix]))
-    return programs.environment(PYTHONHOME=home, PYTHONMALLOC="malloc", ASAN_OPTIONS="detect_leaks=0")
+    settings = programs.environment(PYTHONHOME=home, PYTHONMALLOC="malloc", ASAN_OPTIONS="detect_leaks=0")
+    settings["PYTHONPATH"] = os.pathsep.join([*map(os.path.abspath, packages), settings["PYTHONPATH"]])
+    return settings
 
 
-def fuzz(seconds, folder):
+def fuzz(seconds, package, folder):
     """Run libFuzzer for `seconds`; the corpus is read before and written after."""
     inputs, smallest = folder / "inputs", folder / "smallest"
     for path in (inputs, smallest):
@@ -75,14 +69,16 @@ def fuzz(seconds, folder):
     for i, line in enumerate(CORPUS.read_text().splitlines()):
         (inputs / f"seed-{i}").write_bytes(bytes.fromhex(line))
     compiler = os.environ.get("CLANG", "clang").split()
-    program = build(folder, compiler, CHECKS, (), ["-fsanitize=fuzzer", "-rdynamic"])
+    driver = ["-fsanitize=fuzzer", "-rdynamic"]
+    program = build(folder, compiler, *CHECKS, sources=["kernels.c"], linking=driver)
     command = [program, "-max_len=96", "-len_control=0", "-detect_leaks=0", "-print_final_stats=1"]
+    settings = environment(package)
     places = [f"-artifact_prefix={folder}/", str(inputs)]
-    subprocess.run([*command, f"-max_total_time={seconds}", *places], env=environment(), check=True)
-    subprocess.run([*command, "-merge=1", str(smallest), str(inputs)], env=environment(), check=True)
+    subprocess.run([*command, f"-max_total_time={seconds}", *places], env=settings, check=True)
+    subprocess.run([*command, "-merge=1", str(smallest), str(inputs)], env=settings, check=True)
     lines = sorted(path.read_bytes().hex() for path in smallest.iterdir())
     CORPUS.write_text("".join(f"{line}\n" for line in lines if line))
 
 
 if __name__ == "__main__":
-    fuzz(int(sys.argv[1]), pathlib.Path(sys.argv[2]))
+    fuzz(int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3]))

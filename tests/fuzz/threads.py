@@ -1,0 +1,33 @@
+"""Builds threads.c with ThreadSanitizer and runs it: `python threads.py PACKAGE FOLDER`.
+
+PACKAGE is where the dynquant is that was built with ``DYNQUANT_SANITIZE=thread``; the program goes to FOLDER.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import programs
+
+import build
+
+
+def run(package, program, *arguments):
+    settings = {**build.environment(package), "TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run([program, *arguments], env=settings, capture_output=True, text=True)
+
+
+def main(package, folder):
+    os.makedirs(folder, exist_ok=True)
+    program = build.build(folder, programs.compiler("CC"), "-fsanitize=thread", sources=["threads.c"])
+    planted, real = run(package, program, "race"), run(package, program)
+    print(real.stdout, real.stderr, sep="")
+    if "data race" not in planted.stderr:
+        sys.exit(f"a race that was planted was not found:\n{planted.stderr}")
+    sys.exit(real.returncode)
+
+
+main(*sys.argv[1:])
