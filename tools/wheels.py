@@ -66,7 +66,7 @@ def test_wheel(wheel, python, source, pytest_args):
     path = str(python.parent)
     if found := [name for name in ("cc", "gcc", "clang") if shutil.which(name, path=path)]:
         raise SystemExit(f"{path} has {found}")
-    run(python, "-m", "pip", "install", "--quiet", f"{wheel}[test]", PATH=path)
+    run(python, "-m", "pip", "install", "--quiet", "--only-binary=:all:", f"{wheel}[test]", PATH=path)
     run(python.parent / "pytest", "-q", *pytest_args, folder=source, PATH=path)
 
 
