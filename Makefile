@@ -92,7 +92,7 @@ wheel: $(VENV)/installed  ## build the wheel into dist/
 	@ls -l dist
 
 wheels: $(VENV)/installed-wheels  ## build, repair, check and test a wheel for each of PYTHONS, in wheelhouse/
-	$(BIN)/python tools/wheels.py --pytest-args "$(PYTEST_ARGS)" $(PYTHONS)
+	$(BIN)/python tests/wheels.py --pytest-args "$(PYTEST_ARGS)" $(PYTHONS)
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) build dist wheelhouse *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
