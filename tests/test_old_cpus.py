@@ -3,6 +3,7 @@
 The emulator stops a program at the first instruction that the processor does not have. It knows no AVX-512.
 """
 
+import os
 import platform
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from programs import compiler, environment
 
 import build
+import dynquant
 
 QEMU = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
 PICKED = {"Nehalem": "baseline", "Haswell": "avx2"}
@@ -25,6 +27,8 @@ pytestmark = [
 def on(cpu, *command, **options):
     """A process that ran as on `cpu`; qemu's warnings of features that it lacks go to standard error."""
     options.setdefault("env", environment(DYNQUANT_ISA=""))
+    # Where the package under test lies: a checkout's source folder would hide it.
+    options.setdefault("cwd", os.path.dirname(os.path.dirname(dynquant.__file__)))
     return subprocess.run([QEMU, "-cpu", cpu, *command], capture_output=True, text=True, **options)
 
 

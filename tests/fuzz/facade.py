@@ -279,7 +279,7 @@ def refused(data, fmt, mode, isa):
     """NaN anywhere, or an `out` that cannot be: the error says so, and no array has changed."""
     shape = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 300)))
     x, _ = data.draw(arrays(shape))
-    x = np.array(x)
+    x = np.array(x, order="C")
     bad = data.draw(st.sampled_from(["NaN", "read-only", "strided", "overlap", "shape", "dtype"]))
     data_shape = fmt.data_shape(shape)
     out = np.full(data_shape, 77, fmt.data_dtype)
