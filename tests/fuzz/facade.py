@@ -287,7 +287,7 @@ def refused(data, fmt, mode, isa):
     if bad == "NaN":
         payload = data.draw(st.sampled_from([np.nan, -np.nan, np.inf, -np.inf]))
         index = data.draw(st.integers(0, x.size - 1))
-        x.reshape(-1)[index] = payload
+        x[np.unravel_index(index, x.shape)] = payload
         error = NonFiniteError
     elif bad == "read-only":
         out.flags.writeable = False
