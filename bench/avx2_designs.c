@@ -1,14 +1,13 @@
 /* Exact integer matrix products on AVX2: several designs of one kernel, side by side.
 
-       gcc -O3 -fno-tree-pre -march=x86-64-v3 -o avx2_designs bench/avx2_designs.c && ./avx2_designs
+       gcc -O3 -march=x86-64-v3 -o avx2_designs bench/avx2_designs.c && ./avx2_designs
 
-   y (M, N) = x (M, K) in [-127, 127] times w (N, K), int8 or codes of 4 bits, as int32. Every design reads packed
-   weights, panels of 16 outputs, with tiles of at most 4 rows and 2 vectors. Every result is compared with an
-   int64 product. Here N is a multiple of 16, and K of 8, at most 2**16. README.md says what came out.
+   y (M, N) = x (M, K) in [-127, 127] times w (N, K), int8 or codes of 4 bits, as int32. Every design reads
+   packed weights, panels of 16 outputs, with tiles of at most 4 rows and 2 vectors. Every result is compared
+   with an int64 product. Here N is a multiple of 16, and K of 8, at most 2**16. README.md says what came out.
 
    The clock is the thread's own: while another program runs it stands still. The designs take turns, and each
-   round starts with another one. Without -fno-tree-pre gcc 12 moves additions of these loops to the next turn,
-   which needs more registers than there are; the loops of the package, with their own ends, it leaves alone. */
+   round starts with another one. */
 #include <immintrin.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -16,7 +15,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { PANEL = 16, TOKENS = 16, ROUNDS = 41 };
+enum { PANEL = 16, TOKENS = 16, ROUNDS = 41, ARENA = 1 << 29 };
 typedef __m256i V;
 
 static V load(const void* p) { return _mm256_loadu_si256((const V*)p); }
@@ -27,7 +26,8 @@ static V spread(const void* p) {
 }
 static V pairs(V sum, V p) { return _mm256_add_epi32(sum, _mm256_madd_epi16(p, _mm256_set1_epi16(1))); }
 
-/* ---- The designs: what a load of weights (half j of its codes), a load of activations, and a step are ---- */
+/* ---- The designs: what a load of weights, a load of activations, a step and the end of its sums are. Only
+   widen4 takes what it loads in several parts, j. ---- */
 
 /* a: both operands int16; no product is out of range. */
 typedef V wide_w, wide_x;
@@ -38,70 +38,44 @@ static V wide_load(const uint8_t* w, int j) {
 static V wide_step(V sum, V w, V x) { return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x)); }
 static void wide_end(V* sum, V part) { *sum = part; }
 
-/* b: |x| times w with the sign of x. A pair is at most 2 * 127 * 127 = 32,258, but -128 has no negative. */
-typedef V signw_w;
-typedef struct { V x, magnitude; } signw_x;
-static V signw_load(const uint8_t* w, int j) { return (void)j, load(w); }
-static signw_x signw_spread(const uint8_t* x) { return (signw_x){spread(x), spread(x + 4)}; }
-static V signw_step(V sum, V w, signw_x x) {
-    return pairs(sum, _mm256_maddubs_epi16(x.magnitude, _mm256_sign_epi8(w, x.x)));
-}
-#define signw_end wide_end
-
-/* b': |w| times x with the sign of w. x is never -128: a pair is at most 2 * 128 * 127 = 32,512. */
-typedef struct { V w, magnitude; } signx_w;
-typedef V signx_x;
-static signx_w signx_load(const uint8_t* w, int j) {
+/* b: |w| times x with the sign of w, x never being -128. A pair is at most 2 * 128 * 127 = 32,512. The other
+   way round, |x| times w with the sign of x, a weight of -128 needs a path of its own: it has no negative. */
+typedef struct { V w, magnitude; } sign_w;
+typedef V sign_x;
+static sign_w sign_load(const uint8_t* w, int j) {
     const V v = load(w);
-    return (void)j, (signx_w){v, _mm256_abs_epi8(v)};
+    return (void)j, (sign_w){v, _mm256_abs_epi8(v)};
 }
-#define signx_spread spread
-static V signx_step(V sum, signx_w w, V x) {
+#define sign_spread spread
+static V sign_step(V sum, sign_w w, V x) {
     return pairs(sum, _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.w)));
 }
-#define signx_end wide_end
+#define sign_end wide_end
 
-/* b' for activations of design b, x and |x| in turn: its path for -128. */
-typedef signx_w least_w;
-typedef V least_x;
-#define least_load signx_load
-#define least_spread spread
-#define least_step signx_step
-#define least_end wide_end
-
-/* b' for activations of design c: its path for few rows, and for panels with too many residuals. */
-typedef signx_w back_w;
+/* b for activations of design c: its path for few rows, and for panels with too many residuals. */
+typedef sign_w back_w;
 typedef V back_x;
-#define back_load signx_load
+#define back_load sign_load
 static V back_spread(const uint8_t* x) { return _mm256_xor_si256(spread(x), _mm256_set1_epi8((char)0x80)); }
-#define back_step signx_step
+#define back_step sign_step
 #define back_end wide_end
 
 /* c: x + 128, at most 255, times w. 255 * 128 = 32,640, so that the positive weights of a pair are trimmed to
    128 together, and the negative ones to -128. */
 typedef V shift_w, shift_x;
-#define shift_load signw_load
+static V shift_load(const uint8_t* w, int j) { return (void)j, load(w); }
 #define shift_spread spread
 static V shift_step(V sum, V w, V x) { return pairs(sum, _mm256_maddubs_epi16(x, w)); }
 #define shift_end wide_end
 
-/* c4: two pairs are added before they are widened, so that four weights are trimmed together. */
-typedef struct { V k0, k1; } shift4_w, shift4_x;
-static shift4_w shift4_load(const uint8_t* w, int j) { return (void)j, (shift4_w){load(w), load(w + 64)}; }
-static shift4_x shift4_spread(const uint8_t* x) { return (shift4_x){spread(x), spread(x + 4)}; }
-static V shift4_step(V sum, shift4_w w, shift4_x x) {
-    return pairs(sum, _mm256_add_epi16(_mm256_maddubs_epi16(x.k0, w.k0), _mm256_maddubs_epi16(x.k1, w.k1)));
-}
-#define shift4_end wide_end
-
-/* d: x + 128 = 16 * high + low, a row of 4-bit codes each. A pair is at most 2 * 15 * 128 = 3,840, and eight of
-   them fit int16. */
+/* d: x + 128 = 16 * high + low, a row of 4-bit codes each. A pair is at most 2 * 15 * 128 = 3,840, and eight
+   of them fit int16. */
 typedef V split_w, split_x;
-#define split_load signw_load
+#define split_load shift_load
 #define split_spread spread
 static V split_step(V part, V w, V x) { return _mm256_add_epi16(part, _mm256_maddubs_epi16(x, w)); }
 static void split_end(V* sum, V part) {
-    __asm__("" : "+x"(part));
+    __asm__("" : "+x"(part)); /* or gcc 12 moves the last addition of a run to here, and the tile spills */
     *sum = pairs(*sum, part);
 }
 
@@ -127,9 +101,10 @@ static V widen4_load(const uint8_t* w, int j) {
 #define widen4_step wide_step
 #define widen4_end wide_end
 
-/* ---- The tile. sums (rows, PANEL) += weights times rows of activations: STEP bytes of weights at a time, the
-   second 8 outputs `W` after the first, taken in SUB parts with A bytes of activations each. After RUN steps the
-   parts are added to the sums. They have names: those of an array gcc writes to memory. ---- */
+/* ---- The tile. sums (rows, PANEL), zero at first, = weights times rows of activations. A step takes STEP
+   bytes of weights, the second 8 outputs W bytes after the first, in SUB parts with A bytes of activations
+   each. A part goes to its sum after RUN steps, or at the end where RUN is 0. Parts have names: those of an
+   array gcc writes to memory. ---- */
 #define ONE(F, D) F(D, 0)
 #define TWO(F, D) F(D, 0) F(D, 1)
 #define FOUR(F, D) F(D, 0) F(D, 1) F(D, 2) F(D, 3)
@@ -142,64 +117,58 @@ static V widen4_load(const uint8_t* w, int j) {
 #define END(D, r)                             \
     D##_end((V*)(sums + PANEL * r), p##r##0); \
     D##_end((V*)(sums + PANEL * r + 8), p##r##1);
-#define TILE(D, ROWS, NAME, W, STEP, A, SUB, RUN)                                                             \
-    static void NAME(const uint8_t* w, const uint8_t* x, size_t stride, int32_t* sums, int steps) {           \
-        size_t at = 0;                                                                                        \
-        ROWS(ROW, D)                                                                                          \
-        do {                                                                                                  \
-            const int run = !RUN || steps < RUN ? steps : RUN;                                                \
-            ROWS(PART, D)                                                                                     \
-            _Pragma("GCC unroll 1")                                                                           \
-            for (int i = 0; i < run; i++, w += STEP)                                                          \
-                _Pragma("GCC unroll 1") for (int j = 0; j < SUB; j++, at += A) {                                                      \
-                    const D##_w w0 = D##_load(w, j), w1 = D##_load(w + W, j);                                 \
-                    D##_x v;                                                                                  \
-                    ROWS(ADD, D)                                                                              \
-                }                                                                                             \
-            ROWS(END, D)                                                                                      \
-            steps -= run;                                                                                     \
-        } while (RUN && steps > 0);                                                                           \
+#define TILE(D, ROWS, NAME, W, STEP, A, SUB, RUN)                                                            \
+    static void NAME(const uint8_t* w, const uint8_t* x, size_t stride, int32_t* sums, int steps) {          \
+        size_t at = 0;                                                                                       \
+        ROWS(ROW, D)                                                                                         \
+        do {                                                                                                 \
+            const int run = !RUN || steps < RUN ? steps : RUN;                                               \
+            ROWS(PART, D)                                                                                    \
+            _Pragma("GCC unroll 1")                                                                          \
+            for (int i = 0; i < run; i++, w += STEP)                                                         \
+                _Pragma("GCC unroll 1") for (int j = 0; j < SUB; j++, at += A) {                             \
+                    const D##_w w0 = D##_load(w, j), w1 = D##_load(w + W, j);                                \
+                    D##_x v;                                                                                 \
+                    ROWS(ADD, D)                                                                             \
+                }                                                                                            \
+            ROWS(END, D)                                                                                     \
+            steps -= run;                                                                                    \
+        } while (RUN && steps > 0);                                                                          \
     }
 #define TILES(D, ...)              \
     TILE(D, ONE, D##_1, __VA_ARGS__) \
     TILE(D, TWO, D##_2, __VA_ARGS__) \
     TILE(D, FOUR, D##_4, __VA_ARGS__)
 TILES(wide, 16, 32, 4, 1, 0)
-TILES(signw, 32, 64, 8, 1, 0)
-TILES(signx, 32, 64, 4, 1, 0)
-TILES(least, 32, 64, 8, 1, 0)
+TILES(sign, 32, 64, 4, 1, 0)
 TILES(back, 32, 64, 4, 1, 0)
 TILES(shift, 32, 64, 4, 1, 0)
-TILES(shift4, 32, 128, 8, 1, 0)
 TILES(split, 32, 64, 4, 1, 8)
 TILES(codes, 32, 64, 8, 1, 4)
 TILES(widen4, 32, 64, 4, 4, 0)
 
 typedef void tile_fn(const uint8_t*, const uint8_t*, size_t, int32_t*, int);
-typedef enum { INT16, BYTES, MAGNITUDES, SHIFTED, HALVES, EVEN_ODD } form;
+typedef enum { INT16, BYTES, SHIFTED, HALVES, EVEN_ODD } form;
 typedef struct {
     const char* name;
-    tile_fn* tile[3];      /* of 1, 2 and 4 rows */
-    int bits, depth, step; /* of a weight; k of one output next to each other; k of a step */
-    form x;                /* of activations */
-    int trim;              /* so many weights share a limit */
-    tile_fn* other[3];     /* for what `tile` cannot do, 4 k a step */
+    tile_fn* tile[3];  /* of 1, 2 and 4 rows */
+    int bits, depth;   /* of a weight; k of one output next to each other, which are a step */
+    form x;            /* of activations */
+    tile_fn* other[3]; /* SHIFTED: for what `tile` cannot do */
 } design;
 #define OF(D) {D##_1, D##_2, D##_4}
 static const design DESIGNS[] = {
-    {"a   int16", OF(wide), 8, 2, 2, INT16, 0, {0}},
-    {"b   |x|, sign(w, x)", OF(signw), 8, 4, 4, MAGNITUDES, 0, OF(least)},
-    {"b'  |w|, sign(x, w)", OF(signx), 8, 4, 4, BYTES, 0, {0}},
-    {"c   x + 128, pairs", OF(shift), 8, 4, 4, SHIFTED, 2, OF(back)},
-    {"c4  x + 128, fours", OF(shift4), 8, 4, 8, SHIFTED, 4, OF(back)},
-    {"d   nibbles of x", OF(split), 8, 4, 4, HALVES, 0, {0}},
-    {"u4  int16 sums", OF(codes), 4, 8, 8, EVEN_ODD, 0, {0}},
-    {"u4  made int16", OF(widen4), 4, 8, 8, INT16, 0, {0}},
+    {"a   int16", OF(wide), 8, 2, INT16, {0}},
+    {"b   |w|, sign(x, w)", OF(sign), 8, 4, BYTES, {0}},
+    {"c   x + 128, residuals", OF(shift), 8, 4, SHIFTED, OF(back)},
+    {"d   nibbles of x", OF(split), 8, 4, HALVES, {0}},
+    {"u4  int16 sums", OF(codes), 4, 8, EVEN_ODD, {0}},
+    {"u4  made int16", OF(widen4), 4, 8, INT16, {0}},
 };
 enum { COUNT = sizeof DESIGNS / sizeof *DESIGNS };
 
-/* ---- Packing ---- */
-typedef struct { uint16_t k[2]; int16_t r[2]; } residuals; /* what was trimmed from two weights of one output */
+/* ---- Packing. Memory is taken from an arena, and given back all at once. ---- */
+typedef struct { uint16_t k[2]; int16_t r[2]; } residuals; /* trimmed from two weights of one output */
 typedef struct {
     const int8_t* w;
     int n, k;
@@ -210,105 +179,92 @@ typedef struct {
 typedef struct {
     const int8_t* x;
     int m, k, parts; /* parts: rows for each row of x */
-    size_t stride, per_k;
+    size_t stride;
     uint8_t* rows;
     int16_t* columns; /* (M / TOKENS, K, TOKENS), for the residuals */
 } activations;
 
+static size_t used;
 static void* room(size_t n) {
-    void* p = aligned_alloc(64, (n + 127) / 64 * 64);
-    if (!p) abort();
-    return memset(p, 0, (n + 127) / 64 * 64);
+    static uint8_t* arena;
+    if (!arena && !(arena = aligned_alloc(64, ARENA))) abort();
+    void* p = arena + used;
+    used += (n + 127) / 64 * 64;
+    if (used > ARENA) abort();
+    return memset(p, 0, n);
 }
 
-/* Of n weights those with this sign give way, the largest first, until their sum is at most 128. */
-static void trim(int8_t* const w[], int n, int sign) {
-    for (;;) {
-        int sum = 0, most = 0;
-        for (int i = 0; i < n; i++) {
-            if (sign * *w[i] > 0) sum += sign * *w[i];
-            if (sign * *w[i] > sign * *w[most]) most = i;
-        }
-        if (sum <= 128) return;
-        const int left = sign * *w[most] - (sum - 128);
-        *w[most] = (int8_t)(left > 0 ? sign * left : 0);
-    }
+/* The larger of two weights with the same sign gives way until their sum is 128 or -128. */
+static void trim(int8_t* w) {
+    const int sum = w[0] + w[1], larger = abs(w[1]) > abs(w[0]);
+    if ((w[0] < 0) != (w[1] < 0) || abs(sum) <= 128) return;
+    w[larger] = (int8_t)(w[larger] - (sum > 0 ? sum - 128 : sum + 128));
 }
 static size_t place(const design* d, int c, int k) { /* of a weight in its panel, in bits */
     const int j = k % d->depth, at = d->bits == 4 && d->x == INT16 ? j % 2 * 16 + j / 2 * 4 : j * d->bits;
     return ((size_t)(k - j) * PANEL + c * d->depth) * d->bits + at;
 }
 /* Row c of a panel; returns the end of its residuals. */
-static residuals* pack_row(const design* d, const int8_t* w, int8_t* trimmed, int k, uint8_t* panel, int c,
-                           residuals* list, int32_t* excess) {
+static residuals* pack_row(const design* d, const int8_t* w, int k, uint8_t* panel, int c, residuals* list,
+                           int32_t* excess) {
     int sum = 0, count = 0;
-    memcpy(trimmed, w, k);
-    for (int i = 0; d->trim && i < k; i += d->step)
-        for (int j = 0; j < 4; j += 2) {
-            int8_t* const group[] = {trimmed + i + j, trimmed + i + j + 1, trimmed + i + j + 4, trimmed + i + j + 5};
-            trim(group, d->trim, 1), trim(group, d->trim, -1);
-        }
     for (int i = 0; i < k; i++) {
+        int8_t pair[] = {w[i & ~1], w[i | 1]};
+        if (d->x == SHIFTED) trim(pair);
         const size_t bit = place(d, c, i);
         panel[bit / 8] |= (uint8_t)((uint8_t)w[i] << bit % 8);
-        sum += trimmed[i];
-        if (trimmed[i] == w[i]) continue;
+        sum += pair[i & 1];
+        if (pair[i & 1] == w[i]) continue;
         list[count / 2].k[count % 2] = (uint16_t)i;
-        list[count / 2].r[count % 2] = (int16_t)(w[i] - trimmed[i]);
-        if (count++ % 2 == 0) list[count / 2].k[1] = list[count / 2].r[1] = 0;
+        list[count / 2].r[count % 2] = (int16_t)(w[i] - pair[i & 1]);
+        count++;
     }
     *excess = d->x == SHIFTED || d->x == HALVES ? 128 * sum : 0;
     return list + (count + 1) / 2;
 }
 static weights pack_weights(const design* d, const int8_t* w, int n, int k) {
     weights o = {w, n, k, room((size_t)n * k * d->bits / 8), room(n), room(4 * n), room(4 * n + 4), 0};
-    residuals *end = o.list = room(d->trim ? (size_t)n * k * sizeof *o.list : 1);
-    int8_t* trimmed = room(k);
+    residuals *end = o.list = room(d->x == SHIFTED ? (size_t)n * k / 2 * sizeof *o.list : 1);
     for (int r = 0; r < n; r++) {
-        const int p = r / PANEL, c = r % PANEL;
-        end = pack_row(d, w + (size_t)r * k, trimmed, k, o.panels + (size_t)p * PANEL * k * d->bits / 8, c, end,
-                       o.excess + r);
-        if (d->x == MAGNITUDES && memchr(w + (size_t)r * k, -128, k)) o.other[p] = 1;
+        const int first = r / PANEL * PANEL;
+        uint8_t* panel = o.panels + (size_t)first * k * d->bits / 8;
+        end = pack_row(d, w + (size_t)r * k, k, panel, r - first, end, o.excess + r);
         o.from[r + 1] = (int32_t)(end - o.list);
         /* With a residual in less than 12 weights the lists take longer than the signs. */
-        if (c == PANEL - 1 && end - o.list - o.from[r - c] > PANEL * k / 24) {
-            o.other[p] = 1;
-            end = o.list + o.from[r - c];
-            for (int i = r - c; i <= r; i++) o.from[i + 1] = o.from[i];
-        }
+        if (r % PANEL < PANEL - 1 || o.from[r + 1] - o.from[first] <= PANEL * k / 24) continue;
+        o.other[r / PANEL] = 1;
+        end = memset(o.list + o.from[first], 0, (o.from[r + 1] - o.from[first]) * sizeof *end);
+        for (int i = first; i <= r; i++) o.from[i + 1] = o.from[first];
     }
-    free(trimmed);
     return o;
 }
 static double bytes_per_weight(const design* d, const weights* w) {
-    const size_t more = 4 * w->n * ((d->x == SHIFTED || d->x == HALVES) + !!d->trim);
-    return d->bits / 8.0 + (double)(more + w->from[w->n] * sizeof *w->list) / w->n / w->k;
+    const size_t sums = d->x == HALVES ? 4 * w->n : d->x == SHIFTED ? 8 * w->n : 0;
+    return d->bits / 8.0 + (double)(sums + w->from[w->n] * sizeof *w->list) / w->n / w->k;
 }
 
 static activations pack_activations(const design* d, const int8_t* x, int m, int k) {
-    activations o = {x, m, k, d->x == HALVES ? 2 : 1, 0, d->x == INT16 || d->x == MAGNITUDES ? 2 : 1, 0, 0};
-    o.stride = (k * o.per_k / 64 | 1) * 64; /* an odd number of cache lines */
-    if (o.stride < k * o.per_k) o.stride += 128;
+    const int bytes = d->x == INT16 ? 2 : 1;
+    activations o = {x, m, k, d->x == HALVES ? 2 : 1, ((k * bytes + 63) / 64 | 1) * 64, 0, 0};
     o.rows = room(m * o.parts * o.stride);
     for (int r = 0; r < m; r++) {
         uint8_t *row = o.rows + r * o.parts * o.stride, *low = row + o.stride;
-        for (int i = 0; i < k; i++) {
-            const int8_t v = x[(size_t)r * k + i];
-            const uint8_t shifted = (uint8_t)(v + 128);
-            if (d->x == INT16) ((int16_t*)row)[i] = v;
-            else if (d->x == BYTES) row[i] = (uint8_t)v;
-            else if (d->x == SHIFTED) row[i] = shifted;
-            else if (d->x == HALVES) row[i] = shifted >> 4, low[i] = shifted & 15;
-            else if (d->x == EVEN_ODD) row[i / 8 * 8 + i % 2 * 4 + i % 8 / 2] = (uint8_t)v;
-            else row[i / 4 * 8 + i % 4] = (uint8_t)v, row[i / 4 * 8 + 4 + i % 4] = (uint8_t)abs(v);
-        }
+        const int8_t* v = x + (size_t)r * k;
+        for (int i = 0; i < k; i++)
+            if (d->x == INT16) ((int16_t*)row)[i] = v[i];
+            else if (d->x == BYTES) row[i] = (uint8_t)v[i];
+            else if (d->x == SHIFTED) row[i] = (uint8_t)(v[i] + 128);
+            else if (d->x == HALVES) row[i] = (uint8_t)((v[i] + 128) >> 4), low[i] = v[i] & 15;
+            else row[i / 8 * 8 + i % 2 * 4 + i % 8 / 2] = (uint8_t)v[i];
     }
-    if (!d->trim || m < TOKENS) return o;
+    if (d->x != SHIFTED || m < TOKENS) return o;
     /* Tokens in the order in which vpunpcklwd and vpunpckhwd leave 0..7 and 8..15. */
     o.columns = room((size_t)(m + TOKENS - 1) / TOKENS * TOKENS * k * 2);
-    for (int r = 0; r < m; r++)
-        for (int i = 0, t = r % TOKENS; i < k; i++)
-            o.columns[(size_t)(r - t) * k + i * TOKENS + (t & 3) + (t & 4) * 2 + (t & 8) / 2] = x[(size_t)r * k + i];
+    for (int r = 0; r < m; r++) {
+        const int t = r % TOKENS;
+        int16_t* column = o.columns + (size_t)(r - t) * k + (t & 3) + (t & 4) * 2 + (t & 8) / 2;
+        for (int i = 0; i < k; i++) column[i * TOKENS] = x[(size_t)r * k + i];
+    }
     return o;
 }
 
@@ -336,8 +292,9 @@ static void correct(const weights* w, const int16_t* columns, int c, int32_t* ou
     V low[8], high[8];
     for (int j = 0; j < 8; j++) {
         V s0 = _mm256_setzero_si256(), s1 = s0;
-        for (const residuals *e = w->list + w->from[c + j], *end = w->list + w->from[c + j + 1]; e < end; e++) {
-            const V k0 = load(columns + e->k[0] * TOKENS), k1 = load(columns + e->k[1] * TOKENS), r = spread(e->r);
+        for (const residuals* e = w->list + w->from[c + j]; e < w->list + w->from[c + j + 1]; e++) {
+            const V k0 = load(columns + e->k[0] * TOKENS), k1 = load(columns + e->k[1] * TOKENS);
+            const V r = spread(e->r);
             s0 = wide_step(s0, _mm256_unpacklo_epi16(k0, k1), r);
             s1 = wide_step(s1, _mm256_unpackhi_epi16(k0, k1), r);
         }
@@ -346,8 +303,8 @@ static void correct(const weights* w, const int16_t* columns, int c, int32_t* ou
     add_transposed(low, out + c, w->n, rows);
     add_transposed(high, out + (size_t)8 * w->n + c, w->n, rows - 8);
 }
-static void times_panel(tile_fn* const tile[3], const uint8_t* panel, const int32_t* excess, const activations* x,
-                        int steps, int32_t* out, int n) {
+static void times_panel(tile_fn* const tile[3], const uint8_t* panel, const int32_t* excess,
+                        const activations* x, int steps, int32_t* out, int n) {
     _Alignas(32) int32_t sums[4 * PANEL];
     for (int r = 0, rows; r < x->m * x->parts; r += rows) {
         const int left = x->m * x->parts - r;
@@ -368,16 +325,16 @@ static void product(const design* d, const weights* w, const activations* x, int
     const size_t bytes = (size_t)PANEL * w->k * d->bits / 8;
     for (int c = 0; c < w->n; c += PANEL) {
         const uint8_t* panel = w->panels + c / PANEL * bytes;
-        if (w->other[c / PANEL] || (d->trim && x->m < TOKENS)) {
-            times_panel(d->other, panel, none, x, w->k / 4, out + c, w->n);
+        if (w->other[c / PANEL] || (d->x == SHIFTED && x->m < TOKENS)) {
+            times_panel(d->other, panel, none, x, w->k / d->depth, out + c, w->n);
             continue;
         }
-        if (d->trim) memcpy(trimmed, panel, bytes), panel = trimmed;
+        if (d->x == SHIFTED) panel = memcpy(trimmed, panel, bytes);
         for (int j = c; j < c + PANEL; j++)
-            for (const residuals *e = w->list + w->from[j], *end = w->list + w->from[j + 1]; e < end; e++)
+            for (const residuals* e = w->list + w->from[j]; e < w->list + w->from[j + 1]; e++)
                 for (int i = 0; i < 2; i++)
                     trimmed[(e->k[i] / 4 * PANEL + j - c) * 4 + e->k[i] % 4] -= (uint8_t)e->r[i];
-        times_panel(d->tile, panel, w->excess + c, x, w->k / d->step, out + c, w->n);
+        times_panel(d->tile, panel, w->excess + c, x, w->k / d->depth, out + c, w->n);
         for (int r = 0; w->from[c + PANEL] > w->from[c] && r < x->m; r += TOKENS)
             for (int half = c; half < c + PANEL; half += 8)
                 correct(w, x->columns + (size_t)r * x->k, half, out + (size_t)r * w->n, x->m - r);
@@ -385,15 +342,15 @@ static void product(const design* d, const weights* w, const activations* x, int
 }
 
 /* ---- Weights and activations, the check, the clock ---- */
-enum { NORMAL, UNIFORM, MOST, LEAST, ALTERNATE, PAIRS, KINDS };
 static int uniform(int n) {
     static uint64_t state = 88172645463325252u;
     state ^= state << 13, state ^= state >> 7, state ^= state << 17;
     return (int)((state >> 32) % (uint64_t)n);
 }
-/* NORMAL: each row scaled by its own largest magnitude, as in practice. */
+/* Kind 0: normally distributed, each row scaled by its own largest magnitude, as in practice. */
+enum { KINDS = 6, X_KINDS = 3 };
 static void fill_weights(int8_t* w, int n, int k, int kind, int bits) {
-    int* row = room(4 * k);
+    static int row[1 << 16];
     for (int r = 0; r < n; r++) {
         int most = 1;
         for (int i = 0; i < k; i++) {
@@ -402,16 +359,16 @@ static void fill_weights(int8_t* w, int n, int k, int kind, int bits) {
             if (abs(row[i]) > most) most = abs(row[i]);
         }
         for (int i = 0; i < k; i++) {
-            const int kinds[] = {(int)(row[i] * 127.0 / most), uniform(256) - 128,       127, -128,
-                                 (i + r) % 2 ? 127 : -128,     i / 2 % 2 ? 127 : -128};
+            const int normal = (int)(row[i] * 127.0 / most), any = uniform(256) - 128;
+            const int alternate = (i + r) % 2 ? 127 : -128, in_pairs = i / 2 % 2 ? 127 : -128;
+            const int kinds[KINDS] = {normal, any, 127, -128, alternate, in_pairs};
             w[(size_t)r * k + i] = (int8_t)(bits == 8 ? kinds[kind] : (kinds[kind] + 128) / 16);
         }
     }
-    free(row);
 }
 static void fill_activations(int8_t* x, int m, int k, int kind) {
     for (int i = 0; i < m * k; i++) {
-        const int kinds[] = {uniform(255) - 127, uniform(2) ? 127 : -127, i / k % 2 ? 127 : -127};
+        const int kinds[X_KINDS] = {uniform(255) - 127, uniform(2) ? 127 : -127, i / k % 2 ? 127 : -127};
         x[i] = (int8_t)kinds[kind];
     }
 }
@@ -426,29 +383,22 @@ static void check(const design* d, const weights* w, const activations* x) {
             printf("WRONG: %s, row %d of %d, output %d of %d\n", d->name, r, x->m, c, w->n);
             exit(1);
         }
-    free(out);
-}
-static void free_all(weights* w, activations* x) {
-    free(w->panels), free(w->other), free(w->excess), free(w->from), free(w->list);
-    free(x->rows), free(x->columns);
 }
 static void check_all(void) {
     enum { N = 48, K = 1096, M = 35 };
-    int8_t *w = room(N * K), *x = room(M * K);
-    for (int kind = 0; kind < 3 * KINDS; kind++)
-        for (const design* d = DESIGNS; d < DESIGNS + COUNT; d++) {
-            fill_weights(w, N, K, kind / 3, d->bits);
-            weights ws = pack_weights(d, w, N, K);
-            for (int m = 1; m <= M; m++) {
-                fill_activations(x, m, K, kind % 3);
-                activations xs = pack_activations(d, x, m, K);
-                check(d, &ws, &xs);
-                if (m == M) free_all(&ws, &xs);
-                else free(xs.rows), free(xs.columns);
+    for (int kind = 0; kind < X_KINDS * KINDS; kind++)
+        for (const design* d = DESIGNS; d < DESIGNS + COUNT; d++, used = 0) {
+            int8_t *w = room(N * K), *x = room(M * K);
+            fill_weights(w, N, K, kind / X_KINDS, d->bits);
+            const weights packed = pack_weights(d, w, N, K);
+            const size_t mark = used;
+            for (int m = 1; m <= M; m++, used = mark) {
+                fill_activations(x, m, K, kind % X_KINDS);
+                const activations rows = pack_activations(d, x, m, K);
+                check(d, &packed, &rows);
             }
         }
-    printf("%d products exact\n", 3 * KINDS * COUNT * M);
-    free(w), free(x);
+    printf("%d products exact\n", X_KINDS * KINDS * COUNT * M);
 }
 
 static double now(void) {
@@ -464,31 +414,32 @@ static double median(double* v) {
     return v[ROUNDS / 2];
 }
 
-/* 1,000,000 times these instructions, each independent of the nine before. ymm0: ten sums; ymm14, 15: scratch */
+/* A million times these instructions, in ten chains that do not wait for each other. */
 #define TEN(F) F("0") F("1") F("2") F("3") F("4") F("5") F("6") F("7") F("8") F("9")
-#define PEAK(NAME, F)                                                                                         \
-    for (double best = 1, round = 0; round < 100; round++) {                                                  \
-        const double start = now();                                                                           \
-        for (int i = 0; i < 100000; i++)                                                                      \
-            __asm__ volatile(TEN(F)::: "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7",        \
-                             "xmm8", "xmm9", "xmm14", "xmm15");                                               \
-        if (now() - start < best) best = now() - start;                                                       \
-        if (round == 99) printf("  %-40s %5.2f G/s\n", NAME, 1e-3 / best);                                    \
+#define PEAK(NAME, F)                                                                                        \
+    for (double best = 1, round = 0; round < 100; round++) {                                                 \
+        const double start = now();                                                                          \
+        for (int i = 0; i < 100000; i++)                                                                     \
+            __asm__ volatile(TEN(F)::: "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7",       \
+                             "xmm8", "xmm9", "xmm14", "xmm15");                                              \
+        const double took = now() - start;                                                                   \
+        if (took < best) best = took;                                                                        \
+        if (round == 99) printf("  %-40s %5.2f G/s\n", NAME, 1e-3 / best);                                   \
     }
 #define CHAIN(a) "vpaddd %%ymm0, %%ymm0, %%ymm0\n"
 #define MADD(a) "vpmaddwd %%ymm15, %%ymm15, %%ymm" a "\n"
 #define MADDUBS(a) "vpmaddubsw %%ymm15, %%ymm15, %%ymm" a "\n"
-#define SUM_MADD(a) "vpmaddwd %%ymm15, %%ymm15, %%ymm14\nvpaddd %%ymm14, %%ymm" a ", %%ymm" a "\n"
-#define SUM_MADDUBS(a)                                                                                        \
-    "vpmaddubsw %%ymm15, %%ymm15, %%ymm14\nvpmaddwd %%ymm14, %%ymm15, %%ymm14\n"                              \
+#define MADD_ADD(a) "vpmaddwd %%ymm15, %%ymm15, %%ymm14\nvpaddd %%ymm14, %%ymm" a ", %%ymm" a "\n"
+#define MADDUBS_MADD_ADD(a)                                                                                  \
+    "vpmaddubsw %%ymm15, %%ymm15, %%ymm14\nvpmaddwd %%ymm14, %%ymm15, %%ymm14\n"                             \
     "vpaddd %%ymm14, %%ymm" a ", %%ymm" a "\n"
 static void peaks(void) {
-    printf("Peaks; vpmaddwd multiplies 16 pairs, vpmaddubsw 32:\n");
+    printf("Peaks; a vpmaddwd is 16 multiply-adds, a vpmaddubsw 32:\n");
     PEAK("vpaddd, each needing the last (clock)", CHAIN)
     PEAK("vpmaddwd", MADD)
     PEAK("vpmaddubsw", MADDUBS)
-    PEAK("vpmaddwd + vpaddd", SUM_MADD)
-    PEAK("vpmaddubsw + vpmaddwd + vpaddd", SUM_MADDUBS)
+    PEAK("vpmaddwd + vpaddd", MADD_ADD)
+    PEAK("vpmaddubsw + vpmaddwd + vpaddd", MADDUBS_MADD_ADD)
 }
 
 /* G multiply-adds/s, and how many times those of the first design in the same round. */
@@ -499,9 +450,10 @@ static void measure(int bits, int m, int n, int k) {
     int first = 0, last, repeats = 1;
     while (DESIGNS[first].bits != bits) first++;
     for (last = first; last < COUNT && DESIGNS[last].bits == bits;) last++;
+    used = 0;
     int8_t *w = room((size_t)n * k), *x = room((size_t)m * k);
     int32_t* out = room((size_t)m * n * 4);
-    fill_weights(w, n, k, NORMAL, bits), fill_activations(x, m, k, 0);
+    fill_weights(w, n, k, 0, bits), fill_activations(x, m, k, 0);
     for (int d = first; d < last; d++) {
         const double start = now();
         ws[d] = pack_weights(DESIGNS + d, w, n, k), packing[d][0] = now() - start;
@@ -521,12 +473,10 @@ static void measure(int bits, int m, int n, int k) {
     printf("\nM %3d, N %4d, K %4d     median   best  ratio  bytes/weight  packing w, x (ns each)\n", m, n, k);
     for (int d = first; d < last; d++) {
         const double middle = median(rate[d]);
-        printf("  %-20s %8.1f %6.1f  %5.2f  %12.3f  %9.2f %6.2f\n", DESIGNS[d].name, middle, rate[d][ROUNDS - 1],
-               median(ratio[d]), bytes_per_weight(DESIGNS + d, ws + d), 1e9 * packing[d][0] / n / k,
-               1e9 * packing[d][1] / m / k);
-        free_all(ws + d, xs + d);
+        printf("  %-22s %6.1f %6.1f  %5.2f  %12.3f  %9.2f %6.2f\n", DESIGNS[d].name, middle,
+               rate[d][ROUNDS - 1], median(ratio[d]), bytes_per_weight(DESIGNS + d, ws + d),
+               1e9 * packing[d][0] / n / k, 1e9 * packing[d][1] / m / k);
     }
-    free(w), free(x), free(out);
 }
 
 int main(void) {
