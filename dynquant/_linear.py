@@ -48,11 +48,29 @@ class QuantLinear:
     """A linear layer with int8 or 4-bit weights, quantised and packed once and then called many times.
 
     ``y = x @ weight.T + bias`` for activations that are quantised row by row as they come. Made by
-    `from_float` or `from_arrays`.
+    `from_float` or `from_arrays`, or from weights that are quantised already.
+
+    Parameters
+    ----------
+    weight : DynQuantTensor, (out_features, in_features)
+        As from `quantize_weights`. With `smooth` or `hadamard` of weights that were multiplied by the factors
+        and rotated before.
+    bias : array_like of floats, (out_features,), optional
+    smooth : array_like of floats, (in_features,), optional
+        What activations are divided by in every call.
+    hadamard : bool
+        Whether activations are rotated in every call.
 
     Attributes
     ----------
     in_features, out_features : int
+
+    Raises
+    ------
+    ParameterError, ShapeMismatchError, EmptyInputError
+        If `weight` is not as `quantize_weights` gives it.
+    DTypeError, ShapeMismatchError, FeatureDimMismatchError, NonFiniteError, ParameterError
+        If another argument is not as described.
 
     Notes
     -----
@@ -73,17 +91,29 @@ class QuantLinear:
     def __init__(
         self,
         weight: DynQuantTensor,
-        bias: NDArray[np.float32] | None,
-        smooth: NDArray[np.float32] | None,
-        hadamard: bool,
+        bias: ArrayLike | None = None,
+        smooth: ArrayLike | None = None,
+        hadamard: bool = False,
     ) -> None:
-        self.out_features, self.in_features = weight.shape
+        _check_weight(weight)
+        self._n, self._k = weight.shape
         self._format = weight.format
         self._symmetric = weight.zero_points is None
-        self._bias = bias
-        self._smooth = smooth
-        self._hadamard = hadamard
-        self._layer = packed_linear(weight, bias, smooth, _rotation(self.in_features) if hadamard else 0)
+        self._bias = None if bias is None else as_finite_vector(bias, "bias", self._n).copy()
+        self._smooth = None if smooth is None else _as_factors(self._k, smooth).copy()
+        self._hadamard = as_flag(hadamard, "hadamard")
+        block = _rotation(self._k) if self._hadamard else 0
+        self._layer = packed_linear(weight, self._bias, self._smooth, block)
+
+    @property
+    def in_features(self) -> int:
+        """Length of a row of inputs."""
+        return self._k
+
+    @property
+    def out_features(self) -> int:
+        """Length of a row of outputs."""
+        return self._n
 
     @classmethod
     def from_float(
@@ -192,11 +222,11 @@ class QuantLinear:
             arrays["weight_i8"] = weight.data
         else:
             arrays["weight_i4"] = weight.data
-            arrays["in_features"] = np.array(self.in_features)
+            arrays["in_features"] = np.array(self._k)
             if weight.zero_points is not None:
                 arrays["weight_zero_points"] = weight.zero_points
             if self._format.group_size is not None:
-                arrays["group_size"] = np.array(self._format.group_of(self.in_features))
+                arrays["group_size"] = np.array(self._format.group_of(self._k))
         if self._bias is not None:
             arrays["bias"] = self._bias.copy()
         if self._smooth is not None:
@@ -207,7 +237,7 @@ class QuantLinear:
 
     def _weight(self) -> DynQuantTensor:
         """The quantised weights, unpacked."""
-        fmt, shape = self._format, (self.out_features, self.in_features)
+        fmt, shape = self._format, (self._n, self._k)
         data, scales = np.empty(fmt.data_shape(shape), fmt.data_dtype), np.empty(fmt.scales_shape(shape), F32)
         zero_points = None if self._symmetric else np.empty(scales.shape, U8)
         if fmt.bits == 8:
@@ -220,7 +250,7 @@ class QuantLinear:
         """The float32 weights (out_features, in_features) that the layer stands for, as they were given."""
         weight = self._weight().dequantize()
         if self._hadamard:
-            rotate_named(weight, _rotation(self.in_features), weight, "weight")
+            rotate_named(weight, _rotation(self._k), weight, "weight")
         return weight if self._smooth is None else weight / self._smooth
 
     @property
@@ -259,17 +289,17 @@ class QuantLinear:
         """
         array = as_floats(x, "x")
         lengths = array.shape
-        if not lengths or lengths[-1] != self.in_features:
-            raise ShapeMismatchError(("...", self.in_features), lengths, "x")
-        shape = (*lengths[:-1], self.out_features)
+        if not lengths or lengths[-1] != self._k:
+            raise ShapeMismatchError(("...", self._k), lengths, "x")
+        shape = (*lengths[:-1], self._n)
         threads = as_thread_count(num_threads)
         if out is not None:
             checked_out(out, shape, F32, x)
         into = out
         if len(lengths) != 2:
-            array = array.reshape(-1, self.in_features)
-            into = None if out is None else out.reshape(-1, self.out_features)
-        y = multiply(self._layer, self.out_features, self._smooth, array, into, threads, "x")
+            array = array.reshape(-1, self._k)
+            into = None if out is None else out.reshape(-1, self._n)
+        y = multiply(self._layer, self._n, self._smooth, array, into, threads, "x")
         return y.reshape(shape) if out is None else out
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -280,10 +310,23 @@ class QuantLinear:
         group = "" if fmt.group_size is None else f" per_group of {fmt.group_size}"
         zero_points = "" if self._symmetric else " with zero points"
         return (
-            f"QuantLinear(in_features={self.in_features}, out_features={self.out_features}, "
+            f"QuantLinear(in_features={self._k}, out_features={self._n}, "
             f"int{fmt.bits}{group}{zero_points}, bias={self._bias is not None}, "
             f"smooth={self._smooth is not None}, hadamard={self._hadamard})"
         )
+
+
+def _check_weight(weight: Any) -> None:
+    if not isinstance(weight, DynQuantTensor):
+        raise ParameterError(f"weight: expected a DynQuantTensor, got {type(weight).__name__}")
+    fmt = weight.format
+    if fmt.granularity == "per_tensor" or (not fmt.packed and fmt != DynQuantFormat.INT8_PER_ROW):
+        raise ParameterError(f"weight: expected int8 per row or packed int4 per row or group, got {weight!r}")
+    if len(weight.shape) != 2:
+        raise ShapeMismatchError("(out_features, in_features)", weight.shape, "weight")
+    if weight.element_count == 0:
+        raise EmptyInputError(f"weight: expected at least one element, got shape {weight.shape}")
+    check_finite(as_floats(weight.scales, "weight.scales"), "weight.scales")
 
 
 def _prepared(
@@ -292,6 +335,7 @@ def _prepared(
     """Calibration rows as the quantised weights meet them."""
     for batch in calibration_batches(calibration, k):
         x = batch if factors is None else smooth_activations(batch, factors)
+        check_finite(x, "calibration / smooth")
         yield rotate_named(x, _rotation(k), None, "calibration") if hadamard else x
 
 

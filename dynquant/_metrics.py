@@ -9,7 +9,7 @@ import numpy as np
 
 from . import _core
 from ._tensor import DynQuantTensor, runs_of
-from ._validate import as_floats, check_finite, float_rows
+from ._validate import as_flag, as_floats, check_finite, float_rows
 from .errors import ParameterError, ShapeMismatchError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def error_metrics(
     >>> metrics.mae, metrics.mse, metrics.max_abs, round(metrics.sqnr_db, 2)
     (0.5, 0.5, 1.0, 13.98)
     """
-    array, sums, k = _error_sums(original, quantized, per_row)
+    array, sums, k = _error_sums(original, quantized, as_flag(per_row, "per_row"))
     with np.errstate(all="ignore"):
         abs_sum, square_sum, power, value_power, product, most = sums.T
         metrics = (
@@ -130,6 +130,7 @@ def quantization_mae(original: ArrayLike, quantized: DynQuantTensor) -> float:
     """
     if not isinstance(quantized, DynQuantTensor):
         raise ParameterError(f"quantized: expected a DynQuantTensor, got {type(quantized).__name__}")
+    check_finite(as_floats(quantized.scales, "quantized.scales"), "quantized.scales")
     array = _checked_original(original, quantized.shape)
     if array.size == 0:
         return 0.0
@@ -158,6 +159,7 @@ def _error_sums(
     if per_row and not shape:
         raise ShapeMismatchError("(..., k)", shape, "original")
     if isinstance(quantized, DynQuantTensor):
+        check_finite(as_floats(quantized.scales, "quantized.scales"), "quantized.scales")
         m, k = quantized.format.rows_of(shape)
     else:
         m, k = (math.prod(shape[:-1]), shape[-1]) if per_row else (1, array.size)

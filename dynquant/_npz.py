@@ -28,9 +28,10 @@ _DIRECTORY_BYTES = 4096
 def write_npz(path: str, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays to an uncompressed archive, little-endian, which replaces `path` when complete."""
     members: dict[str, Any] = {n: a.astype(a.dtype.newbyteorder("<"), copy=False) for n, a in arrays.items()}
-    partial = f"{path}.partial"
+    # A name that no other process and no other file has.
+    partial = f"{path}.{os.getpid()}-{os.urandom(8).hex()}.partial"
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "xb") as file:
             np.savez(file, **members)
         os.replace(partial, path)
     except BaseException:

@@ -150,7 +150,10 @@ def checked_out(
 
     It may not share memory with `inputs`; with `in_place` only by being the very same elements.
     """
-    if not isinstance(out, np.ndarray):
+    if type(out) is not ndarray and (
+        not isinstance(out, ndarray) or hasattr(out, "mask") or isinstance(out, np.matrix)
+    ):
+        # A mask would keep results out, and a matrix never has one axis.
         raise DTypeError(f"out: expected a numpy.ndarray, got {type(out).__name__}")
     if out.dtype is not dtype and out.dtype != dtype:
         raise DTypeError(f"out: expected dtype {dtype}, got {out.dtype}")
