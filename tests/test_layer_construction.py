@@ -69,7 +69,7 @@ def test_calibration_that_leaves_float32_when_smoothed():
 @pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
 @pytest.mark.parametrize("kind", [np.matrix, lambda out: np.ma.array(out, mask=True, hard_mask=True)])
 def test_results_do_not_go_into_masks_and_matrices(kind):
-    with pytest.raises(DTypeError, match="out: expected a numpy.ndarray"):
+    with pytest.raises(DTypeError, match=r"out: expected a numpy\.ndarray"):
         hadamard_transform(X, out=kind(np.zeros(X.shape, F32)))
 
 
