@@ -75,12 +75,12 @@ fuzz: $(VENV)/installed-test  ## a minute of libFuzzer on the kernels, thousands
 	CLANG=$(CLANG) $(BIN)/python tests/fuzz/build.py $(FUZZ_SECONDS) build/fuzz build/fuzz-program
 	$(BIN)/python tests/fuzz/facade.py $(FUZZ_EXECUTIONS)
 
-OLD_TESTS := $(addprefix tests/test_,golden.py isa_parity.py quantize.py matmul.py w4a8.py hadamard.py smooth.py)
+OLD_TESTS := tests/test_golden.py tests/test_hadamard.py
 old-cpus: $(VENV)/installed-test  ## the baseline kernels alone, then emulated processors; needs qemu-x86_64
 	DYNQUANT_ISA=baseline $(BIN)/pytest $(PYTEST_ARGS)
 	$(BIN)/pytest tests/test_old_cpus.py
 	for cpu in Nehalem Haswell; do \
-		qemu-x86_64-static -cpu $$cpu $(BIN)/python -m pytest $(OLD_TESTS) || exit 1; done
+		qemu-x86_64-static -cpu $$cpu $(BIN)/python $(BIN)/pytest $(OLD_TESTS) || exit 1; done
 
 bench: $(VENV)/installed-bench  ## every kernel on every instruction set beside NumPy; saves JSON and chart
 	$(BIN)/python bench/run.py $(BENCH_ARGS)

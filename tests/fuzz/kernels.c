@@ -295,17 +295,29 @@ static void scales(void) {
     }
 }
 
+/* Every eighth number becomes a boundary between two codes, or the float before or after it. */
+static void to_boundaries(float *x, int64_t n, float scale) {
+    for (int64_t i = 0; i < n; i += 8) {
+        const uint32_t r = more_noise();
+        const float half = (float)(((int)(r % 257) - 128 + 0.5) * scale);
+        const float near = r >> 16 & 1 ? half : nextafterf(half, r >> 17 & 1 ? INFINITY : 0);
+        if (isfinite(near)) x[i] = near;
+    }
+}
+
 static void quantize(void) {
     const int64_t n = length(9000);
-    const float *x = floats(n);
+    float *x = floats(n);
     const int packed = take(1) % 2;
     const int32_t clip = packed ? 7 : take(1) % 4 ? 127 : (int32_t)take(1) - 8;
     const uint32_t kind = take(1) % 3;
     const float scale = kind == 0 ? amax_of(x, n) / 127 : kind == 1 ? fabsf(number(take(1) % KINDS)) : number(GIVEN);
     const size_t bytes = packed ? (n + 1) / 2 : n;
     int8_t *codes = sentinel(bytes, 1), *expected = array_at(n, 0);
-    const int status = packed ? dq->quantize_row_f32_s4(x, n, scale, (uint8_t *)codes)
-                              : dq->quantize_row_f32_s8(x, n, scale, clip, codes);
+    int status;
+    if (take(1) % 2) to_boundaries(x, n, scale);
+    status = packed ? dq->quantize_row_f32_s4(x, n, scale, (uint8_t *)codes)
+                    : dq->quantize_row_f32_s8(x, n, scale, clip, codes);
     if (!(scale >= 0 && isfinite(scale) && clip >= 1 && clip <= 127)) {
         same_status(status, DYNQUANT_BAD_ARGUMENT);
         untouched(codes, bytes);
