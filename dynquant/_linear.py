@@ -9,7 +9,7 @@ import numpy as np
 
 from ._gptq import calibration_batches
 from ._hadamard import hadamard_block, rotate_named
-from ._matmul import by_group, multiply, packed_linear
+from ._matmul import by_group, check_weight, multiply, packed_linear
 from ._smooth import smooth_activations, smooth_weights
 from ._tensor import DynQuantFormat, DynQuantTensor, check_field
 from ._validate import (
@@ -95,7 +95,9 @@ class QuantLinear:
         smooth: ArrayLike | None = None,
         hadamard: bool = False,
     ) -> None:
-        _check_weight(weight)
+        check_weight(weight, int8=True)
+        if weight.element_count == 0:
+            raise EmptyInputError(f"weight: expected at least one element, got shape {weight.shape}")
         self._n, self._k = weight.shape
         self._format = weight.format
         self._symmetric = weight.zero_points is None
@@ -167,8 +169,8 @@ class QuantLinear:
         search, hadamard = as_flag(search, "search"), as_flag(hadamard, "hadamard")
         w = as_matrix(weight, "weight", "(out_features, in_features)")
         n, k = w.shape
-        offset = None if bias is None else as_finite_vector(bias, "bias", n).copy()
-        factors = None if smooth is None else _as_factors(k, smooth).copy()
+        offset = None if bias is None else as_finite_vector(bias, "bias", n)
+        factors = None if smooth is None else _as_factors(k, smooth)
         check_finite(w, "weight")
         if factors is not None:
             w = smooth_weights(w, factors)
@@ -203,16 +205,8 @@ class QuantLinear:
             raise ParameterError(
                 f"arrays: expected a mapping of names to arrays, got {type(arrays).__name__}"
             )
-        weight = _weight_of(arrays)
-        n, k = weight.shape
-        bias, smooth = arrays.get("bias"), arrays.get("smooth")
         hadamard = as_scalar(arrays.get("hadamard", False))
-        return cls(
-            weight,
-            None if bias is None else as_finite_vector(bias, "bias", n).copy(),
-            None if smooth is None else _as_factors(k, smooth).copy(),
-            as_flag(hadamard, "hadamard"),
-        )
+        return cls(_weight_of(arrays), arrays.get("bias"), arrays.get("smooth"), hadamard)
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Everything the layer consists of, as new arrays: what `from_arrays` takes, and `numpy.savez`."""
@@ -316,19 +310,6 @@ class QuantLinear:
         )
 
 
-def _check_weight(weight: Any) -> None:
-    if not isinstance(weight, DynQuantTensor):
-        raise ParameterError(f"weight: expected a DynQuantTensor, got {type(weight).__name__}")
-    fmt = weight.format
-    if fmt.granularity == "per_tensor" or (not fmt.packed and fmt != DynQuantFormat.INT8_PER_ROW):
-        raise ParameterError(f"weight: expected int8 per row or packed int4 per row or group, got {weight!r}")
-    if len(weight.shape) != 2:
-        raise ShapeMismatchError("(out_features, in_features)", weight.shape, "weight")
-    if weight.element_count == 0:
-        raise EmptyInputError(f"weight: expected at least one element, got shape {weight.shape}")
-    check_finite(as_floats(weight.scales, "weight.scales"), "weight.scales")
-
-
 def _prepared(
     calibration: Any, k: int, factors: NDArray[np.float32] | None, hadamard: bool
 ) -> Iterator[NDArray[np.float32]]:
@@ -365,7 +346,7 @@ def _weight_of(arrays: Mapping[str, Any]) -> DynQuantTensor:
     unknown = set(arrays) - _COMMON_NAMES - (_INT4_NAMES if int4 else {"weight_i8"})
     if missing or unknown:
         raise ParameterError(f"arrays: missing {sorted(missing)}, unknown {sorted(map(str, unknown))}")
-    scales = as_floats(arrays["weight_scales"], "weight_scales").astype(F32)
+    scales = as_floats(arrays["weight_scales"], "weight_scales").astype(F32, copy=False)
     check_finite(scales, "weight_scales")
     if int4:
         return _int4_weight_of(arrays, scales)
@@ -393,6 +374,6 @@ def _int4_weight_of(arrays: Mapping[str, Any], scales: NDArray[np.float32]) -> D
     check_field(scales, "weight_scales", fmt.scales_shape(shape), F32)
     zero_points = arrays.get("weight_zero_points")
     if zero_points is not None:
-        zero_points = np.array(as_array(zero_points, "weight_zero_points"))
+        zero_points = as_array(zero_points, "weight_zero_points")
         check_field(zero_points, "weight_zero_points", scales.shape, U8)
-    return DynQuantTensor(weight.copy(), scales, zero_points, shape, fmt)
+    return DynQuantTensor(weight, scales, zero_points, shape, fmt)

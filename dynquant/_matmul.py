@@ -196,7 +196,7 @@ def w4a8_matvec(
     >>> w4a8_matvec(quantize_weights([[15.0, 1.0]], bits=4), [127.0, 1.0]).tolist()
     [1906.0]
     """
-    _check_int4(weight)
+    check_weight(weight, int8=False)
     vector = as_floats(activation, "activation")
     if vector.size == 0:
         raise EmptyInputError(f"activation: expected at least one element, got shape {vector.shape}")
@@ -266,7 +266,7 @@ def w4a8_matmul(
     >>> w4a8_matmul(quantize_weights([[15.0, 1.0]], bits=4), [[127.0, 1.0], [0.0, 127.0]]).tolist()
     [[1906.0], [127.0]]
     """
-    _check_int4(weight)
+    check_weight(weight, int8=False)
     n, k = weight.shape
     offset = None if bias is None else as_finite_vector(bias, "bias", n)
     x = as_floats(activations, "activations")
@@ -279,12 +279,15 @@ def w4a8_matmul(
     return _multiply_int4(weight, offset, x, out, threads, "activations")
 
 
-def _check_int4(weight: Any) -> None:
+def check_weight(weight: Any, *, int8: bool) -> None:
+    """Raise unless `weight` is a matrix as from `quantize_weights`; int8 only where `int8` allows it."""
     if not isinstance(weight, DynQuantTensor):
         raise ParameterError(f"weight: expected a DynQuantTensor, got {type(weight).__name__}")
     fmt = weight.format
-    if not fmt.packed or fmt.granularity == "per_tensor":
-        raise ParameterError(f"weight: expected packed 4-bit codes per row or per group, got {weight!r}")
+    int4 = fmt.packed and fmt.granularity != "per_tensor"
+    if not (int4 or (int8 and fmt == DynQuantFormat.INT8_PER_ROW)):
+        kinds = ("int8 per row or " if int8 else "") + "packed 4-bit codes per row or per group"
+        raise ParameterError(f"weight: expected {kinds}, got {weight!r}")
     if len(weight.shape) != 2:
         raise ShapeMismatchError("(out_features, in_features)", weight.shape, "weight")
     check_finite(as_floats(weight.scales, "weight.scales"), "weight.scales")

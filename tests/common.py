@@ -42,6 +42,13 @@ def assert_same_bits(actual, expected, message=""):
         raise AssertionError(f"{message} {len(places)} differ, first at {first}: {found}")
 
 
+def assert_tensor_holds(tensor, data, scales, values, message=""):
+    """The same bits in codes, scales and what they stand for."""
+    assert_same_bits(tensor.scales, scales, message)
+    assert_same_bits(tensor.data, data, message)
+    assert_same_bits(tensor.dequantize(), values, message)
+
+
 def memory(n_bytes, offset):
     """`n_bytes` that begin `offset` bytes past a 64-byte boundary."""
     raw = np.zeros(n_bytes + 128, np.uint8)

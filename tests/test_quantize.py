@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import reference
-from common import F32, array_at, assert_same_bits, distributions
+from common import F32, array_at, assert_same_bits, assert_tensor_holds, distributions
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
@@ -49,12 +49,9 @@ def expected(x, fmt, p=None):
 
 def check(x, fmt, p=None, message="", **options):
     q = dynamic_quantize(x, fmt, mode_of(p), **options)
-    data, scales, values = expected(x, fmt, p)
     assert q.shape == np.shape(x), message
     assert q.format == fmt, message
-    assert_same_bits(q.scales, scales, message)
-    assert_same_bits(q.data, data, message)
-    assert_same_bits(q.dequantize(), values, message)
+    assert_tensor_holds(q, *expected(x, fmt, p), message)
     return q
 
 
