@@ -30,9 +30,9 @@ cdef void code_row(const Floats* x, const QuantRow* row, int32_t clip) noexcept 
 cdef void value_row(const QuantRow* row, float* out, Py_ssize_t n) noexcept nogil
 cdef void scale_columns_of_row(const Floats* x, const float* factors, bint divide, float* out) noexcept nogil
 cdef Py_ssize_t panels_of(Py_ssize_t n) noexcept nogil
-cdef void pack_panels(const int8_t* w, Py_ssize_t n, int8_t* panels, Py_ssize_t k) noexcept nogil
+cdef void pack_panels(const int8_t* w, Py_ssize_t n, uint8_t* panels, Py_ssize_t k) noexcept nogil
 cdef void code_activation(const Floats* x, float scale, uint8_t* a) noexcept nogil
-cdef void multiply_panels(const int8_t* panels, const float* w_scales, const float* bias, const uint8_t* a,
+cdef void multiply_panels(const uint8_t* panels, const float* w_scales, const float* bias, const uint8_t* a,
                           const float* a_scales, float* out, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
                           Py_ssize_t first, Py_ssize_t end) noexcept nogil
 cdef void pack_group_panels(const uint8_t* w, const float* scales, const uint8_t* zero_points, Py_ssize_t n,

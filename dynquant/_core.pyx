@@ -776,7 +776,7 @@ cdef inline Py_ssize_t outputs_of(Py_ssize_t n, Py_ssize_t c) noexcept nogil:
 
 
 # w (n, k), k > 0 -> panels, panels_of(n) of them.
-cdef void pack_panels(const int8_t* w, Py_ssize_t n, int8_t* panels, Py_ssize_t k) noexcept nogil:
+cdef void pack_panels(const int8_t* w, Py_ssize_t n, uint8_t* panels, Py_ssize_t k) noexcept nogil:
     cdef Py_ssize_t p, c
     for p in range(panels_of(n)):
         c = p * kernels.panel_outputs
@@ -831,7 +831,7 @@ cdef void code_activation(const Floats* x, float scale, uint8_t* a) noexcept nog
     while start < x.n:
         n = block_len(start, x.n)
         code_block(x, &q, start, n, 127, False, codes)
-        kernels.pack_activation_s8(codes, a + kernels.activation_offset(start), n)
+        kernels.pack_activation_s8(codes, a, start, n, x.n)
         start += n
 
 
@@ -930,7 +930,7 @@ cdef class PackedLinear:
         """Fill in the weights of a layer with group 0."""
         with nogil:
             memcpy(self.scales, &scales[0], self.n * sizeof(float))
-            pack_panels(&weight[0, 0], self.n, <int8_t*> self.panels, self.k)
+            pack_panels(&weight[0, 0], self.n, self.panels, self.k)
 
     def unpack_int8(self, int8_t[:, ::1] weight not None, float[::1] scales not None):
         """The inverse of pack_int8."""
@@ -939,7 +939,7 @@ cdef class PackedLinear:
             memcpy(&scales[0], self.scales, self.n * sizeof(float))
             for p in range(self.panel_count):
                 c = p * kernels.panel_outputs
-                kernels.unpack_panel_s8(<const int8_t*> self.panels + p * self.panel_bytes(), &weight[c, 0],
+                kernels.unpack_panel_s8(self.panels + p * self.panel_bytes(), &weight[c, 0],
                                         outputs_of(self.n, c), self.k)
 
     def pack_int4(self, const uint8_t[:, ::1] codes not None, const float[:, ::1] scales not None,
@@ -1000,13 +1000,13 @@ cdef class PackedLinear:
                 multiply_group_panels(self.panels, self.scales, self.zero_points, bias, a.memory.data,
                                       a.scales, &out[0, 0], a.m, self.n, self.k, self.group, first, end)
             else:
-                multiply_panels(<const int8_t*> self.panels, self.scales, bias, a.memory.data, a.scales,
+                multiply_panels(self.panels, self.scales, bias, a.memory.data, a.scales,
                                 &out[0, 0], a.m, self.n, self.k, first, end)
         return True
 
 
 # out (m, n) = a . weights + bias for the outputs of panels first .. end; no bias where it is NULL.
-cdef void multiply_panels(const int8_t* panels, const float* w_scales, const float* bias, const uint8_t* a,
+cdef void multiply_panels(const uint8_t* panels, const float* w_scales, const float* bias, const uint8_t* a,
                           const float* a_scales, float* out, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
                           Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     cdef Py_ssize_t p, c

@@ -75,8 +75,8 @@ class QuantLinear:
     Notes
     -----
     The packed form is that of the instruction set in use and is all that is kept, with outputs rounded up to
-    whole panels: a byte a weight and for each output a scale and a sum; or half a byte a weight, and for each
-    group of an output a scale and a byte for its zero point. Pickling and `to_arrays` give a form that does
+    whole panels: a byte a weight and for each output a scale; or half a byte a weight, and for each group of
+    an output a scale and a byte for its zero point. Pickling and `to_arrays` give a form that does
     not depend on the instruction set. Calls change nothing, so threads may share a layer.
 
     Examples

@@ -289,7 +289,7 @@ cdef int dynquant_w8a8_pack(const int8_t* w, int64_t n, int64_t k, void* packed)
         return DYNQUANT_BAD_ARGUMENT
     label.form, label.n, label.k, label.group = kernels, n, k, 0
     if k:
-        pack_panels(w, n, <int8_t*> line + LINE, k)
+        pack_panels(w, n, <uint8_t*> line + LINE, k)
     return DYNQUANT_OK
 
 
@@ -344,7 +344,7 @@ cdef int dynquant_w8a8_matmul(const void* packed, const float* w_scales, const f
     if k == 0:
         fill_rows(bias, m, n, out)
     else:
-        multiply_panels(<const int8_t*> line_of(packed) + LINE, w_scales, bias, a, a_scales, out, m, n, k, 0,
+        multiply_panels(<const uint8_t*> line_of(packed) + LINE, w_scales, bias, a, a_scales, out, m, n, k, 0,
                         panels_of(n))
     return DYNQUANT_OK
 

@@ -92,7 +92,7 @@ def test_they_are_the_kernels_that_are_meant(emulated):
     """Panels of 32 outputs and a byte of memory for each activation, or of 2 outputs and two bytes."""
     panel, width = {"vnni": (32, 1), "plain C": (2, 2)}[emulated]
     layer = _core.PackedLinear(1, 1024, 0, None, None, 0)
-    assert layer.weight_bytes == panel * (4 + 1024) + 4
+    assert layer.weight_bytes == panel * 1024 + 4
     assert layer.activation_bytes() == 1024 * width + 64
 
 

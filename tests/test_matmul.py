@@ -69,6 +69,30 @@ def test_the_largest_sums(code, k, isa):
     assert y[1].tolist() == [F32(-code * 127 * k)] * 33
 
 
+# Codes whose pairs are at, just above and far above what int16 holds beside weights of 8 bits.
+PAIR_CODES = np.array([1, 2, 63, 64, 65, 66, 126, 127], np.int8)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 7, 8, 31, 33, 250, 4095, 4097, BLOCK + 9])
+@pytest.mark.parametrize("signs", ["equal", "alternating", "in pairs", "random"])
+def test_pairs_of_activations_that_int16_does_not_hold(signs, k, isa):
+    """Every such pair among extreme weights; the first row has none, and the last nothing else."""
+    rng = np.random.default_rng(k)
+    x = rng.choice(PAIR_CODES, (6, k)).astype(F32)
+    x[0], x[-1] = 64, 127
+    i = np.arange(k)
+    x *= {"equal": 1, "alternating": (-1) ** i, "in pairs": (-1) ** (i // 2)}.get(signs, 1)
+    if signs == "random":
+        x *= rng.choice([-1, 1], x.shape)
+    x[:, rng.integers(k)] = 127  # codes are these numbers
+    weight = rng.choice(np.array([-128, -127, 126, 127], np.int8), (35, k))
+    weight[0], weight[1] = -128, 127
+    y = w8a8_matmul(weight, np.ones(35), x)
+    exact = x.astype(np.int64) @ weight.T.astype(np.int64)
+    assert_same_bits(y, exact.astype(F32))
+    assert_same_bits(w8a8_matmul(weight, np.ones(35), x[3:4]), y[3:4])
+
+
 def test_random_codes_over_several_blocks(isa):
     weight, scales, x, bias = layer_arrays(6, 35, 2 * BLOCK + 29)
     assert_same_bits(w8a8_matmul(weight, scales, x, bias), expected(weight, scales, x, bias))

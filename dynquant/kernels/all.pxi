@@ -24,18 +24,23 @@ cdef extern from "kernels/simd.h" nogil:
     void dq_widen_step(const uint16_t* x, float* out)
     enum: DQ_LANES
     enum: DQ_DEPTH
-    enum: DQ_ACT_OFFSET
+    enum: DQ_TRIMMED
+    enum: DQ_PAIR
+    enum: DQ_PAIRS_STEP
     ctypedef struct dq_sums:
         pass
     ctypedef struct dq_weights:
         pass
     ctypedef struct dq_spread_act:
         pass
+    void dq_prefetch(const void* line)
     dq_sums dq_sums_zero()
+    dq_sums dq_sums_load(const int32_t* s)
     void dq_sums_store(int32_t* out, dq_sums s)
     dq_spread_act dq_spread(const uint8_t* a)
-    dq_weights dq_weights_load(const int8_t* w)
+    dq_weights dq_weights_load(const uint8_t* w)
     dq_sums dq_sums_step(dq_sums acc, dq_weights w, dq_spread_act a)
+    uint32_t dq_pairs_beyond(const int8_t* a)
     enum: DQ_CODES
     enum: DQ_CODES_RUN
     ctypedef struct dq_part:
@@ -71,6 +76,7 @@ cdef enum:
     EXACT = 1 << 13
     PANEL = 2 * DQ_LANES
     ROWS = 4
+    LINE = 64
     RUN_OF_VECTORS = 8 * DQ_LANES
 
 
@@ -110,7 +116,6 @@ kernels.matvec_s8s8_f32 = matvec_s8s8_f32
 kernels.panel_outputs = PANEL
 kernels.panel_bytes = panel_bytes
 kernels.activation_bytes = activation_bytes
-kernels.activation_offset = activation_offset
 kernels.pack_panel_s8 = pack_panel_s8
 kernels.unpack_panel_s8 = unpack_panel_s8
 kernels.pack_activation_s8 = pack_activation_s8

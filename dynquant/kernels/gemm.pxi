@@ -1,129 +1,199 @@
 # The exact integer product of int8 weights and int8 activations, on weights packed into panels.
 #
-# A panel holds the weights of PANEL = 2 * DQ_LANES outputs, in blocks of at most GEMM_BLOCK k. A block is the
-# PANEL int32 that are to be taken off its sums, then for each DQ_DEPTH k the weights of all the outputs, in
-# the order of simd.h. Outputs past the last and k past the last are zeros. A matrix product reads the panels
-# one after the other, each from start to end: so does one with a single row, at the speed of memory.
-# Activations lie row by row, each in activation_bytes(k).
+# A panel holds the weights of PANEL = 2 * DQ_LANES outputs, each weight as a byte w + 128, in blocks of at
+# most GEMM_BLOCK k: for each DQ_DEPTH k the weights of all the outputs, in the order of simd.h. A matrix
+# product reads the panels one after the other, each from start to end: so does one with a single row, at the
+# speed of memory.
+#
+# Activations lie row by row, each in activation_bytes(k), in blocks as the weights: a CodedBlock, four bytes
+# for each DQ_DEPTH k, and where DQ_TRIMMED is 1 the rests. Those keep products exact that are added up in
+# int16: bytes up to 255 times two activations of one sign, which are at most DQ_PAIR together. A larger pair
+# gives the rest to a step of its own, for that row alone. Codes scaled by their largest magnitude seldom have
+# such pairs: of normally distributed ones 2 to 5 of 100 steps. At the worst, where all codes are 127 or -127,
+# every step is made twice. Trimming the weights instead would not depend on what comes later, but their rests
+# would have to be kept in memory, and cost every row.
 
 
-cdef inline Py_ssize_t block_bytes(Py_ssize_t k) noexcept nogil:
-    return PANEL * (<Py_ssize_t> sizeof(int32_t) + (k + DQ_DEPTH - 1) // DQ_DEPTH * DQ_DEPTH)
+cdef struct CodedBlock:
+    int32_t excess  # to be taken off each sum
+    int32_t rests
+
+
+# Four bytes of activations that are to be multiplied with the weights of one step once more.
+cdef struct Rest:
+    int32_t step
+    int8_t codes[4]
+
+
+# An even number, for tile_1 takes two at a time.
+cdef inline Py_ssize_t steps_of(Py_ssize_t k) noexcept nogil:
+    return (k + 2 * DQ_DEPTH - 1) // (2 * DQ_DEPTH) * 2
 
 
 cdef Py_ssize_t panel_bytes(Py_ssize_t k) noexcept nogil:
-    return k // GEMM_BLOCK * block_bytes(GEMM_BLOCK) + (block_bytes(k % GEMM_BLOCK) if k % GEMM_BLOCK else 0)
+    return PANEL * DQ_DEPTH * steps_of(k)
+
+
+# Bytes of one block of a row of activations.
+cdef inline Py_ssize_t coded_bytes(Py_ssize_t k) noexcept nogil:
+    return (<Py_ssize_t> sizeof(CodedBlock)
+            + steps_of(k) * (4 + (<Py_ssize_t> sizeof(Rest) if DQ_TRIMMED else 0)))
 
 
 # An odd number of cache lines: rows a multiple of 4 KiB apart would fall into the same few places of the
-# cache, and a tile reads DQ_ROWS of them side by side.
+# cache, and a tile reads ROWS of them side by side.
 cdef Py_ssize_t activation_bytes(Py_ssize_t k) noexcept nogil:
-    return (((k + DQ_DEPTH - 1) // DQ_DEPTH * 4 + 63) // 64 | 1) * 64
-
-
-# Where in a row of activations k lies, k a multiple of DQ_DEPTH.
-cdef Py_ssize_t activation_offset(Py_ssize_t k) noexcept nogil:
-    return k * (4 // DQ_DEPTH)
+    cdef Py_ssize_t n = k // GEMM_BLOCK * coded_bytes(GEMM_BLOCK)
+    if k % GEMM_BLOCK:
+        n += coded_bytes(k % GEMM_BLOCK)
+    return ((n + 63) // 64 | 1) * 64
 
 
 cdef inline Py_ssize_t block_k(Py_ssize_t start, Py_ssize_t k) noexcept nogil:
     return k - start if k - start < GEMM_BLOCK else GEMM_BLOCK
 
 
-# One block of pack_panel_s8, or with `back` of unpack_panel_s8: n of the k of `rows` rows of w.
-# A run of steps is taken row by row, so that a line of w is read once while the run's part of the block
+# A panel from w (rows, k), or with `back` the other way round: its whole steps, and then the last.
+# A run of steps is taken row by row, so that a line of w is read once while the run's part of the panel
 # stays in L1.
-cdef inline void move_block(int8_t* w, Py_ssize_t k, Py_ssize_t rows, int8_t* block, Py_ssize_t n,
+cdef inline void move_panel(int8_t* w, Py_ssize_t k, Py_ssize_t rows, uint8_t* panel,
                             bint back) noexcept nogil:
-    cdef int8_t* packed = block + PANEL * <Py_ssize_t> sizeof(int32_t)
-    cdef Py_ssize_t r, i, run = 0, end, whole = n // DQ_DEPTH, last = n % DQ_DEPTH
+    cdef Py_ssize_t r, i, run = 0, end, whole = k // DQ_DEPTH, last = k % DQ_DEPTH
     while run < whole:
         end = run + 16 if run + 16 < whole else whole
         for r in range(rows):
             for i in range(run, end):
-                move_bytes(w + r * k + i * DQ_DEPTH, packed + (i * PANEL + r) * DQ_DEPTH, DQ_DEPTH, back)
+                move_bytes(w + r * k + i * DQ_DEPTH, panel + (i * PANEL + r) * DQ_DEPTH, DQ_DEPTH, back)
         run = end
     for r in range(rows):
-        move_bytes(w + r * k + whole * DQ_DEPTH, packed + (whole * PANEL + r) * DQ_DEPTH, last, back)
+        move_bytes(w + r * k + whole * DQ_DEPTH, panel + (whole * PANEL + r) * DQ_DEPTH, last, back)
 
 
-cdef inline void move_bytes(int8_t* w, int8_t* packed, Py_ssize_t n, bint back) noexcept nogil:
+cdef inline void move_bytes(int8_t* w, uint8_t* packed, Py_ssize_t n, bint back) noexcept nogil:
     if back:
         memcpy(w, packed, n)
     else:
         memcpy(packed, w, n)
 
 
-# w (rows, k) in [-128, 127], rows <= PANEL -> panel, panel_bytes(k).
-cdef void pack_panel_s8(const int8_t* w, Py_ssize_t rows, int8_t* panel, Py_ssize_t k) noexcept nogil:
-    cdef Py_ssize_t r, i, n, start = 0
-    cdef int32_t sum
+# 128 added to n bytes, or taken off again.
+cdef inline void flip_signs(uint8_t* bytes, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        bytes[i] ^= 0x80
+
+
+# w (rows, k) in [-128, 127], rows <= PANEL -> panel, panel_bytes(k). What is past the last output or k is 0.
+cdef void pack_panel_s8(const int8_t* w, Py_ssize_t rows, uint8_t* panel, Py_ssize_t k) noexcept nogil:
     memset(panel, 0, panel_bytes(k))
-    while start < k:
-        n = block_k(start, k)
-        move_block(<int8_t*> w + start, k, rows, panel, n, False)
-        for r in range(rows):
-            sum = 0
-            for i in range(n):
-                sum += w[r * k + start + i]
-            (<int32_t*> panel)[r] = DQ_ACT_OFFSET * sum
-        panel += block_bytes(n)
-        start += n
+    move_panel(<int8_t*> w, k, rows, panel, False)
+    flip_signs(panel, panel_bytes(k))
 
 
 # panel -> w (rows, k): the inverse of pack_panel_s8.
-cdef void unpack_panel_s8(const int8_t* panel, int8_t* w, Py_ssize_t rows, Py_ssize_t k) noexcept nogil:
-    cdef Py_ssize_t n, start = 0
-    while start < k:
-        n = block_k(start, k)
-        move_block(w + start, k, rows, <int8_t*> panel, n, True)
-        panel += block_bytes(n)
-        start += n
+cdef void unpack_panel_s8(const uint8_t* panel, int8_t* w, Py_ssize_t rows, Py_ssize_t k) noexcept nogil:
+    move_panel(w, k, rows, <uint8_t*> panel, True)
+    flip_signs(<uint8_t*> w, rows * k)
 
 
-# codes (n,) in [-127, 127] -> a, the form that simd.h takes; an end that is no whole step is filled up.
-cdef void pack_activation_s8(const int8_t* codes, uint8_t* a, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i
-    cdef int16_t* wide = <int16_t*> a
+cdef inline uint8_t* codes_of(CodedBlock* block) noexcept nogil:
+    return <uint8_t*> (block + 1)
+
+
+# Of the codes (n,), which are at `start` of a block of k, what exceeds DQ_PAIR in a pair goes to the block's
+# rests. The larger of the two gives way: it is large enough, and stays within [-127, 127].
+cdef inline void trim_pairs(int8_t* codes, CodedBlock* block, Py_ssize_t start, Py_ssize_t n,
+                            Py_ssize_t k) noexcept nogil:
+    cdef Rest* rests = <Rest*> (codes_of(block) + 4 * steps_of(k))
+    cdef Py_ssize_t i = 0, j
+    cdef uint32_t beyond
+    cdef int over
+    while i < n:
+        beyond = dq_pairs_beyond(codes + i)
+        j = i
+        while beyond:
+            if beyond & 3:
+                rests[block.rests].step = <int32_t> ((start + j) // 4)
+                memset(rests[block.rests].codes, 0, 4)
+                trim_pair(codes + j, rests[block.rests].codes)
+                trim_pair(codes + j + 2, rests[block.rests].codes + 2)
+                block.rests += 1
+            j += 4
+            beyond >>= 2
+        i += DQ_PAIRS_STEP
+
+
+cdef inline void trim_pair(int8_t* pair, int8_t* rest) noexcept nogil:
+    cdef int total = pair[0] + pair[1], over = 0, larger
+    if total > DQ_PAIR:
+        over = total - DQ_PAIR
+    elif total < -DQ_PAIR:
+        over = total + DQ_PAIR
+    larger = 1 if abs(<int> pair[1]) > abs(<int> pair[0]) else 0
+    pair[larger] = <int8_t> (pair[larger] - over)
+    rest[larger] = <int8_t> over
+
+
+# codes (n,) in [-127, 127], at `start` of a row of k -> their part of the row a. Parts come one after the
+# other; each but the last is a multiple of DQ_PAIRS_STEP long, and none goes beyond a block. The codes are
+# used up: trimmed, and filled up with zeros to a multiple of DQ_PAIRS_STEP.
+cdef void pack_activation_s8(int8_t* codes, uint8_t* a, Py_ssize_t start, Py_ssize_t n,
+                             Py_ssize_t k) noexcept nogil:
+    cdef CodedBlock* block = <CodedBlock*> (a + start // GEMM_BLOCK * coded_bytes(GEMM_BLOCK))
+    cdef Py_ssize_t at = start % GEMM_BLOCK, i
+    cdef int16_t* wide = <int16_t*> codes_of(block) + at
+    cdef int32_t total = 0
+    if at == 0:
+        block.excess = block.rests = 0
+    for i in range(n):
+        total += codes[i]
+    block.excess += 128 * total
+    memset(codes + n, 0, -n & (DQ_PAIRS_STEP - 1))
+    if DQ_TRIMMED:
+        trim_pairs(codes, block, at, n, block_k(start - at, k))
     if DQ_DEPTH == 4:
-        for i in range(n):
-            a[i] = <uint8_t> (codes[i] + DQ_ACT_OFFSET)
-        memset(a + n, 0, -n & 3)
+        memcpy(codes_of(block) + at, codes, 4 * steps_of(n))
     else:
-        for i in range(n):
+        for i in range(DQ_DEPTH * steps_of(n)):
             wide[i] = codes[i]
-        memset(wide + n, 0, 2 * (n & 1))
 
 
 # sums (PANEL,) = one block of a panel times one row of activations. No int32 wraps: a sum is at most
-# 2**16 * 128 * 255 = 2,139,095,040 < 2**31 before the excess comes off.
-cdef inline void tile_1(const int8_t* block, const uint8_t* a, int32_t* sums,
+# 2**16 * 127 * 255 = 2,122,383,360 < 2**31 in magnitude before the excess comes off.
+cdef inline void tile_1(const uint8_t* block, const uint8_t* a, int32_t* sums,
                         Py_ssize_t steps) noexcept nogil:
     cdef dq_sums s0 = dq_sums_zero(), s1 = s0
-    cdef dq_spread_act k
+    cdef dq_spread_act k, next
     cdef Py_ssize_t i
-    block += PANEL * <Py_ssize_t> sizeof(int32_t)
-    for i in range(steps):
-        k = dq_spread(a + 4 * i)
+    for i in range(0, steps, 2):
+        k, next = dq_spread(a + 4 * i), dq_spread(a + 4 * i + 4)
         s0 = dq_sums_step(s0, dq_weights_load(block), k)
         s1 = dq_sums_step(s1, dq_weights_load(block + DQ_LANES * DQ_DEPTH), k)
+        block += PANEL * DQ_DEPTH
+        s0 = dq_sums_step(s0, dq_weights_load(block), next)
+        s1 = dq_sums_step(s1, dq_weights_load(block + DQ_LANES * DQ_DEPTH), next)
         block += PANEL * DQ_DEPTH
     dq_sums_store(sums, s0)
     dq_sums_store(sums + DQ_LANES, s1)
 
 
-# sums (4, PANEL) = the same for four rows, which share the loads of the weights. Eight accumulators hide the
-# latency of the multiply-adds, and fit the registers of every instruction set. They have names because in
-# an array, indexed by an unrolled loop, gcc writes them back to memory at every step.
-cdef inline void tile_4(const int8_t* block, const uint8_t* a0, const uint8_t* a1, const uint8_t* a2,
+# sums (4, PANEL) = the same for four rows, which share the loads of the weights, and have the next panel
+# fetched meanwhile: with weights in the last cache or in memory that is worth a fifth. All lines of it, or
+# the hardware's prefetcher loses its way; and not for a single row, which the hardware serves better alone.
+# Eight accumulators hide the latency of the multiply-adds, and fit the registers of every instruction set.
+# They have names because in an array, indexed by an unrolled loop, gcc writes them back to memory at every
+# step.
+cdef inline void tile_4(const uint8_t* block, const uint8_t* a0, const uint8_t* a1, const uint8_t* a2,
                         const uint8_t* a3, int32_t* sums, Py_ssize_t steps) noexcept nogil:
     cdef dq_sums s00 = dq_sums_zero(), s01 = s00, s10 = s00, s11 = s00, s20 = s00, s21 = s00, s30 = s00
     cdef dq_sums s31 = s00
     cdef dq_weights w0, w1
     cdef dq_spread_act k
     cdef Py_ssize_t i
-    block += PANEL * <Py_ssize_t> sizeof(int32_t)
     for i in range(steps):
+        dq_prefetch(block + steps * (PANEL * DQ_DEPTH))
+        if PANEL * DQ_DEPTH > LINE:
+            dq_prefetch(block + steps * (PANEL * DQ_DEPTH) + LINE)
         w0 = dq_weights_load(block)
         w1 = dq_weights_load(block + DQ_LANES * DQ_DEPTH)
         k = dq_spread(a0 + 4 * i)
@@ -149,15 +219,37 @@ cdef inline void tile_4(const int8_t* block, const uint8_t* a0, const uint8_t* a
     dq_sums_store(sums + 7 * DQ_LANES, s31)
 
 
+# Adds the rests of one row to its sums (PANEL,).
+cdef inline void add_rests(const uint8_t* block, const CodedBlock* a, int32_t* sums,
+                           Py_ssize_t steps) noexcept nogil:
+    cdef const Rest* rests = <const Rest*> (codes_of(<CodedBlock*> a) + 4 * steps)
+    cdef dq_sums s0 = dq_sums_load(sums), s1 = dq_sums_load(sums + DQ_LANES)
+    cdef const uint8_t* w
+    cdef dq_spread_act k
+    cdef Py_ssize_t i
+    for i in range(a.rests):
+        w = block + rests[i].step * (PANEL * DQ_DEPTH)
+        k = dq_spread(<const uint8_t*> rests[i].codes)
+        s0 = dq_sums_step(s0, dq_weights_load(w), k)
+        s1 = dq_sums_step(s1, dq_weights_load(w + DQ_LANES * DQ_DEPTH), k)
+    dq_sums_store(sums, s0)
+    dq_sums_store(sums + DQ_LANES, s1)
+
+
 # sums (rows, PANEL) for rows <= 4 rows of a, `stride` bytes apart; two and three rows take the tile of four,
 # with the last row repeated.
-cdef inline void tile(const int8_t* block, const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows,
+cdef inline void tile(const uint8_t* block, const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows,
                       int32_t* sums, Py_ssize_t steps) noexcept nogil:
+    cdef const uint8_t* codes = codes_of(<CodedBlock*> a)
+    cdef Py_ssize_t r
     if rows == 1:
-        tile_1(block, a, sums, steps)
+        tile_1(block, codes, sums, steps)
     else:
-        tile_4(block, a, a + stride, a + (rows - 1 if rows < 3 else 2) * stride, a + (rows - 1) * stride,
-               sums, steps)
+        tile_4(block, codes, codes + stride, codes + (rows - 1 if rows < 3 else 2) * stride,
+               codes + (rows - 1) * stride, sums, steps)
+    if DQ_TRIMMED:
+        for r in range(rows):
+            add_rests(block, <const CodedBlock*> (a + r * stride), sums + r * PANEL, steps)
 
 
 # out[c] = float32(sum[c]) * w_scales[c] * a_scale + bias[c], in that order; no bias where it is NULL.
@@ -171,12 +263,12 @@ cdef inline void finish_row(const int64_t* sums, const float* w_scales, float a_
             out[c] += bias[c]
 
 
-# finish_row for sums that fit int32 with `excess` taken off, which is nearly always; it vectorises.
-cdef inline void finish_row_s32(const int32_t* sums, const int32_t* excess, const float* w_scales,
-                                float a_scale, const float* bias, float* out, Py_ssize_t cols) noexcept nogil:
+# finish_row for sums that fit int32 with the excess taken off, which is nearly always; it vectorises.
+cdef inline void finish_row_s32(const int32_t* sums, int32_t excess, const float* w_scales, float a_scale,
+                                const float* bias, float* out, Py_ssize_t cols) noexcept nogil:
     cdef Py_ssize_t c
     for c in range(cols):
-        out[c] = <float> (sums[c] - excess[c]) * w_scales[c] * a_scale
+        out[c] = <float> (sums[c] - excess) * w_scales[c] * a_scale
     if bias != NULL:
         for c in range(cols):
             out[c] += bias[c]
@@ -184,29 +276,29 @@ cdef inline void finish_row_s32(const int32_t* sums, const int32_t* excess, cons
 
 # One panel times m rows of activations: out[r][c] = float32(exact sum) * w_scales[c] * a_scales[r] + bias[c]
 # for c < cols <= PANEL, rows of out `out_stride` apart. Blocks of k are summed in int32, added up in int64.
-cdef void gemm_panel_s8s8_f32(const int8_t* panel, const float* w_scales, const float* bias,
+cdef void gemm_panel_s8s8_f32(const uint8_t* panel, const float* w_scales, const float* bias,
                               const uint8_t* a, const float* a_scales, float* out, Py_ssize_t out_stride,
                               Py_ssize_t m, Py_ssize_t cols, Py_ssize_t k) noexcept nogil:
     cdef int32_t sums[ROWS * PANEL]
     cdef int64_t totals[ROWS * PANEL]
-    cdef const int8_t* block
+    cdef const uint8_t* block
     cdef Py_ssize_t stride = activation_bytes(k), start, n, i, r, rows
     while m > 0:
         rows = m if m < ROWS else ROWS
         if k <= GEMM_BLOCK:
-            tile(panel, a, stride, rows, sums, (k + DQ_DEPTH - 1) // DQ_DEPTH)
+            tile(panel, a, stride, rows, sums, steps_of(k))
             for r in range(rows):
-                finish_row_s32(sums + r * PANEL, <const int32_t*> panel, w_scales, a_scales[r], bias,
-                               out + r * out_stride, cols)
+                finish_row_s32(sums + r * PANEL, (<const CodedBlock*> (a + r * stride)).excess, w_scales,
+                               a_scales[r], bias, out + r * out_stride, cols)
         else:
             memset(totals, 0, sizeof(totals))
-            block, start = panel, 0
+            block, start = a, 0
             while start < k:
                 n = block_k(start, k)
-                tile(block, a + activation_offset(start), stride, rows, sums, (n + DQ_DEPTH - 1) // DQ_DEPTH)
+                tile(panel + start * PANEL, block, stride, rows, sums, steps_of(n))
                 for i in range(rows * PANEL):
-                    totals[i] += sums[i] - (<const int32_t*> block)[i % PANEL]
-                block += block_bytes(n)
+                    totals[i] += sums[i] - (<const CodedBlock*> (block + i // PANEL * stride)).excess
+                block += coded_bytes(n)
                 start += n
             for r in range(rows):
                 finish_row(totals + r * PANEL, w_scales, a_scales[r], bias, out + r * out_stride, cols)

@@ -7,6 +7,7 @@
                    to int16 and multiplies without adding pairs.
 
    sums step       DQ_DEPTH products for each of DQ_LANES outputs, the step of a matrix product.
+   pairs step      which of DQ_PAIRS_STEP activations a sums step does not take.
    codes step      the same for weights of 4 bits, 8 products for each of DQ_LANES outputs; and the end of a
                    group, where sums become floats.
    rotation step   the passes of a Hadamard transform within one vector, which loops cannot shuffle.
@@ -32,6 +33,17 @@
 #elif defined(_MSC_VER)
 #pragma fp_contract(off)
 #endif
+
+/* Has the line of memory fetched into the second-level cache, if there is one; any address will do. */
+static inline void dq_prefetch(const void* line) {
+#if defined(__GNUC__)
+    __builtin_prefetch(line, 0, 2);
+#elif defined(DQ_SSE2)
+    _mm_prefetch((const char*)line, _MM_HINT_T1);
+#else
+    (void)line;
+#endif
+}
 
 static inline int32_t dq_bits(float x) {
     int32_t b;
@@ -237,40 +249,45 @@ static inline int32_t dq_acc_sum(dq_acc acc) { return acc; }
 
 #endif
 
-/* acc[lane] += sum over DQ_DEPTH k of w[k][lane] * a[k], exact as long as acc fits: the step of a matrix product.
-   Weights come DQ_LANES outputs side by side, DQ_DEPTH consecutive k of an output next to each other, which
-   is what one multiply-add instruction takes; a dq_weights is DQ_LANES * DQ_DEPTH bytes of them, made ready.
-   Activations come as DQ_DEPTH consecutive k in four bytes, which dq_spread gives to every lane: int16, or for
-   VNNI bytes to which DQ_ACT_OFFSET was added, so that DQ_ACT_OFFSET times the sum of the weights is to be
-   taken off. */
+/* acc[lane] += sum over DQ_DEPTH k of w[k][lane] * a[k], w in [0, 255], a in [-127, 127], exact as long as
+   acc fits: the step of a matrix product. Weights are bytes to which 128 was added, so that 128 times the sum
+   of the activations is to be taken off. They come DQ_LANES outputs side by side, DQ_DEPTH consecutive k of an
+   output next to each other, which is what one multiply-add instruction takes; a dq_weights is DQ_LANES *
+   DQ_DEPTH bytes of them, made ready. Activations come as DQ_DEPTH consecutive k in four bytes, which dq_spread
+   gives to every lane: bytes, or int16 where DQ_DEPTH is 2.
+
+   Where DQ_TRIMMED is 1, products are added to each other in int16. Two activations, k and k + 1 for even k,
+   whose sum is beyond DQ_PAIR in magnitude must then be given in two steps: with at most DQ_PAIR of one sign,
+   a pair's products are at most 255 * 128 = 32,640 < 2**15. dq_pairs_beyond finds such pairs among
+   DQ_PAIRS_STEP activations, and sets bit j for pair j. */
+#define DQ_PAIR 128
+#define DQ_PAIRS_STEP 32
 #if defined(__AVX512BW__)
 
 typedef __m512i dq_sums;
 typedef __m512i dq_weights;
 typedef __m512i dq_spread_act;
 #define DQ_LANES 16
+#define DQ_DEPTH 4
 static inline dq_sums dq_sums_zero(void) { return _mm512_setzero_si512(); }
+static inline dq_sums dq_sums_load(const int32_t* s) { return _mm512_loadu_si512(s); }
 static inline void dq_sums_store(int32_t* out, dq_sums s) { _mm512_storeu_si512(out, s); }
 static inline dq_spread_act dq_spread(const uint8_t* a) {
     int32_t four;
     memcpy(&four, a, 4);
     return _mm512_set1_epi32(four);
 }
+static inline dq_weights dq_weights_load(const uint8_t* w) { return _mm512_loadu_si512(w); }
 #if defined(__AVX512VNNI__)
-#define DQ_DEPTH 4
-#define DQ_ACT_OFFSET 128
-static inline dq_weights dq_weights_load(const int8_t* w) { return _mm512_loadu_si512(w); }
+#define DQ_TRIMMED 0
 static inline dq_sums dq_sums_step(dq_sums acc, dq_weights w, dq_spread_act a) {
-    return _mm512_dpbusd_epi32(acc, a, w);
+    return _mm512_dpbusd_epi32(acc, w, a);
 }
 #else
-#define DQ_DEPTH 2
-#define DQ_ACT_OFFSET 0
-static inline dq_weights dq_weights_load(const int8_t* w) {
-    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w));
-}
+#define DQ_TRIMMED 1
 static inline dq_sums dq_sums_step(dq_sums acc, dq_weights w, dq_spread_act a) {
-    return _mm512_add_epi32(acc, _mm512_madd_epi16(w, a));
+    const __m512i pairs = _mm512_maddubs_epi16(w, a);
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
 #endif
 
@@ -280,20 +297,20 @@ typedef __m256i dq_sums;
 typedef __m256i dq_weights;
 typedef __m256i dq_spread_act;
 #define DQ_LANES 8
-#define DQ_DEPTH 2
-#define DQ_ACT_OFFSET 0
+#define DQ_DEPTH 4
+#define DQ_TRIMMED 1
 static inline dq_sums dq_sums_zero(void) { return _mm256_setzero_si256(); }
+static inline dq_sums dq_sums_load(const int32_t* s) { return _mm256_loadu_si256((const __m256i*)s); }
 static inline void dq_sums_store(int32_t* out, dq_sums s) { _mm256_storeu_si256((__m256i*)out, s); }
 static inline dq_spread_act dq_spread(const uint8_t* a) {
     int32_t four;
     memcpy(&four, a, 4);
     return _mm256_set1_epi32(four);
 }
-static inline dq_weights dq_weights_load(const int8_t* w) {
-    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)w));
-}
+static inline dq_weights dq_weights_load(const uint8_t* w) { return _mm256_loadu_si256((const __m256i*)w); }
 static inline dq_sums dq_sums_step(dq_sums acc, dq_weights w, dq_spread_act a) {
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(w, a));
+    const __m256i pairs = _mm256_maddubs_epi16(w, a);
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
 #elif defined(DQ_SSE2)
@@ -303,17 +320,17 @@ typedef __m128i dq_weights;
 typedef __m128i dq_spread_act;
 #define DQ_LANES 4
 #define DQ_DEPTH 2
-#define DQ_ACT_OFFSET 0
+#define DQ_TRIMMED 0
 static inline dq_sums dq_sums_zero(void) { return _mm_setzero_si128(); }
+static inline dq_sums dq_sums_load(const int32_t* s) { return _mm_loadu_si128((const __m128i*)s); }
 static inline void dq_sums_store(int32_t* out, dq_sums s) { _mm_storeu_si128((__m128i*)out, s); }
 static inline dq_spread_act dq_spread(const uint8_t* a) {
     int32_t four;
     memcpy(&four, a, 4);
     return _mm_set1_epi32(four);
 }
-static inline dq_weights dq_weights_load(const int8_t* w) {
-    const __m128i v = _mm_loadl_epi64((const __m128i*)w);
-    return _mm_srai_epi16(_mm_unpacklo_epi8(v, v), 8);
+static inline dq_weights dq_weights_load(const uint8_t* w) {
+    return _mm_unpacklo_epi8(_mm_loadl_epi64((const __m128i*)w), _mm_setzero_si128());
 }
 static inline dq_sums dq_sums_step(dq_sums acc, dq_weights w, dq_spread_act a) {
     return _mm_add_epi32(acc, _mm_madd_epi16(w, a));
@@ -328,20 +345,38 @@ typedef struct {
 typedef dq_weights dq_spread_act;
 #define DQ_LANES 1
 #define DQ_DEPTH 2
-#define DQ_ACT_OFFSET 0
+#define DQ_TRIMMED 0
 static inline dq_sums dq_sums_zero(void) { return 0; }
+static inline dq_sums dq_sums_load(const int32_t* s) { return *s; }
 static inline void dq_sums_store(int32_t* out, dq_sums s) { *out = s; }
 static inline dq_spread_act dq_spread(const uint8_t* a) {
     dq_weights pair;
     memcpy(&pair, a, 4);
     return pair;
 }
-static inline dq_weights dq_weights_load(const int8_t* w) { return (dq_weights){w[0], w[1]}; }
+static inline dq_weights dq_weights_load(const uint8_t* w) { return (dq_weights){w[0], w[1]}; }
 static inline dq_sums dq_sums_step(dq_sums acc, dq_weights w, dq_spread_act a) {
     return acc + w.k0 * a.k0 + w.k1 * a.k1;
 }
 
 #endif
+
+static inline uint32_t dq_pairs_beyond(const int8_t* a) {
+#if defined(__AVX2__)
+    const __m256i sums = _mm256_maddubs_epi16(_mm256_set1_epi8(1), _mm256_loadu_si256((const __m256i*)a));
+    const __m256i beyond = _mm256_cmpgt_epi16(_mm256_abs_epi16(sums), _mm256_set1_epi16(DQ_PAIR));
+    const __m256i bytes = _mm256_packs_epi16(beyond, _mm256_setzero_si256());
+    const uint32_t bits = (uint32_t)_mm256_movemask_epi8(bytes);
+    return (bits & 0xFF) | (bits >> 8 & 0xFF00);
+#else
+    uint32_t bits = 0;
+    for (int j = 0; j < DQ_PAIRS_STEP / 2; j++) {
+        const int sum = a[2 * j] + a[2 * j + 1];
+        bits |= (uint32_t)(sum > DQ_PAIR || sum < -DQ_PAIR) << j;
+    }
+    return bits;
+#endif
+}
 
 /* part[lane] += sum over 8 k of code[k][lane] * a[k], codes in [0, 15], a in [-127, 127]: the step of a matrix
    product with 4-bit weights. Codes come DQ_LANES outputs side by side, four bytes each, two codes a byte, the
