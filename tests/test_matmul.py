@@ -91,6 +91,8 @@ def test_pairs_of_activations_that_int16_does_not_hold(signs, k, isa):
     exact = x.astype(np.int64) @ weight.T.astype(np.int64)
     assert_same_bits(y, exact.astype(F32))
     assert_same_bits(w8a8_matmul(weight, np.ones(35), x[3:4]), y[3:4])
+    for row, token in zip(y, x, strict=True):
+        assert_same_bits(w8a8_matvec(weight, np.ones(35), token), row)
 
 
 def test_random_codes_over_several_blocks(isa):

@@ -63,6 +63,7 @@ cdef extern from "kernels/simd.h" nogil:
     dq_floats dq_group_add(dq_floats acc, dq_sums s, dq_floats zero_points, float a_sum, dq_floats scales)
     dq_acc dq_acc_zero()
     dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a)
+    dq_acc dq_raised_step(dq_acc acc, const int8_t* w, const int8_t* a)
     dq_acc dq_acc_add(dq_acc x, dq_acc y)
     int32_t dq_acc_sum(dq_acc acc)
 
@@ -72,6 +73,9 @@ cdef enum:
     LANES = 16
     PLACES = 64
     DOT_BLOCK = 1 << 16
+    MATVEC_BLOCK = 1 << 14
+    MATVEC_ROWS = 256
+    MATVEC_STEPS = MATVEC_BLOCK // DQ_DOT_STEP + 2
     GEMM_BLOCK = 1 << 16
     EXACT = 1 << 13
     PANEL = 2 * DQ_LANES
@@ -85,6 +89,7 @@ include "scale.pxi"
 include "quantize.pxi"
 include "dequantize.pxi"
 include "smooth.pxi"
+include "trim.pxi"
 include "dot.pxi"
 include "gemm.pxi"
 include "gemm_u4.pxi"

@@ -5,9 +5,7 @@
 # No int32 can wrap: even all the products in one lane, or all lanes added up, are at most
 # 2**16 * 128 * 127 = 1,065,353,216 < 2**31 in magnitude, and 2**16 * 128 * 255 = 2,139,095,040 < 2**31 in
 # the form for VNNI, which adds 128 to a.
-# One row at a time, from its start to its end: the rows of a matrix follow each other in memory, and one
-# stream through it is what the prefetcher follows across pages (four rows at once ran at two thirds the
-# speed). Four accumulators hide the latency of the additions.
+# Four accumulators hide the latency of the additions.
 cdef inline int32_t dot_block(const int8_t* w, const int8_t* a, Py_ssize_t k) noexcept nogil:
     cdef Py_ssize_t i = 0
     cdef int32_t sum
@@ -55,19 +53,121 @@ cdef int64_t dot_s8s8_s64(const int8_t* w, const int8_t* a, Py_ssize_t k) noexce
     return sum
 
 
+# A step that has rests: where its weights lie in a row, and where in a run the codes and the rests.
+cdef struct RestStep:
+    int32_t row
+    int32_t run
+
+
+# A run of a vector that is to be multiplied with many rows of weights. Its steps begin where rows that lie like
+# the first one have an aligned address, for a load that straddles two lines of the cache takes twice as long.
+# The elements before are a step of their own, `head` of them followed by zeros, and so are those after the
+# last whole step, `tail` of them after zeros. In between lie `body` elements.
+cdef struct Run:
+    int8_t codes_memory[MATVEC_BLOCK + 3 * DQ_DOT_STEP]
+    int8_t rests[MATVEC_BLOCK + 2 * DQ_DOT_STEP]
+    RestStep rest_steps[MATVEC_STEPS]
+    Py_ssize_t rest_count
+    int8_t* codes
+    Py_ssize_t head
+    Py_ssize_t body
+    Py_ssize_t tail
+    int32_t excess  # to be taken off each sum
+
+
+# a (n,), DQ_DOT_STEP <= n <= MATVEC_BLOCK, for rows of weights that lie like w.
+cdef inline void prepare_run(const int8_t* a, const int8_t* w, Run* run, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t step = DQ_DOT_STEP, i, end
+    cdef int32_t total = 0
+    for i in range(n):
+        total += a[i]
+    run.excess = 128 * total
+    run.codes = &run.codes_memory[0] + (-<Py_ssize_t> run.codes_memory & (step - 1))
+    run.head = -<Py_ssize_t> w & (step - 1)
+    run.tail = (n - run.head) % step
+    run.body = n - run.head - run.tail
+    end = step + run.body
+    memset(run.codes, 0, step)
+    memcpy(run.codes, a, run.head)
+    memcpy(run.codes + step, a + run.head, run.body)
+    memset(run.codes + end, 0, step)
+    memcpy(run.codes + end + step - run.tail, a + n - run.tail, run.tail)
+    run.rest_count = 0
+    if DQ_TRIMMED:
+        trim_step(run, 0, 0)
+        for i in range(run.body // DQ_PAIRS_STEP):
+            trim_step(run, run.head + i * DQ_PAIRS_STEP, step + i * DQ_PAIRS_STEP)
+        trim_step(run, n - step, end)
+
+
+# Trims DQ_PAIRS_STEP codes of the run, which is a step where DQ_TRIMMED is 1.
+cdef inline void trim_step(Run* run, Py_ssize_t row, Py_ssize_t at) noexcept nogil:
+    cdef Py_ssize_t j
+    if not dq_pairs_beyond(run.codes + at):
+        return
+    run.rest_steps[run.rest_count].row = <int32_t> row
+    run.rest_steps[run.rest_count].run = <int32_t> at
+    run.rest_count += 1
+    memset(run.rests + at, 0, DQ_PAIRS_STEP)
+    for j in range(at, at + DQ_PAIRS_STEP, 2):
+        trim_pair(run.codes + j, run.rests + j)
+
+
+# The exact w . a over the n elements of a run of a. No int32 wraps: all the products together are at most
+# 2**14 * 255 * 127 = 530,595,840 < 2**31 in magnitude.
+# One row at a time, from its start to its end: the rows of a matrix follow each other in memory, and one
+# stream through it is what the prefetcher follows across pages (two or four rows at once ran at two thirds of
+# the speed). Two accumulators hide the latency of the additions; with four, gcc keeps one in memory.
+cdef inline int32_t dot_run(const int8_t* w, const Run* run, Py_ssize_t n) noexcept nogil:
+    cdef const int8_t* codes = run.codes + DQ_DOT_STEP
+    cdef const int8_t* body = w + run.head
+    cdef Py_ssize_t i = 0, step = DQ_DOT_STEP
+    cdef dq_acc s0 = dq_raised_step(dq_acc_zero(), w, run.codes), s1 = dq_acc_zero()
+    while i + 2 * step <= run.body:
+        s0 = dq_raised_step(s0, body + i, codes + i)
+        s1 = dq_raised_step(s1, body + i + step, codes + i + step)
+        i += 2 * step
+    if i < run.body:
+        s0 = dq_raised_step(s0, body + i, codes + i)
+    if run.tail:
+        s1 = dq_raised_step(s1, w + n - step, codes + run.body)
+    for i in range(run.rest_count):
+        s1 = dq_raised_step(s1, w + run.rest_steps[i].row, run.rests + run.rest_steps[i].run)
+    return dq_acc_sum(dq_acc_add(s0, s1)) - run.excess
+
+
 # w (rows, k) in [-128, 127], a (k,) in [-127, 127] ->
 # out[r] = float32(w[r] . a) * w_scales[r] * a_scale, each sum the exact integer for every k.
-# |w[r] . a| passes 2**31 at k = 132,105 at the earliest: blocks are summed in int32 and added up in int64.
-# The loop over rows is in here because a short row takes no longer than a call does.
+# The loop over rows is in here because a short row takes no longer than a call does. Rows longer than a run
+# are taken MATVEC_ROWS together, a run at a time, and added up in int64. Where more than half of the steps
+# have rests, the step that takes codes as they are is the faster one.
 cdef void matvec_s8s8_f32(const int8_t* w, const float* w_scales, const int8_t* a, float a_scale, float* out,
                           Py_ssize_t rows, Py_ssize_t k) noexcept nogil:
-    cdef Py_ssize_t r, start
-    cdef int64_t sum
-    for r in range(rows):
-        sum = start = 0
-        while k - start > DOT_BLOCK:
-            sum += dot_block(w + start, a + start, DOT_BLOCK)
-            start += DOT_BLOCK
-        sum += dot_block(w + start, a + start, k - start)
-        out[r] = <float> sum * w_scales[r] * a_scale
-        w += k
+    cdef Run run
+    cdef int64_t sums[MATVEC_ROWS]
+    cdef Py_ssize_t first = 0, r, start, n, count
+    cdef bint many_rests
+    while first < rows:
+        count = rows - first if rows - first < MATVEC_ROWS else MATVEC_ROWS
+        memset(sums, 0, count * sizeof(int64_t))
+        start = 0
+        while start < k:
+            n = k - start if k - start < MATVEC_BLOCK else MATVEC_BLOCK
+            if n < DQ_DOT_STEP:
+                for r in range(count):
+                    sums[r] += dot_plain(w + r * k + start, a + start, n)
+            else:
+                prepare_run(a + start, w + start, &run, n)
+                many_rests = 2 * DQ_PAIRS_STEP * run.rest_count > n
+                for r in range(count):
+                    if many_rests:
+                        sums[r] += dot_block(w + r * k + start, a + start, n)
+                    else:
+                        sums[r] += dot_run(w + r * k + start, &run, n)
+            start += n
+        for r in range(count):
+            out[r] = <float> sums[r] * w_scales[r] * a_scale
+        w += count * k
+        w_scales += count
+        out += count
+        first += count

@@ -6,12 +6,7 @@
 # speed of memory.
 #
 # Activations lie row by row, each in activation_bytes(k), in blocks as the weights: a CodedBlock, four bytes
-# for each DQ_DEPTH k, and where DQ_TRIMMED is 1 the rests. Those keep products exact that are added up in
-# int16: bytes up to 255 times two activations of one sign, which are at most DQ_PAIR together. A larger pair
-# gives the rest to a step of its own, for that row alone. Codes scaled by their largest magnitude seldom have
-# such pairs: of normally distributed ones 2 to 5 of 100 steps. At the worst, where all codes are 127 or -127,
-# every step is made twice. Trimming the weights instead would not depend on what comes later, but their rests
-# would have to be kept in memory, and cost every row.
+# for each DQ_DEPTH k, and where DQ_TRIMMED is 1 the rests, as trim.pxi has them, each in a step of its own.
 
 
 cdef struct CodedBlock:
@@ -100,8 +95,7 @@ cdef inline uint8_t* codes_of(CodedBlock* block) noexcept nogil:
     return <uint8_t*> (block + 1)
 
 
-# Of the codes (n,), which are at `start` of a block of k, what exceeds DQ_PAIR in a pair goes to the block's
-# rests. The larger of the two gives way: it is large enough, and stays within [-127, 127].
+# Trims the codes (n,), which are at `start` of a block of k; the block takes the rests.
 cdef inline void trim_pairs(int8_t* codes, CodedBlock* block, Py_ssize_t start, Py_ssize_t n,
                             Py_ssize_t k) noexcept nogil:
     cdef Rest* rests = <Rest*> (codes_of(block) + 4 * steps_of(k))
@@ -121,17 +115,6 @@ cdef inline void trim_pairs(int8_t* codes, CodedBlock* block, Py_ssize_t start, 
             j += 4
             beyond >>= 2
         i += DQ_PAIRS_STEP
-
-
-cdef inline void trim_pair(int8_t* pair, int8_t* rest) noexcept nogil:
-    cdef int total = pair[0] + pair[1], over = 0, larger
-    if total > DQ_PAIR:
-        over = total - DQ_PAIR
-    elif total < -DQ_PAIR:
-        over = total + DQ_PAIR
-    larger = 1 if abs(<int> pair[1]) > abs(<int> pair[0]) else 0
-    pair[larger] = <int8_t> (pair[larger] - over)
-    rest[larger] = <int8_t> over
 
 
 # codes (n,) in [-127, 127], at `start` of a row of k -> their part of the row a. Parts come one after the
