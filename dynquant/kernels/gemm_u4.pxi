@@ -203,7 +203,7 @@ cdef inline void add_group(float* acc, dq_sums s0, dq_sums s1, dq_floats z0, dq_
 # acc (4, PANEL) += the same for four rows, each with the sum at a_sums; as tile_4, and named for its reason.
 cdef inline void group_tile_4(const uint8_t* w, const float* scales, const uint8_t* zero_points,
                               const uint8_t* a0, const uint8_t* a1, const uint8_t* a2, const uint8_t* a3,
-                              const float* a_sums, float* acc, Py_ssize_t units) noexcept nogil:
+                              const float* a_sums, float* acc, Py_ssize_t units, Py_ssize_t ahead) noexcept nogil:
     cdef dq_sums s00 = dq_sums_zero(), s01 = s00, s10 = s00, s11 = s00, s20 = s00, s21 = s00, s30 = s00
     cdef dq_sums s31 = s00
     cdef dq_part p00, p01, p10, p11, p20, p21, p30, p31
@@ -215,6 +215,9 @@ cdef inline void group_tile_4(const uint8_t* w, const float* scales, const uint8
         n = units - start if units - start < DQ_CODES_RUN else DQ_CODES_RUN
         p00 = p01 = p10 = p11 = p20 = p21 = p30 = p31 = dq_part_zero()
         for i in range(start, start + n):
+            dq_prefetch(w + ahead)
+            if 4 * PANEL > LINE:
+                dq_prefetch(w + ahead + LINE)
             w0, w1 = dq_codes_load(w), dq_codes_load(w + 4 * DQ_LANES)
             even, odd = dq_spread(a0 + DQ_CODES * i), dq_spread(a0 + DQ_CODES * i + 4)
             p00 = dq_codes_step(p00, w0, even, odd)
@@ -263,7 +266,8 @@ cdef inline void short_groups(const uint8_t* panel, const float* scales, const u
             a_sums[1] = (<const float*> (a1 + sums_at))[g]
             a_sums[2] = (<const float*> (a2 + sums_at))[g]
             a_sums[3] = (<const float*> (a3 + sums_at))[g]
-            group_tile_4(panel, scales, zero_points, a + at, a1 + at, a2 + at, a3 + at, a_sums, acc, units)
+            group_tile_4(panel, scales, zero_points, a + at, a1 + at, a2 + at, a3 + at, a_sums, acc, units,
+                         4 * PANEL * units_of_row(k, group))
         panel += 4 * PANEL * units
         at += DQ_CODES * units
         scales += PANEL
