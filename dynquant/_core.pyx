@@ -52,6 +52,8 @@ cdef enum:
     BLOCK = 4096
     RUN = 64 * BLOCK
     STREAM = 1 << 23
+    LARGER_THAN_CACHES = 1 << 24
+    FETCHED_AHEAD = 1 << 13
     MAX_STEPS = 8
     SEARCH_STEPS = 23
 
@@ -1024,15 +1026,17 @@ cdef void multiply_group_panels(const uint8_t* panels, const float* scales, cons
                                 const float* bias, const uint8_t* a, const float* a_scales, float* out,
                                 Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group,
                                 Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    cdef Py_ssize_t each = panel_scales(k, group), p, c
+    cdef Py_ssize_t each = panel_scales(k, group), width = kernels.group_panel_bytes(k, group), p, c
+    # With three streams to follow the hardware's prefetcher is too slow for main memory, and does better alone
+    # where codes come from a cache.
+    cdef Py_ssize_t ahead = FETCHED_AHEAD if panels_of(n) * width >= LARGER_THAN_CACHES else 0
     cdef const float* shift = NULL
     for p in range(first, end if end < panels_of(n) else panels_of(n)):
         c = p * kernels.panel_outputs
         if bias != NULL:
             shift = bias + c
-        kernels.gemm_panel_u4s8_f32(panels + p * kernels.group_panel_bytes(k, group), scales + p * each,
-                                    zero_points + p * each, shift, a, a_scales, out + c, n, m,
-                                    outputs_of(n, c), k, group)
+        kernels.gemm_panel_u4s8_f32(panels + p * width, scales + p * each, zero_points + p * each, shift, a,
+                                    a_scales, out + c, n, m, outputs_of(n, c), k, group, ahead)
 
 
 # ---------------------------------------------------------------------------------------------------------

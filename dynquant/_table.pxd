@@ -66,7 +66,7 @@ ctypedef struct Kernels:
     void (*gemm_panel_u4s8_f32)(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
                                 const float* bias, const uint8_t* a, const float* a_scales,
                                 float* out, Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t cols,
-                                Py_ssize_t k, Py_ssize_t group) noexcept nogil
+                                Py_ssize_t k, Py_ssize_t group, Py_ssize_t ahead) noexcept nogil
     # stats.pxi
     void (*min_max_row_f32)(const float* x, float* least, float* most, Py_ssize_t n) noexcept nogil
     double (*sum_row_f32_f64)(const float* x, Py_ssize_t n) noexcept nogil

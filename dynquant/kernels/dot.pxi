@@ -61,8 +61,8 @@ cdef struct RestStep:
 
 # A run of a vector that is to be multiplied with many rows of weights. Its steps begin where rows that lie
 # like the first one have an aligned address, for a load that straddles two lines of the cache takes twice as
-# long. The elements before are a step of their own, `head` of them followed by zeros, and so are those after the
-# last whole step, `tail` of them after zeros. In between lie `body` elements.
+# long. The elements before are a step of their own, `head` of them followed by zeros, and so are those after
+# the last whole step, `tail` of them after zeros. In between lie `body` elements.
 cdef struct Run:
     int8_t codes_memory[MATVEC_BLOCK + 3 * DQ_DOT_STEP]
     int8_t rests[MATVEC_BLOCK + 2 * DQ_DOT_STEP]

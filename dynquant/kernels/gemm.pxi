@@ -141,6 +141,13 @@ cdef void pack_activation_s8(int8_t* codes, uint8_t* a, Py_ssize_t start, Py_ssi
             wide[i] = codes[i]
 
 
+cdef inline void prefetch(const uint8_t* bytes, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i = 0
+    while i < n:
+        dq_prefetch(bytes + i)
+        i += LINE
+
+
 # sums (PANEL,) = one block of a panel times one row of activations. No int32 wraps: a sum is at most
 # 2**16 * 127 * 255 = 2,122,383,360 < 2**31 in magnitude before the excess comes off.
 cdef inline void tile_1(const uint8_t* block, const uint8_t* a, int32_t* sums,
@@ -174,9 +181,7 @@ cdef inline void tile_4(const uint8_t* block, const uint8_t* a0, const uint8_t* 
     cdef dq_spread_act k
     cdef Py_ssize_t i
     for i in range(steps):
-        dq_prefetch(block + steps * (PANEL * DQ_DEPTH))
-        if PANEL * DQ_DEPTH > LINE:
-            dq_prefetch(block + steps * (PANEL * DQ_DEPTH) + LINE)
+        prefetch(block + steps * (PANEL * DQ_DEPTH), PANEL * DQ_DEPTH)
         w0 = dq_weights_load(block)
         w1 = dq_weights_load(block + DQ_LANES * DQ_DEPTH)
         k = dq_spread(a0 + 4 * i)

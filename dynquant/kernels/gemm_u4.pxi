@@ -161,18 +161,20 @@ cdef inline int32_t sum_codes(const int8_t* codes, Py_ssize_t n) noexcept nogil:
     return sum
 
 
-# acc (PANEL,) += one group of one row: `units` units of codes times activations, as dq_group_add has it. Two
-# units at a time, each with sums of its own: one chain of multiply-adds would be slower than memory.
-cdef inline void group_tile_1(const uint8_t* w, const float* scales, const uint8_t* zero_points,
-                              const uint8_t* a, float a_sum, float* acc, Py_ssize_t units) noexcept nogil:
-    cdef dq_sums s0 = dq_sums_zero(), s1 = s0
+# s0 and s1 = the sums of one group of one row: `units` units of codes times activations. Four units at a
+# time, a whole group of 32 k: no branch between them, and two chains of multiply-adds for each sum, for one
+# would be slower than memory. Unless it is 0, codes are fetched from `ahead` bytes on.
+cdef inline void group_tile_1(const uint8_t* w, const uint8_t* a, dq_sums* s0, dq_sums* s1, Py_ssize_t units,
+                              Py_ssize_t ahead) noexcept nogil:
     cdef dq_part p0, p1, q0, q1
     cdef dq_spread_act even, odd
-    cdef Py_ssize_t i, n
-    while units > 0:
-        n = units if units < DQ_CODES_RUN else DQ_CODES_RUN
+    cdef Py_ssize_t i
+    s0[0] = s1[0] = dq_sums_zero()
+    while units >= 4:
+        if ahead:
+            prefetch(w + ahead, 16 * PANEL)
         p0 = p1 = q0 = q1 = dq_part_zero()
-        for i in range(n // 2):
+        for i in range(2):
             even, odd = dq_spread(a), dq_spread(a + 4)
             p0 = dq_codes_step(p0, dq_codes_load(w), even, odd)
             p1 = dq_codes_step(p1, dq_codes_load(w + 4 * DQ_LANES), even, odd)
@@ -181,16 +183,18 @@ cdef inline void group_tile_1(const uint8_t* w, const float* scales, const uint8
             q1 = dq_codes_step(q1, dq_codes_load(w + 4 * PANEL + 4 * DQ_LANES), even, odd)
             w += 8 * PANEL
             a += 2 * DQ_CODES
-        if n % 2:
+        s0[0] = dq_part_add(dq_part_add(s0[0], p0), q0)
+        s1[0] = dq_part_add(dq_part_add(s1[0], p1), q1)
+        units -= 4
+    if units:
+        p0 = p1 = dq_part_zero()
+        for i in range(units):
             even, odd = dq_spread(a), dq_spread(a + 4)
             p0 = dq_codes_step(p0, dq_codes_load(w), even, odd)
             p1 = dq_codes_step(p1, dq_codes_load(w + 4 * DQ_LANES), even, odd)
             w += 4 * PANEL
             a += DQ_CODES
-        s0, s1 = dq_part_add(dq_part_add(s0, p0), q0), dq_part_add(dq_part_add(s1, p1), q1)
-        units -= n
-    add_group(acc, s0, s1, dq_zero_points_load(zero_points), dq_zero_points_load(zero_points + DQ_LANES),
-              a_sum, scales)
+        s0[0], s1[0] = dq_part_add(s0[0], p0), dq_part_add(s1[0], p1)
 
 
 cdef inline void add_group(float* acc, dq_sums s0, dq_sums s1, dq_floats z0, dq_floats z1, float a_sum,
@@ -200,10 +204,12 @@ cdef inline void add_group(float* acc, dq_sums s0, dq_sums s1, dq_floats z0, dq_
                                                  dq_floats_load(scales + DQ_LANES)))
 
 
-# acc (4, PANEL) += the same for four rows, each with the sum at a_sums; as tile_4, and named for its reason.
+# acc (4, PANEL) += one group of four rows, each with the sum at a_sums, as dq_group_add has it; the codes of
+# the next panel, `ahead` bytes on, are fetched meanwhile. As tile_4, and with names for its reason.
 cdef inline void group_tile_4(const uint8_t* w, const float* scales, const uint8_t* zero_points,
                               const uint8_t* a0, const uint8_t* a1, const uint8_t* a2, const uint8_t* a3,
-                              const float* a_sums, float* acc, Py_ssize_t units, Py_ssize_t ahead) noexcept nogil:
+                              const float* a_sums, float* acc, Py_ssize_t units,
+                              Py_ssize_t ahead) noexcept nogil:
     cdef dq_sums s00 = dq_sums_zero(), s01 = s00, s10 = s00, s11 = s00, s20 = s00, s21 = s00, s30 = s00
     cdef dq_sums s31 = s00
     cdef dq_part p00, p01, p10, p11, p20, p21, p30, p31
@@ -215,9 +221,7 @@ cdef inline void group_tile_4(const uint8_t* w, const float* scales, const uint8
         n = units - start if units - start < DQ_CODES_RUN else DQ_CODES_RUN
         p00 = p01 = p10 = p11 = p20 = p21 = p30 = p31 = dq_part_zero()
         for i in range(start, start + n):
-            dq_prefetch(w + ahead)
-            if 4 * PANEL > LINE:
-                dq_prefetch(w + ahead + LINE)
+            prefetch(w + ahead, 4 * PANEL)
             w0, w1 = dq_codes_load(w), dq_codes_load(w + 4 * DQ_LANES)
             even, odd = dq_spread(a0 + DQ_CODES * i), dq_spread(a0 + DQ_CODES * i + 4)
             p00 = dq_codes_step(p00, w0, even, odd)
@@ -244,14 +248,40 @@ cdef inline void group_tile_4(const uint8_t* w, const float* scales, const uint8
     add_group(acc + 3 * PANEL, s30, s31, z0, z1, a_sums[3], scales)
 
 
-# acc (rows, PANEL) = all groups of at most EXACT k, added up in ascending order, for rows <= 4 rows of a.
-# Two and three rows take the tile of four, with the last row repeated.
-cdef inline void short_groups(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
-                              const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows, float* acc, Py_ssize_t k,
-                              Py_ssize_t group) noexcept nogil:
+# acc (PANEL,) = all groups of at most EXACT k of one row, added up in ascending order.
+cdef inline void short_groups_1(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
+                                const uint8_t* a, float* acc, Py_ssize_t k, Py_ssize_t group,
+                                Py_ssize_t ahead) noexcept nogil:
+    cdef const float* a_sums = <const float*> (a + DQ_CODES * units_of_row(k, group))
+    cdef dq_sums s0, s1
+    cdef dq_floats acc0, acc1
+    cdef Py_ssize_t start = 0, units
+    memset(acc, 0, PANEL * sizeof(float))
+    acc0 = acc1 = dq_floats_load(acc)
+    while start < k:
+        units = units_of(group_len(start, k, group))
+        group_tile_1(panel, a, &s0, &s1, units, ahead)
+        acc0 = dq_group_add(acc0, s0, dq_zero_points_load(zero_points), a_sums[0], dq_floats_load(scales))
+        acc1 = dq_group_add(acc1, s1, dq_zero_points_load(zero_points + DQ_LANES), a_sums[0],
+                            dq_floats_load(scales + DQ_LANES))
+        panel += 4 * PANEL * units
+        a += DQ_CODES * units
+        a_sums += 1
+        scales += PANEL
+        zero_points += PANEL
+        start += group
+    dq_floats_store(acc, acc0)
+    dq_floats_store(acc + DQ_LANES, acc1)
+
+
+# acc (rows, PANEL) = the same for 2 <= rows <= 4 rows of a. Two and three rows take the tile of four, with
+# the last row repeated.
+cdef inline void short_groups_4(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
+                                const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows, float* acc,
+                                Py_ssize_t k, Py_ssize_t group) noexcept nogil:
     cdef Py_ssize_t sums_at = DQ_CODES * units_of_row(k, group), g, units = units_of(group), at = 0
     cdef Py_ssize_t groups = groups_of(k, group)
-    cdef const uint8_t* a1 = a + (1 if rows > 1 else 0) * stride
+    cdef const uint8_t* a1 = a + stride
     cdef const uint8_t* a2 = a + (rows - 1 if rows < 3 else 2) * stride
     cdef const uint8_t* a3 = a + (rows - 1) * stride
     cdef float a_sums[4]
@@ -260,14 +290,11 @@ cdef inline void short_groups(const uint8_t* panel, const float* scales, const u
         if g == groups - 1:
             units = units_of(k - g * group)
         a_sums[0] = (<const float*> (a + sums_at))[g]
-        if rows == 1:
-            group_tile_1(panel, scales, zero_points, a + at, a_sums[0], acc, units)
-        else:
-            a_sums[1] = (<const float*> (a1 + sums_at))[g]
-            a_sums[2] = (<const float*> (a2 + sums_at))[g]
-            a_sums[3] = (<const float*> (a3 + sums_at))[g]
-            group_tile_4(panel, scales, zero_points, a + at, a1 + at, a2 + at, a3 + at, a_sums, acc, units,
-                         4 * PANEL * units_of_row(k, group))
+        a_sums[1] = (<const float*> (a1 + sums_at))[g]
+        a_sums[2] = (<const float*> (a2 + sums_at))[g]
+        a_sums[3] = (<const float*> (a3 + sums_at))[g]
+        group_tile_4(panel, scales, zero_points, a + at, a1 + at, a2 + at, a3 + at, a_sums, acc, units,
+                     4 * PANEL * units_of_row(k, group))
         panel += 4 * PANEL * units
         at += DQ_CODES * units
         scales += PANEL
@@ -282,6 +309,7 @@ cdef inline void long_groups(const uint8_t* panel, const float* scales, const ui
     cdef float ones[PANEL]
     cdef float block[PANEL]
     cdef int64_t sums[PANEL]
+    cdef dq_sums s0, s1
     cdef Py_ssize_t start = 0, n, b, c, units
     for c in range(PANEL):
         ones[c] = 1
@@ -292,7 +320,9 @@ cdef inline void long_groups(const uint8_t* panel, const float* scales, const ui
         for b in range(blocks_of(n)):
             units = units_of(block_len(b, n))
             memset(block, 0, sizeof(block))
-            group_tile_1(panel, ones, zero_points, a, a_sums[b], block, units)
+            group_tile_1(panel, a, &s0, &s1, units, 0)
+            add_group(block, s0, s1, dq_zero_points_load(zero_points),
+                      dq_zero_points_load(zero_points + DQ_LANES), a_sums[b], ones)
             for c in range(PANEL):
                 sums[c] += <int64_t> block[c]
             panel += 4 * PANEL * units
@@ -307,20 +337,23 @@ cdef inline void long_groups(const uint8_t* panel, const float* scales, const ui
 
 # One panel times m rows of activations: out[r][c] = acc * a_scales[r] + bias[c] for c < cols <= PANEL, rows
 # of out `out_stride` apart, where acc is the float32 sum over the groups, in ascending order and from 0, of
-# float32(exact sum of (code - zero_point) * a) * scale.
+# float32(exact sum of (code - zero_point) * a) * scale. A single row has codes fetched from `ahead` bytes on,
+# unless that is 0.
 cdef void gemm_panel_u4s8_f32(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
                               const float* bias, const uint8_t* a, const float* a_scales, float* out,
                               Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t cols, Py_ssize_t k,
-                              Py_ssize_t group) noexcept nogil:
+                              Py_ssize_t group, Py_ssize_t ahead) noexcept nogil:
     cdef float acc[ROWS * PANEL]
     cdef Py_ssize_t stride = group_activation_bytes(k, group), r, c, rows
     while m > 0:
-        if group <= EXACT:
-            rows = m if m < ROWS else ROWS
-            short_groups(panel, scales, zero_points, a, stride, rows, acc, k, group)
-        else:
-            rows = 1
+        rows = 1
+        if group > EXACT:
             long_groups(panel, scales, zero_points, a, acc, k, group)
+        elif m == 1:
+            short_groups_1(panel, scales, zero_points, a, acc, k, group, ahead)
+        else:
+            rows = m if m < ROWS else ROWS
+            short_groups_4(panel, scales, zero_points, a, stride, rows, acc, k, group)
         for r in range(rows):
             for c in range(cols):
                 out[r * out_stride + c] = acc[r * PANEL + c] * a_scales[r]

@@ -570,13 +570,35 @@ static void columns(void) {
     same("of a row that is in it", four, one, 4 * n);
 }
 
+/* 8-bit weights, and rows of codes that come in parts. */
 static void panels(void) {
     const int64_t k = take(1) == 255 ? 65536 + length(3000) : 1 + length(3000), rows = 1 + take(1) % kernels->panel_outputs;
-    const int8_t *w = codes_from(rows * k, -128);
-    int8_t *back = array(rows * k, 1), *panel = lines(kernels->panel_bytes(k));
+    const int64_t m = 1 + take(1) % 6, stride = rows + take(1) % 5, width = kernels->activation_bytes(k);
+    const float *scales = moderate_floats(rows, take(1)), *a_scales = moderate_floats(m, 0);
+    const float *bias = take(1) % 2 ? moderate_floats(rows, 0) : NULL;
+    const int8_t *w = codes_from(rows * k, -128), *codes = codes_from(m * k, -127);
+    int8_t *back = array(rows * k, 1), part[4096];
+    uint8_t *panel = lines(kernels->panel_bytes(k)), *a = lines(m * width);
+    float *out = sentinel(4 * ((m - 1) * stride + rows), 4);
     kernels->pack_panel_s8(w, rows, panel, k);
     kernels->unpack_panel_s8(panel, back, rows, k);
     same("weights", back, w, rows * k);
+    for (int64_t r = 0; r < m; r++)
+        for (int64_t i = 0; i < k; i += sizeof part) {
+            const int64_t n = k - i < (int64_t)sizeof part ? k - i : (int64_t)sizeof part;
+            memcpy(part, codes + r * k + i, n);
+            kernels->pack_activation_s8(part, a + r * width, i, n, k);
+        }
+    kernels->gemm_panel_s8s8_f32(panel, scales, bias, a, a_scales, out, stride, m, rows, k);
+    for (int64_t r = 0; r < m; r++)
+        for (int64_t c = 0; c < rows; c++) {
+            int64_t sum = 0;
+            for (int64_t i = 0; i < k; i++) sum += w[c * k + i] * codes[r * k + i];
+            float y = (float)sum * scales[c] * a_scales[r];
+            if (bias) y += bias[c];
+            same_floats("outputs", out + r * stride + c, &y, 1);
+        }
+    for (int64_t r = 0; r + 1 < m; r++) untouched(out + r * stride + rows, 4 * (stride - rows));
 }
 
 /* As matmul, for 4-bit weights with a scale and perhaps a zero point for each group. */
@@ -650,7 +672,8 @@ static void groups(void) {
     same_floats("scales", scales_back, scales, rows * count);
     if (!symmetric) same("zero points", zeros_back, zeros, rows * count);
     for (int64_t r = 0; r < m; r++) kernels->pack_group_activation_s8(codes + r * k, a + r * width, k, group);
-    kernels->gemm_panel_u4s8_f32(panel, panel_scales, panel_zeros, bias, a, a_scales, out, stride, m, rows, k, group);
+    kernels->gemm_panel_u4s8_f32(panel, panel_scales, panel_zeros, bias, a, a_scales, out, stride, m, rows, k, group,
+                                 take(1) % 2 * 8192);
     for (int64_t r = 0; r < m; r++)
         for (int64_t c = 0; c < rows; c++) {
             float total = total_of(w + c * bytes, scales + c * count, symmetric ? NULL : zeros + c * count,
