@@ -1027,8 +1027,8 @@ cdef void multiply_group_panels(const uint8_t* panels, const float* scales, cons
                                 Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group,
                                 Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     cdef Py_ssize_t each = panel_scales(k, group), width = kernels.group_panel_bytes(k, group), p, c
-    # With three streams to follow the hardware's prefetcher is too slow for main memory, and does better alone
-    # where codes come from a cache.
+    # With three streams to follow, the hardware's prefetcher is too slow for main memory; where codes come
+    # from a cache, it does better alone.
     cdef Py_ssize_t ahead = FETCHED_AHEAD if panels_of(n) * width >= LARGER_THAN_CACHES else 0
     cdef const float* shift = NULL
     for p in range(first, end if end < panels_of(n) else panels_of(n)):

@@ -24,6 +24,7 @@ cdef extern from "kernels/simd.h" nogil:
     void dq_widen_step(const uint16_t* x, float* out)
     enum: DQ_LANES
     enum: DQ_DEPTH
+    enum: DQ_RAISED
     enum: DQ_TRIMMED
     enum: DQ_PAIR
     enum: DQ_PAIRS_STEP

@@ -78,10 +78,6 @@ cdef struct Run:
 # a (n,), DQ_DOT_STEP <= n <= MATVEC_BLOCK, for rows of weights that lie like w.
 cdef inline void prepare_run(const int8_t* a, const int8_t* w, Run* run, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t step = DQ_DOT_STEP, i, end
-    cdef int32_t total = 0
-    for i in range(n):
-        total += a[i]
-    run.excess = 128 * total
     run.codes = &run.codes_memory[0] + (-<Py_ssize_t> run.codes_memory & (step - 1))
     run.head = -<Py_ssize_t> w & (step - 1)
     run.tail = (n - run.head) % step
@@ -92,6 +88,7 @@ cdef inline void prepare_run(const int8_t* a, const int8_t* w, Run* run, Py_ssiz
     memcpy(run.codes + step, a + run.head, run.body)
     memset(run.codes + end, 0, step)
     memcpy(run.codes + end + step - run.tail, a + n - run.tail, run.tail)
+    run.excess = negate_odd(run.codes, end + step)
     run.rest_count = 0
     if DQ_TRIMMED:
         trim_step(run, 0, 0)

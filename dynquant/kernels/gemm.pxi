@@ -1,12 +1,12 @@
 # The exact integer product of int8 weights and int8 activations, on weights packed into panels.
 #
-# A panel holds the weights of PANEL = 2 * DQ_LANES outputs, each weight as a byte w + 128, in blocks of at
-# most GEMM_BLOCK k: for each DQ_DEPTH k the weights of all the outputs, in the order of simd.h. A matrix
+# A panel holds the weights of PANEL = 2 * DQ_LANES outputs, as bytes without a sign, in blocks of at most
+# GEMM_BLOCK k: for each DQ_DEPTH k the weights of all the outputs, in the order of simd.h. A matrix
 # product reads the panels one after the other, each from start to end: so does one with a single row, at the
 # speed of memory.
 #
 # Activations lie row by row, each in activation_bytes(k), in blocks as the weights: a CodedBlock, four bytes
-# for each DQ_DEPTH k, and where DQ_TRIMMED is 1 the rests, as trim.pxi has them, each in a step of its own.
+# for each DQ_DEPTH k, and where DQ_TRIMMED is 1 the rests, each in a step of its own: trim.pxi says why.
 
 
 cdef struct CodedBlock:
@@ -71,24 +71,19 @@ cdef inline void move_bytes(int8_t* w, uint8_t* packed, Py_ssize_t n, bint back)
         memcpy(packed, w, n)
 
 
-# 128 added to n bytes, or taken off again.
-cdef inline void flip_signs(uint8_t* bytes, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(n):
-        bytes[i] ^= 0x80
-
-
 # w (rows, k) in [-128, 127], rows <= PANEL -> panel, panel_bytes(k). What is past the last output or k is 0.
 cdef void pack_panel_s8(const int8_t* w, Py_ssize_t rows, uint8_t* panel, Py_ssize_t k) noexcept nogil:
     memset(panel, 0, panel_bytes(k))
     move_panel(<int8_t*> w, k, rows, panel, False)
-    flip_signs(panel, panel_bytes(k))
+    raise_weights(panel, panel_bytes(k))
 
 
 # panel -> w (rows, k): the inverse of pack_panel_s8.
 cdef void unpack_panel_s8(const uint8_t* panel, int8_t* w, Py_ssize_t rows, Py_ssize_t k) noexcept nogil:
+    cdef Py_ssize_t r
     move_panel(w, k, rows, <uint8_t*> panel, True)
-    flip_signs(<uint8_t*> w, rows * k)
+    for r in range(rows):
+        raise_weights(<uint8_t*> w + r * k, k)
 
 
 cdef inline uint8_t* codes_of(CodedBlock* block) noexcept nogil:
@@ -119,18 +114,15 @@ cdef inline void trim_pairs(int8_t* codes, CodedBlock* block, Py_ssize_t start, 
 
 # codes (n,) in [-127, 127], at `start` of a row of k -> their part of the row a. Parts come one after the
 # other; each but the last is a multiple of DQ_PAIRS_STEP long, and none goes beyond a block. The codes are
-# used up: trimmed, and filled up with zeros to a multiple of DQ_PAIRS_STEP.
+# used up: changed, trimmed, and filled up with zeros to a multiple of DQ_PAIRS_STEP.
 cdef void pack_activation_s8(int8_t* codes, uint8_t* a, Py_ssize_t start, Py_ssize_t n,
                              Py_ssize_t k) noexcept nogil:
     cdef CodedBlock* block = <CodedBlock*> (a + start // GEMM_BLOCK * coded_bytes(GEMM_BLOCK))
     cdef Py_ssize_t at = start % GEMM_BLOCK, i
     cdef int16_t* wide = <int16_t*> codes_of(block) + at
-    cdef int32_t total = 0
     if at == 0:
         block.excess = block.rests = 0
-    for i in range(n):
-        total += codes[i]
-    block.excess += 128 * total
+    block.excess += negate_odd(codes, n)
     memset(codes + n, 0, -n & (DQ_PAIRS_STEP - 1))
     if DQ_TRIMMED:
         trim_pairs(codes, block, at, n, block_k(start - at, k))

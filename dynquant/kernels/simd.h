@@ -170,8 +170,9 @@ static inline void dq_widen_step(const uint16_t* x, float* out) {
 /* acc += w[i] * a[i] over DQ_DOT_STEP elements, w in [-128, 127], a in [-127, 127]; exact as long as every
    lane's sum fits int32. dq_acc_sum adds up the lanes, whose total must fit too.
 
-   dq_raised_step adds (w[i] + 128) * a[i] instead, which takes fewer instructions; where DQ_TRIMMED is 1, pairs
-   of a are trimmed as for a sums step, below. */
+   dq_raised_step takes w as bytes without a sign, made of it by an exclusive or with DQ_RAISED, and a as it is
+   to be for a sums step, below: fewer instructions, and a number that is to be taken off the sum. */
+#define DQ_RAISED 0x7F80
 #if defined(__AVX512VNNI__)
 
 /* vpdpbusd multiplies unsigned by signed bytes: a is taken as a + 128, and 128 * w is summed beside it.
@@ -193,7 +194,7 @@ static inline dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a) {
     return acc;
 }
 static inline dq_acc dq_raised_step(dq_acc acc, const int8_t* w, const int8_t* a) {
-    const __m512i raised = _mm512_xor_si512(_mm512_loadu_si512(w), _mm512_set1_epi8((char)0x80));
+    const __m512i raised = _mm512_xor_si512(_mm512_loadu_si512(w), _mm512_set1_epi16(DQ_RAISED));
     acc.shifted = _mm512_dpbusd_epi32(acc.shifted, raised, _mm512_loadu_si512(a));
     return acc;
 }
@@ -220,7 +221,7 @@ static inline dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a) {
 }
 static inline dq_acc dq_raised_step(dq_acc acc, const int8_t* w, const int8_t* a) {
     const __m256i vw = _mm256_loadu_si256((const __m256i*)w), va = _mm256_loadu_si256((const __m256i*)a);
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_xor_si256(vw, _mm256_set1_epi8((char)0x80)), va);
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_xor_si256(vw, _mm256_set1_epi16(DQ_RAISED)), va);
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 static inline int32_t dq_acc_sum(dq_acc acc) {
@@ -246,7 +247,7 @@ static inline dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a) {
 }
 static inline dq_acc dq_raised_step(dq_acc acc, const int8_t* w, const int8_t* a) {
     const __m128i zero = _mm_setzero_si128(), va = _mm_loadu_si128((const __m128i*)a);
-    const __m128i vw = _mm_xor_si128(_mm_loadu_si128((const __m128i*)w), _mm_set1_epi8((char)0x80));
+    const __m128i vw = _mm_xor_si128(_mm_loadu_si128((const __m128i*)w), _mm_set1_epi16(DQ_RAISED));
     const __m128i low = _mm_srai_epi16(_mm_unpacklo_epi8(va, va), 8);
     const __m128i high = _mm_srai_epi16(_mm_unpackhi_epi8(va, va), 8);
     acc = _mm_add_epi32(acc, _mm_madd_epi16(_mm_unpacklo_epi8(vw, zero), low));
@@ -267,7 +268,7 @@ static inline dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a) {
     return acc + w[0] * a[0] + w[1] * a[1] + w[2] * a[2] + w[3] * a[3];
 }
 static inline dq_acc dq_raised_step(dq_acc acc, const int8_t* w, const int8_t* a) {
-    for (int j = 0; j < DQ_DOT_STEP; j++) acc += (w[j] + 128) * a[j];
+    for (int j = 0; j < DQ_DOT_STEP; j++) acc += (uint8_t)(w[j] ^ DQ_RAISED >> j % 2 * 8) * a[j];
     return acc;
 }
 static inline int32_t dq_acc_sum(dq_acc acc) { return acc; }
@@ -275,8 +276,7 @@ static inline int32_t dq_acc_sum(dq_acc acc) { return acc; }
 #endif
 
 /* acc[lane] += sum over DQ_DEPTH k of w[k][lane] * a[k], w in [0, 255], a in [-127, 127], exact as long as
-   acc fits: the step of a matrix product. Weights are bytes to which 128 was added, so that 128 times the sum
-   of the activations is to be taken off. They come DQ_LANES outputs side by side, DQ_DEPTH consecutive k of an
+   acc fits: the step of a matrix product. trim.pxi says what w and a stand for. Weights come DQ_LANES outputs side by side, DQ_DEPTH consecutive k of an
    output next to each other, which is what one multiply-add instruction takes; a dq_weights is DQ_LANES *
    DQ_DEPTH bytes of them, made ready. Activations come as DQ_DEPTH consecutive k in four bytes, which dq_spread
    gives to every lane: bytes, or int16 where DQ_DEPTH is 2.

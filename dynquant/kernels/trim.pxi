@@ -1,11 +1,39 @@
-# How products of bytes stay exact where the instruction adds them up in int16 (DQ_TRIMMED is 1).
+# How a product of signed bytes is made one of unsigned bytes with signed ones, which is what instructions
+# multiply, and how it stays exact where they add it up in int16 (DQ_TRIMMED is 1).
 #
-# Weights are taken as bytes w + 128, up to 255. Times two activations of one sign that are at most DQ_PAIR
-# together they fit int16. Of a larger pair the rest, at most 126, is multiplied in a step of its own. Codes
-# that were scaled by their largest magnitude seldom have such pairs: of normally distributed ones 2 to 5 of
-# 100 steps of four, and fewer where some are far larger than the others. At the worst, where all codes are
-# 127 or -127, every step is made twice. Trimming the weights instead would not depend on what comes later,
-# but their rests would have to be kept in memory, and cost every row.
+# Of two neighbours, k even, w[k] becomes w[k] + 128 and w[k + 1] becomes 127 - w[k + 1], both an exclusive
+# or; and a[k + 1] becomes -a[k + 1]. That adds 128 * a[k] - 127 * a[k + 1] to every sum, to be taken off
+# again. Weights of up to 255 fit int16 beside a pair of activations in which what has one sign is at most
+# DQ_PAIR altogether: 255 * 128 = 32,640 < 2**15. Of a larger pair the rest, at most 126, is multiplied in a
+# step of its own. That is seldom, for codes are scaled by their largest magnitude, and two large ones have to
+# meet, of opposite signs: in 2 to 5 of 100 steps of four where they are normally distributed, in fewer where
+# some are far larger than the others, in none where all have the same sign, as after a ReLU. At the worst,
+# where 127 and -127 alternate, every step is made twice. Trimming the weights instead would not depend on
+# what comes later, but their rests would have to be kept in memory, and cost every row.
+
+
+# Makes n bytes of weights what they are multiplied as, or these weights again.
+cdef inline void raise_weights(uint8_t* bytes, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        bytes[i] ^= <uint8_t> (DQ_RAISED >> 8 if i & 1 else DQ_RAISED)
+
+
+# The same for n codes of activations, the first of them even. Returns the excess of every sum over them.
+# Three plain loops vectorise, one that does all does not.
+cdef inline int32_t negate_odd(int8_t* codes, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int32_t before = 0, after = 0
+    cdef int8_t odd
+    for i in range(n):
+        before += codes[i]
+    for i in range(n):
+        odd = <int8_t> -(i & 1)
+        codes[i] = <int8_t> ((codes[i] ^ odd) - odd)
+    for i in range(n):
+        after += codes[i]
+    # before - after is twice the sum of the odd ones.
+    return 128 * after + (before - after) // 2
 
 
 # A pair that is beyond DQ_PAIR leaves its rest in `rest`, which is 0 before. The larger of the two gives way:

@@ -27,6 +27,7 @@ static inline void _mm512_storeu_ps(void* out, __m512 v) { memcpy(out, &v, 64); 
 
 static inline __m512i _mm512_setzero_si512(void) { return (__m512i){0}; }
 static inline __m512i _mm512_set1_epi32(int32_t x) { return (__m512i){0} + x; }
+static inline __m512i _mm512_set1_epi16(short x) { return (__m512i)((emulated_s16){0} + (int16_t)x); }
 static inline __m512i _mm512_set1_epi8(char x) { return (__m512i)((emulated_s8){0} + (int8_t)x); }
 static inline __m512 _mm512_set1_ps(float x) { return (__m512){0} + x; }
 #define _mm512_setr_epi32(...) ((__m512i){__VA_ARGS__})
