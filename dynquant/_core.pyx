@@ -118,7 +118,7 @@ cdef class FloatRows:
         return x
 
 
-# Floats start .. start + n of x, n <= BLOCK: where they lie, or widened into scratch.
+# Floats start .. start + n of x: where they lie, or, n <= BLOCK, widened into scratch.
 cdef inline const float* block_of(const Floats* x, Py_ssize_t start, Py_ssize_t n,
                                   float* scratch) noexcept nogil:
     if x.kind == F32:
@@ -132,6 +132,11 @@ cdef inline const float* block_of(const Floats* x, Py_ssize_t start, Py_ssize_t 
 
 cdef inline Py_ssize_t block_len(Py_ssize_t start, Py_ssize_t n) noexcept nogil:
     return n - start if n - start < BLOCK else BLOCK
+
+
+# The same where only scratch is short: float32 is taken at once.
+cdef inline Py_ssize_t run_len(const Floats* x, Py_ssize_t start, Py_ssize_t end) noexcept nogil:
+    return end - start if x.kind == F32 else block_len(start, end)
 
 
 def filled(type cls not None, data, scales, zero_points, shape, format):
@@ -157,7 +162,7 @@ cdef int32_t amax_bits(const Floats* x) noexcept nogil:
     cdef Py_ssize_t start = 0, n
     cdef int32_t b, most = 0
     while start < x.n:
-        n = block_len(start, x.n)
+        n = run_len(x, start, x.n)
         b = kernels.amax_bits_f32(block_of(x, start, n, scratch), n)
         most = b if b > most else most
         start += n
@@ -329,7 +334,8 @@ cdef inline QuantRow quant_row(const int8_t* codes, const float* scales, const u
     return row
 
 
-# Codes, a byte each, of floats start .. start + n, n <= BLOCK; zeros where the scale is 0.
+# Codes, a byte each, of floats start .. start + n, n <= BLOCK unless they are float32; zeros where the scale
+# is 0.
 cdef void code_block(const Floats* x, const QuantRow* row, Py_ssize_t start, Py_ssize_t n, int32_t clip,
                      bint stream, int8_t* codes) noexcept nogil:
     cdef float scratch[BLOCK]
@@ -358,7 +364,7 @@ cdef void code_run(const Floats* x, const QuantRow* row, Py_ssize_t start, Py_ss
     cdef int8_t block[BLOCK]
     cdef Py_ssize_t n
     while start < end:
-        n = block_len(start, end)
+        n = block_len(start, end) if row.packed else run_len(x, start, end)
         if row.packed:
             code_block(x, row, start, n, clip, False, block)
             kernels.pack_row_s8_s4(block, <uint8_t*> row.codes + start // 2, n)
