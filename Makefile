@@ -20,10 +20,10 @@ library = $$($(CC) -print-file-name=$(1).so)
 UNSANITIZED := $(addprefix --deselect tests/test_,memory.py allocation.py old_cpus.py \
 	import.py::test_time_and_memory_of_the_import)
 
-.PHONY: help demo test lint bench bench-peers wheel wheels sanitize tsan leaks fuzz old-cpus clean
+.PHONY: help demo test lint bench bench-peers bench-avx2 wheel wheels sanitize tsan leaks fuzz old-cpus clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -87,6 +87,9 @@ bench: $(VENV)/installed-bench  ## every kernel on every instruction set beside 
 
 bench-peers: $(VENV)/installed-bench $(VENV)/installed-peers  ## the same beside PyTorch and ONNX Runtime too
 	$(BIN)/python bench/run.py --peers $(BENCH_ARGS)
+
+bench-avx2: $(VENV)/installed-bench $(VENV)/installed-peers  ## the same with everybody kept from AVX-512
+	$(BIN)/python bench/run.py --peers --no-avx512 $(BENCH_ARGS)
 
 wheel: $(VENV)/installed  ## build the wheel into dist/
 	@ls -l dist

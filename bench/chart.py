@@ -167,9 +167,10 @@ def _ratio_axis(axes: Any, which: str, rows: list[dict[str, Any]]) -> None:
 
 def _entitle(figure: Any, report: dict[str, Any], rows: list[dict[str, Any]], isa: str) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    others = "" if report.get("avx512", True) else ", nobody with AVX-512"
     figure.suptitle(
         "Time of the other library / time of dynquant: above 1x dynquant is faster\n"
-        f"{report['machine']['cpu']}, {isa}, one thread unless it says otherwise\n{versions}"
+        f"{report['machine']['cpu']}, {isa}{others}, one thread unless it says otherwise\n{versions}"
     )
     drawn = {
         library: colour

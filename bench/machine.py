@@ -68,9 +68,9 @@ def level_of(footprint: int) -> str:
     return next((level for level in ("l2", "l3") if footprint <= sizes[level]), "dram")
 
 
-def measure_limits(seconds: float) -> dict[str, Any]:
-    """Bytes or operations a second, with `seconds` spent on each loop."""
-    _isa.select()
+def measure_limits(isa: str, seconds: float) -> dict[str, Any]:
+    """Bytes or operations a second, with `seconds` spent on each loop, those of dynquant on `isa`."""
+    _isa.select(isa)
     sizes = cache_sizes()
     dram = min(max(4 * sizes["l3"], 64 << 20), 1 << 30)
     buffers = dict(zip(LEVELS, (sizes["l2"] // 2, sizes["l3"] // 4, dram), strict=True))

@@ -8,9 +8,14 @@ that a machine that is slow for a while is slow for both sides of it.
 from __future__ import annotations
 
 import os
+import sys
+
+import no_avx512
 
 # One thread for everybody, unless a case asks for more; the libraries read these while they are imported.
 os.environ.update(OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", OMP_NUM_THREADS="1")
+if "--no-avx512" in sys.argv:
+    no_avx512.apply(with_peers="--peers" in sys.argv)
 
 import argparse
 import contextlib
@@ -22,7 +27,6 @@ import importlib.util
 import json
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,12 +61,12 @@ def main() -> int:
     if not cases:
         print(f"no case's name matches {args.cases!r}; there are: " + " ".join(case.name for case in CASES))
         return 2
-    isas = [isa for isa in usable_isas() if isa in (args.isa or _default_isas(args.quick))]
+    isas = [isa for isa in usable_isas() if isa in (args.isa or _default_isas(args))]
     rounds = args.rounds or (3 if args.quick else 15)
     keep_freed_memory()
     print(f"dynquant {dq.__version__} from {Path(dq.__file__).parent}")
-    limits = machine.measure_limits(0.02 if args.quick else 0.2)
-    report = _header(limits, rounds, args.peers)
+    limits = machine.measure_limits(isas[-1], 0.02 if args.quick else 0.2)
+    report = _header(limits, rounds, args)
     print(_limits_text(report["machine"], limits), flush=True)
 
     for case in cases:
@@ -76,8 +80,9 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--peers", action="store_true", help="also other libraries, where installed")
+    parser.add_argument("--no-avx512", action="store_true", help="keep everybody from AVX-512")
     parser.add_argument("--cases", default="", metavar="PATTERN", help="regular expression to find in names")
     parser.add_argument(
         "--isa",
@@ -98,14 +103,15 @@ def _chosen(args: argparse.Namespace) -> list[Case]:
     return cases
 
 
-def _default_isas(quick: bool) -> list[str]:
-    return usable_isas()[-1:] if quick else usable_isas()
+def _default_isas(args: argparse.Namespace) -> list[str]:
+    return usable_isas()[-1:] if args.quick or args.no_avx512 else usable_isas()
 
 
 def _default_out(args: argparse.Namespace) -> Path | None:
     """A measurement of everything is always saved; a part of it must not replace it."""
     partial = args.cases or args.isa or args.quick or args.rounds
-    return None if partial else RESULTS / ("peers.json" if args.peers else "numpy.json")
+    name = ("peers" if args.peers else "numpy") + ("_avx2" if args.no_avx512 else "")
+    return None if partial else RESULTS / f"{name}.json"
 
 
 def save(report: dict[str, Any], out: Path) -> None:
@@ -121,7 +127,8 @@ def save(report: dict[str, Any], out: Path) -> None:
 
 def usable_isas() -> list[str]:
     info = dq.simd_info()
-    return [isa for isa in info["built"] if isa in info["supported"]]
+    usable = [isa for isa in info["built"] if isa in info["supported"]]
+    return [isa for isa in usable if not ("--no-avx512" in sys.argv and isa.startswith("avx512"))]
 
 
 def keep_freed_memory() -> None:
@@ -137,18 +144,21 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _header(limits: dict[str, Any], rounds: int, with_peers: bool) -> dict[str, Any]:
+def _header(limits: dict[str, Any], rounds: int, args: argparse.Namespace) -> dict[str, Any]:
     versions = {"dynquant": dq.__version__, "numpy": np.__version__}
-    if with_peers:
+    if args.peers:
         import peers
 
         versions |= peers.versions()
+        if args.no_avx512:
+            no_avx512.check(peers)
     return {
         "schema": 2,
         "date": datetime.date.today().isoformat(),
         "machine": machine.describe(),
         "versions": versions,
         "limits": limits,
+        "avx512": not args.no_avx512,
         "rounds": rounds,
         "rows": [],
     }

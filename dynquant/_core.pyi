@@ -19,6 +19,7 @@ class FloatRows:
     k: int
     def __new__(cls, x: NDArray[Any], kind: int, m: int, k: int) -> FloatRows: ...
 
+def apart(a: NDArray[Any], b: NDArray[Any]) -> bool: ...
 def filled(cls: type, data: Any, scales: Any, zero_points: Any, shape: Any, format: Any) -> Any: ...
 def set_table(table: object) -> None: ...
 def isas_built() -> tuple[str, ...]: ...
@@ -42,7 +43,7 @@ def code_rows(
     within: bool,
     packed: bool,
     group: int,
-    codes: _I8,
+    codes: NDArray[Any],
     first: int = ...,
     end: int = ...,
 ) -> bool: ...
@@ -54,7 +55,7 @@ def quantize_rows(
     last_rank: int,
     packed: bool,
     group: int,
-    codes: _I8,
+    codes: NDArray[Any],
     first: int = ...,
     end: int = ...,
 ) -> bool: ...

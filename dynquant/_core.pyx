@@ -16,6 +16,7 @@
 # raises.
 
 cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_RawFree, PyMem_RawMalloc
 from cpython.object cimport PyObject, PyObject_GenericSetAttr
 from cpython.pycapsule cimport PyCapsule_GetPointer
@@ -50,7 +51,7 @@ cdef enum:
     BF16 = 2
     NON_FINITE = 0x7F800000
     BLOCK = 4096
-    RUN = 64 * BLOCK
+    RUN = 256 * BLOCK
     STREAM = 1 << 23
     LARGER_THAN_CACHES = 1 << 24
     FETCHED_AHEAD = 1 << 13
@@ -90,19 +91,18 @@ def isas_supported():
 @cython.no_gc
 @cython.freelist(8)
 cdef class FloatRows:
-    """m rows of k floats that follow each other in `x`: float32, or a 16-bit format seen as uint16."""
+    """m rows of k floats that follow each other in `x`, a C-contiguous array of the format `kind`."""
 
-    cdef const float[::1] f32
-    cdef const uint16_t[::1] half
+    cdef Py_buffer view
     cdef int kind
     cdef readonly Py_ssize_t m, k
 
     def __cinit__(self, x not None, int kind, Py_ssize_t m, Py_ssize_t k):
         self.kind, self.m, self.k = kind, m, k
-        if kind == F32:
-            self.f32 = x
-        else:
-            self.half = x
+        PyObject_GetBuffer(x, &self.view, PyBUF_SIMPLE)
+
+    def __dealloc__(self):
+        PyBuffer_Release(&self.view)
 
     cdef Floats row(self, Py_ssize_t r) noexcept nogil:
         cdef Floats x = self.flat()
@@ -114,13 +114,54 @@ cdef class FloatRows:
         cdef Floats x
         x.kind = self.kind
         x.n = self.m * self.k
-        x.data = NULL
-        if x.n:
-            x.data = <const char*> &self.f32[0] if self.kind == F32 else <const char*> &self.half[0]
+        x.data = <const char*> self.view.buf
         return x
 
 
-# Floats start .. start + n of x, n <= BLOCK: where they lie, or widened into scratch.
+# A typed memoryview, which also knows shape and dtype, takes three times as long to make, and that is as long
+# as quantising a thousand floats.
+@cython.final
+@cython.no_gc
+@cython.freelist(8)
+cdef class Memory:
+    """The memory of an array, kept while this lives; unless told otherwise, writable and C-contiguous."""
+
+    cdef Py_buffer view
+
+    def __cinit__(self, array not None, int flags=PyBUF_WRITABLE):
+        PyObject_GetBuffer(array, &self.view, flags)
+
+    def __dealloc__(self):
+        PyBuffer_Release(&self.view)
+
+
+def apart(a not None, b not None):
+    """Whether no element of `a`, an array of any layout, lies between the first and the last byte of `b`."""
+    cdef Memory x = Memory(a, PyBUF_STRIDES)
+    cdef Memory y = Memory(b, PyBUF_STRIDES)
+    return (x.view.len == 0 or y.view.len == 0
+            or last_byte(&x.view) < first_byte(&y.view) or last_byte(&y.view) < first_byte(&x.view))
+
+
+cdef const char* first_byte(const Py_buffer* view) noexcept:
+    cdef const char* first = <const char*> view.buf
+    cdef int i
+    for i in range(view.ndim):
+        if view.strides[i] < 0:
+            first += (view.shape[i] - 1) * view.strides[i]
+    return first
+
+
+cdef const char* last_byte(const Py_buffer* view) noexcept:
+    cdef const char* last = <const char*> view.buf + view.itemsize - 1
+    cdef int i
+    for i in range(view.ndim):
+        if view.strides[i] > 0:
+            last += (view.shape[i] - 1) * view.strides[i]
+    return last
+
+
+# Floats start .. start + n of x: where they lie, or, n <= BLOCK, widened into scratch.
 cdef inline const float* block_of(const Floats* x, Py_ssize_t start, Py_ssize_t n,
                                   float* scratch) noexcept nogil:
     if x.kind == F32:
@@ -134,6 +175,11 @@ cdef inline const float* block_of(const Floats* x, Py_ssize_t start, Py_ssize_t 
 
 cdef inline Py_ssize_t block_len(Py_ssize_t start, Py_ssize_t n) noexcept nogil:
     return n - start if n - start < BLOCK else BLOCK
+
+
+# The same where only scratch is short: float32 is taken at once.
+cdef inline Py_ssize_t run_len(const Floats* x, Py_ssize_t start, Py_ssize_t end) noexcept nogil:
+    return end - start if x.kind == F32 else block_len(start, end)
 
 
 def filled(type cls not None, data, scales, zero_points, shape, format):
@@ -159,7 +205,7 @@ cdef int32_t amax_bits(const Floats* x) noexcept nogil:
     cdef Py_ssize_t start = 0, n
     cdef int32_t b, most = 0
     while start < x.n:
-        n = block_len(start, x.n)
+        n = run_len(x, start, x.n)
         b = kernels.amax_bits_f32(block_of(x, start, n, scratch), n)
         most = b if b > most else most
         start += n
@@ -291,10 +337,11 @@ cdef bint group_scales(const Floats* x, float clip, Py_ssize_t rank, Py_ssize_t 
     return True
 
 
-def scale_rows(FloatRows x not None, float[::1] scales not None, float clip, Py_ssize_t rank,
+def scale_rows(FloatRows x not None, scales not None, float clip, Py_ssize_t rank,
                Py_ssize_t last_rank, Py_ssize_t group, Py_ssize_t first=0, Py_ssize_t end=PY_SSIZE_T_MAX):
     """The scales of rows first .. end; returns whether they are finite, and stops at a row that is not."""
-    cdef Py_ssize_t r, groups = scales.shape[0] // (x.m or 1)
+    cdef Memory s = Memory(scales)
+    cdef Py_ssize_t r, groups = s.view.len // <Py_ssize_t> sizeof(float) // (x.m or 1)
     cdef Floats row
     cdef bint finite = True
     if groups == 0:
@@ -302,7 +349,7 @@ def scale_rows(FloatRows x not None, float[::1] scales not None, float clip, Py_
     with nogil:
         for r in range(first, end if end < x.m else x.m):
             row = x.row(r)
-            finite = group_scales(&row, clip, rank, last_rank, group, &scales[r * groups])
+            finite = group_scales(&row, clip, rank, last_rank, group, <float*> s.view.buf + r * groups)
             if not finite:
                 break
     return finite
@@ -331,7 +378,8 @@ cdef inline QuantRow quant_row(const int8_t* codes, const float* scales, const u
     return row
 
 
-# Codes, a byte each, of floats start .. start + n, n <= BLOCK; zeros where the scale is 0.
+# Codes, a byte each, of floats start .. start + n, n <= BLOCK unless they are float32; zeros where the scale
+# is 0.
 cdef void code_block(const Floats* x, const QuantRow* row, Py_ssize_t start, Py_ssize_t n, int32_t clip,
                      bint stream, int8_t* codes) noexcept nogil:
     cdef float scratch[BLOCK]
@@ -360,7 +408,7 @@ cdef void code_run(const Floats* x, const QuantRow* row, Py_ssize_t start, Py_ss
     cdef int8_t block[BLOCK]
     cdef Py_ssize_t n
     while start < end:
-        n = block_len(start, end)
+        n = block_len(start, end) if row.packed else run_len(x, start, end)
         if row.packed:
             code_block(x, row, start, n, clip, False, block)
             kernels.pack_row_s8_s4(block, <uint8_t*> row.codes + start // 2, n)
@@ -369,7 +417,7 @@ cdef void code_run(const Floats* x, const QuantRow* row, Py_ssize_t start, Py_ss
         start += n
 
 
-# Codes of one row, its last run of a megabyte first: what the pass for the scale read last is still in
+# Codes of one row, its last run of four megabytes first: what the pass for the scale read last is still in
 # cache. Shorter runs would undo the hardware's prefetching.
 cdef void code_row(const Floats* x, const QuantRow* row, int32_t clip) noexcept nogil:
     cdef Py_ssize_t start = x.n - x.n % RUN
@@ -378,9 +426,9 @@ cdef void code_row(const Floats* x, const QuantRow* row, int32_t clip) noexcept 
         start -= RUN
 
 
-def code_rows(FloatRows x not None, const float[::1] scales not None, const uint8_t[::1] zero_points,
-              int clip, bint within, bint packed, Py_ssize_t group, int8_t[::1] codes not None,
-              Py_ssize_t first=0, Py_ssize_t end=PY_SSIZE_T_MAX):
+def code_rows(FloatRows x not None, scales not None, const uint8_t[::1] zero_points, int clip, bint within,
+              bint packed, Py_ssize_t group, codes not None, Py_ssize_t first=0,
+              Py_ssize_t end=PY_SSIZE_T_MAX):
     """Codes of rows first .. end, each group by its own scale; returns True.
 
     `within`: the scales are those of the largest magnitudes.
@@ -388,6 +436,8 @@ def code_rows(FloatRows x not None, const float[::1] scales not None, const uint
     cdef Py_ssize_t r
     cdef Floats row
     cdef QuantRow q
+    cdef Memory s = Memory(scales)
+    cdef Memory c = Memory(codes)
     cdef const uint8_t* z = NULL
     if x.m == 0 or x.k == 0:
         return True
@@ -396,15 +446,15 @@ def code_rows(FloatRows x not None, const float[::1] scales not None, const uint
     with nogil:
         for r in range(first, end if end < x.m else x.m):
             row = x.row(r)
-            q = quant_row(&codes[0], &scales[0], z, packed, group, x.k, r)
+            q = quant_row(<int8_t*> c.view.buf, <float*> s.view.buf, z, packed, group, x.k, r)
             q.within = within
             code_row(&row, &q, clip)
     return True
 
 
-def quantize_rows(FloatRows x not None, float[::1] scales not None, int clip, Py_ssize_t rank,
-                  Py_ssize_t last_rank, bint packed, Py_ssize_t group, int8_t[::1] codes not None,
-                  Py_ssize_t first=0, Py_ssize_t end=PY_SSIZE_T_MAX):
+def quantize_rows(FloatRows x not None, scales not None, int clip, Py_ssize_t rank, Py_ssize_t last_rank,
+                  bint packed, Py_ssize_t group, codes not None, Py_ssize_t first=0,
+                  Py_ssize_t end=PY_SSIZE_T_MAX):
     """Scales and codes of rows first .. end; a row's second pass reads from cache.
 
     Returns whether they are finite; stops at a row that is not, with the rows before it written.
@@ -412,14 +462,16 @@ def quantize_rows(FloatRows x not None, float[::1] scales not None, int clip, Py
     cdef Py_ssize_t r
     cdef Floats row
     cdef QuantRow q
+    cdef Memory s = Memory(scales)
+    cdef Memory c = Memory(codes)
     cdef bint finite = True
     if x.m == 0 or x.k == 0:
-        scales[:] = 0
+        memset(s.view.buf, 0, s.view.len)
         return True
     with nogil:
         for r in range(first, end if end < x.m else x.m):
             row = x.row(r)
-            q = quant_row(&codes[0], &scales[0], NULL, packed, group, x.k, r)
+            q = quant_row(<int8_t*> c.view.buf, <float*> s.view.buf, NULL, packed, group, x.k, r)
             q.within = rank < 0
             finite = group_scales(&row, clip, rank, last_rank, group, <float*> q.scales)
             if not finite:

@@ -130,6 +130,7 @@ class QuantLinear:
         smooth: ArrayLike | None = None,
         hadamard: bool = False,
         calibration: ArrayLike | Iterable[ArrayLike] | None = None,
+        num_threads: int = 1,
     ) -> QuantLinear:
         """Quantise and pack the weights of a linear layer.
 
@@ -137,7 +138,7 @@ class QuantLinear:
         ----------
         weight : array_like of floats, (out_features, in_features)
         bias : array_like of floats, (out_features,), optional
-        bits, group_size, symmetric, search
+        bits, group_size, symmetric, search, num_threads
             How the weights are quantised, as in `quantize_weights`.
         smooth : array_like of floats, (in_features,), optional
             SmoothQuant factors above zero, as from `compute_smooth_factors`: weights are multiplied by them
@@ -167,6 +168,7 @@ class QuantLinear:
         """
         fmt, symmetric = weight_format(bits, group_size, symmetric)
         search, hadamard = as_flag(search, "search"), as_flag(hadamard, "hadamard")
+        threads = as_thread_count(num_threads)
         w = as_matrix(weight, "weight", "(out_features, in_features)")
         n, k = w.shape
         offset = None if bias is None else as_finite_vector(bias, "bias", n)
@@ -178,7 +180,7 @@ class QuantLinear:
         if hadamard:
             w = rotate_named(w, _rotation(k), None, "weight")
         batches = None if calibration is None else _prepared(calibration, k, factors, hadamard)
-        tensor = quantize_matrix(w, fmt, symmetric, search, batches, 1, "weight")
+        tensor = quantize_matrix(w, fmt, symmetric, search, batches, threads, "weight")
         return cls(tensor, offset, factors, hadamard)
 
     @classmethod
@@ -342,10 +344,13 @@ def _weight_of(arrays: Mapping[str, Any]) -> DynQuantTensor:
     """The checked weights among the arrays that `QuantLinear.from_arrays` takes."""
     int4 = "weight_i4" in arrays
     required = {"weight_scales", *(("weight_i4", "in_features") if int4 else ("weight_i8",))}
-    missing = required - set(arrays)
-    unknown = set(arrays) - _COMMON_NAMES - (_INT4_NAMES if int4 else {"weight_i8"})
+    optional = (_COMMON_NAMES | (_INT4_NAMES if int4 else set())) - required
+    missing, unknown = required - set(arrays), set(arrays) - required - optional
     if missing or unknown:
-        raise ParameterError(f"arrays: missing {sorted(missing)}, unknown {sorted(map(str, unknown))}")
+        raise ParameterError(
+            f"arrays: expected {sorted(required)} and perhaps {sorted(optional)}, "
+            f"got {sorted(map(str, arrays))}: missing {sorted(missing)}, unknown {sorted(map(str, unknown))}"
+        )
     scales = as_floats(arrays["weight_scales"], "weight_scales").astype(F32, copy=False)
     check_finite(scales, "weight_scales")
     if int4:
@@ -376,4 +381,6 @@ def _int4_weight_of(arrays: Mapping[str, Any], scales: NDArray[np.float32]) -> D
     if zero_points is not None:
         zero_points = as_array(zero_points, "weight_zero_points")
         check_field(zero_points, "weight_zero_points", scales.shape, U8)
+        if (most := zero_points.max()) > 15:
+            raise ParameterError(f"weight_zero_points: expected numbers up to 15, got {most}")
     return DynQuantTensor(weight, scales, zero_points, shape, fmt)

@@ -14,7 +14,6 @@ from ._tensor import (
     DynQuantTensor,
     MaxAbs,
     Percentile,
-    as_run,
     packed_format,
     tensor_of_checked,
 )
@@ -280,31 +279,31 @@ def quantize_named(
     scales_shape: int | tuple[int, ...]
     if fmt.granularity == "per_tensor":
         m, k, scales_shape = 1, array.size, 1
+        group = k or 1
     else:
         axes, expected = _LEAST_AXES[fmt.granularity]
         if len(shape) < axes:
             raise ShapeMismatchError(expected, shape, name)
         (m, k), scales_shape = fmt.rows_of(shape), fmt.scales_shape(shape)
-    clip, packed, group = fmt.clip, fmt.packed, fmt.group_of(k)
+        group = fmt.group_of(k)
+    clip, packed = fmt.clip, fmt.packed
     rank = last_rank = rank_of(mode, group if k else 0)
     if k % group:
         last_rank = rank_of(mode, k % group)
     data_shape, dtype = (fmt.data_shape(shape), U8) if packed else (shape, I8)
     data = empty(data_shape, dtype) if out is None else checked_out(out, data_shape, dtype, x)
     scales = empty(scales_shape, F32)
-    run = scales if scales.ndim == 1 else scales.reshape(-1)
     rows = float_rows(array, m, k)
-    codes = data if data.ndim == 1 and not packed else as_run(data)
 
     # A new array may be given up half written; the caller's may not.
-    check_first = out is not None and run.size > 1
+    check_first = out is not None and scales.size > 1
     if check_first:
-        finite = over_rows(_core.scale_rows, (rows, run, clip, rank, last_rank, group), m, threads)
+        finite = over_rows(_core.scale_rows, (rows, scales, clip, rank, last_rank, group), m, threads)
     else:
-        work = (rows, run, clip, rank, last_rank, packed, group, codes)
+        work = (rows, scales, clip, rank, last_rank, packed, group, data)
         finite = over_rows(_core.quantize_rows, work, m, threads)
     if not finite:
         raise_non_finite(array, name)
     if check_first:
-        over_rows(_core.code_rows, (rows, run, None, clip, rank < 0, packed, group, codes), m, threads)
+        over_rows(_core.code_rows, (rows, scales, None, clip, rank < 0, packed, group, data), m, threads)
     return tensor_of_checked(data, scales, shape, fmt)

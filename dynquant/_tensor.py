@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import operator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 import numpy as np
 
 from . import _core
-from ._validate import F32, I8, U8, as_count, as_number, checked_out
+from ._validate import F32, I8, U8, as_count, as_flag, as_number, checked_out
 from .errors import DTypeError, InvalidPercentileError, ParameterError, ShapeMismatchError
 
 if TYPE_CHECKING:
@@ -93,10 +94,11 @@ class DynQuantFormat:
     INT4_PER_ROW: ClassVar[DynQuantFormat]
 
     def __post_init__(self) -> None:
-        if type(self.bits) is not int or self.bits not in (4, 8):
+        integral = isinstance(self.bits, numbers.Integral) and not isinstance(self.bits, bool)
+        if not integral or self.bits not in (4, 8):
             raise ParameterError(f"bits: expected 4 or 8, got {self.bits!r}")
-        if type(self.packed) is not bool:
-            raise ParameterError(f"packed: expected a bool, got {self.packed!r}")
+        object.__setattr__(self, "bits", int(self.bits))
+        object.__setattr__(self, "packed", as_flag(self.packed, "packed"))
         if self.granularity not in ("per_tensor", "per_row", "per_group"):
             raise ParameterError(
                 f"granularity: expected 'per_tensor', 'per_row' or 'per_group', got {self.granularity!r}"
@@ -138,8 +140,9 @@ class DynQuantFormat:
         """Shape of the scales of a tensor of `shape`."""
         if self.granularity == "per_tensor":
             return (1,)
-        groups = () if self.group_size is None else (-(-shape[-1] // self.group_size),)
-        return (*shape[:-1], *groups)
+        if self.group_size is None:
+            return shape[:-1]
+        return (*shape[:-1], -(-shape[-1] // self.group_size))
 
     def data_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the codes of a tensor of `shape`: that shape, or rows of bytes when packed."""

@@ -9,13 +9,18 @@ if TYPE_CHECKING:
     import threading
 
 
+# As many as the largest machines can use. Rows may be a few bytes each, and to start a thread for each of a
+# million would take minutes.
+_MOST_THREADS = 1024
+
+
 def over_rows(work: Callable[..., bool], args: tuple[Any, ...], m: int, num_threads: int) -> bool:
     """Call ``work(*args, first, end)`` for `num_threads` runs of nearly equal length that cover ``range(m)``.
 
-    `work` without ``first, end`` covers all of it. The caller's thread takes the first run; the others get a
-    thread each, which has ended on return. Nothing outlives the call, so there is nothing to survive a fork
-    or to compete with other pools. Where no more threads can be started the caller does their share. Starting
-    and joining a thread costs about 100 us.
+    There are at most `m` runs, and 1024. `work` without ``first, end`` covers all of it. The caller's thread
+    takes the first run; the others get a thread each, which has ended on return. Nothing outlives the call,
+    so there is nothing to survive a fork or to compete with other pools. Where no more threads can be started
+    the caller does their share. Starting and joining a thread costs about 100 us.
 
     Returns
     -------
@@ -25,7 +30,7 @@ def over_rows(work: Callable[..., bool], args: tuple[Any, ...], m: int, num_thre
     """
     if num_threads == 1 or m <= 1:
         return work(*args)
-    return _over_runs(work, args, m, min(num_threads, m))
+    return _over_runs(work, args, m, min(num_threads, m, _MOST_THREADS))
 
 
 def _over_runs(work: Callable[..., bool], args: tuple[Any, ...], m: int, num_threads: int) -> bool:

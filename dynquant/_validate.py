@@ -8,9 +8,9 @@ import os
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-from numpy import may_share_memory, ndarray
+from numpy import ndarray
 
-from ._core import FloatRows, all_finite
+from ._core import FloatRows, all_finite, apart
 from .errors import (
     DTypeError,
     EmptyInputError,
@@ -27,7 +27,6 @@ F32 = np.dtype(np.float32)
 F16 = np.dtype(np.float16)
 I8 = np.dtype(np.int8)
 U8 = np.dtype(np.uint8)
-U16 = np.dtype(np.uint16)
 
 # Numbers of the input formats in _core.pyx.
 _KIND_F32, _KIND_F16, _KIND_BF16 = 0, 1, 2
@@ -76,10 +75,10 @@ def as_floats(x: Any, name: str) -> NDArray[Any]:
 
 def float_rows(array: NDArray[Any], m: int, k: int) -> FloatRows:
     """The array that `as_floats` gave, seen by the kernels as m rows of k."""
-    flat = array if array.ndim == 1 else array.reshape(-1)
-    if array.dtype is F32 or array.dtype == F32:
-        return FloatRows(flat, _KIND_F32, m, k)
-    return FloatRows(flat.view(U16), _KIND_F16 if array.dtype == F16 else _KIND_BF16, m, k)
+    dtype = array.dtype
+    if dtype is F32 or dtype == F32:
+        return FloatRows(array, _KIND_F32, m, k)
+    return FloatRows(array, _KIND_F16 if dtype == F16 else _KIND_BF16, m, k)
 
 
 def raise_non_finite(array: NDArray[Any], name: str) -> NoReturn:
@@ -162,7 +161,7 @@ def checked_out(
     if not out.flags.carray:
         _raise_layout(out)
     for x in inputs:
-        if may_share_memory(out, x if type(x) is ndarray else as_array(x, "input")):
+        if not apart(out, x if type(x) is ndarray else as_array(x, "input")):
             raise LayoutError("out: expected memory apart from every input, got memory that overlaps one")
     if in_place is not None and not _apart_or_same(out, as_array(in_place, "input")):
         raise LayoutError("out: expected the input itself or memory apart from it, got a partial overlap")
@@ -180,7 +179,7 @@ def _raise_layout(out: NDArray[Any]) -> NoReturn:
 
 
 def _apart_or_same(out: NDArray[Any], x: NDArray[Any]) -> bool:
-    if out is x or not may_share_memory(out, x):
+    if out is x or apart(out, x):
         return True
     return out.ctypes.data == x.ctypes.data and out.dtype == x.dtype and x.flags.c_contiguous
 

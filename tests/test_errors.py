@@ -499,7 +499,7 @@ BAD_CALLS = [
     *each([[], X[:0], np.empty((4, 0))], EmptyInputError, "activation:", w8a8_matvec, (WEIGHT, SCALES)),
     Bad(EmptyInputError, "activation:", w8a8_matvec, (WEIGHT[:, :0], SCALES, []), {"out": Y}),
     # 4-bit weights
-    *each([0, 3, 16, "4", None, 4.0, True, np.int64(4), [4]], ParameterError, "bits: expected 4 or 8",
+    *each([0, 3, 16, "4", None, 4.0, True, np.float64(4), [4]], ParameterError, "bits: expected 4 or 8",
           lambda bits: quantize_weights(X, bits=bits)),
     *each([0, -1, 2.0, "32", True, [32], np.ones(1, int)], ParameterError, "group_size: expected an int",
           lambda size: quantize_weights(X, bits=4, group_size=size)),
@@ -539,6 +539,7 @@ BAD_CALLS = [
     *each([SCALES[:2], [], 1.0, SCALES[None]], ShapeMismatchError, "bias:", w4a8_matmul, (INT4, X)),
     *each(NOT_A_COUNT, ParameterError, "num_threads:", w4a8_matmul, (INT4, X), "num_threads"),
     *each(NOT_A_COUNT, ParameterError, "num_threads:", LAYER, (X,), "num_threads"),
+    *each(NOT_A_COUNT, ParameterError, "num_threads:", QuantLinear.from_float, (X,), "num_threads"),
     *each([X[:, :3], ROW[:3], 1.0, []], ShapeMismatchError, "x: expected shape", LAYER),
     # QuantLinear
     *each([0, 16, "4", None], ParameterError, "bits:", lambda bits: QuantLinear.from_float(X, bits=bits)),

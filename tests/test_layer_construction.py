@@ -30,6 +30,12 @@ def test_from_quantized_weights(options):
     assert_same_bits(layer(X), QuantLinear.from_float(W, BIAS, **options)(X))
 
 
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "group_size": 16, "search": True}], ids=str)
+def test_threads_make_the_same_layer(options):
+    layer = QuantLinear.from_float(W, BIAS, **options, num_threads=3)
+    assert_same_bits(layer(X), QuantLinear.from_float(W, BIAS, **options)(X))
+
+
 @pytest.mark.parametrize(
     ("weight", "more"),
     [

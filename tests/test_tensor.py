@@ -22,6 +22,7 @@ from dynquant import (
     dynamic_quantize,
     dynamic_quantize_int4,
     dynamic_quantize_int8,
+    quantize_weights,
 )
 
 NAMED = {
@@ -308,6 +309,14 @@ def test_a_format_has_the_four_fields_and_no_more():
         "packed",
     ]
     assert DynQuantFormat(**dataclasses.asdict(fmt)) == fmt
+
+
+def test_numbers_and_flags_of_numpy():
+    fmt = DynQuantFormat(np.int64(4), "per_group", np.uint8(32), np.True_)
+    assert repr(fmt) == repr(DynQuantFormat(4, "per_group", 32, True))
+    assert quantize_weights(np.eye(2, dtype=F32), bits=np.int64(4)).format == DynQuantFormat(
+        4, "per_row", packed=True
+    )
 
 
 @pytest.mark.parametrize(

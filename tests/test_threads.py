@@ -21,6 +21,7 @@ from dynquant import (
     DynQuantFormat,
     Percentile,
     QuantLinear,
+    _threads,
     compute_scale,
     compute_smooth_factors,
     dynamic_quantize,
@@ -80,6 +81,17 @@ def test_the_work_is_shared(monkeypatch):
         started.clear()
         dynamic_quantize_int8_per_row(X[:rows], num_threads=num_threads)
         assert len(started) == count
+
+
+def test_there_is_a_limit_to_threads(monkeypatch):
+    monkeypatch.setattr(_threads, "_MOST_THREADS", 3)
+    x = np.arange(20, dtype=np.float32).reshape(10, 2)
+    expected = dynamic_quantize_int8_per_row(x)
+    started = []
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: (started.append(thread), start(thread)))
+    assert_same_tensor(dynamic_quantize_int8_per_row(x, num_threads=10**9), expected)
+    assert len(started) == 2
 
 
 def test_when_no_more_threads_can_be_started(monkeypatch):

@@ -4,8 +4,8 @@
 # code = round half away (clamp(x / scale, -clip, clip)), the definition itself: one true division each.
 # Adding the float below 0.5 with x's sign and truncating is exact rounding half away for |v| < 2**22: the
 # sum reaches the next integer for every v from the half up, and for none below it.
-cdef inline void divide_round_row(const float* x, float scale, int32_t clip, int8_t* codes,
-                                  Py_ssize_t n) noexcept nogil:
+cdef void divide_round_row(const float* x, float scale, int32_t clip, int8_t* codes,
+                           Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
     cdef float v, least = -clip, most = clip
     for i in range(n):
@@ -15,16 +15,25 @@ cdef inline void divide_round_row(const float* x, float scale, int32_t clip, int
         codes[i] = <int8_t> <int32_t> (v + copysignf(<float> 0.499999970197677612, v))
 
 
-# Whole steps of the row; returns how many elements they covered. Called with constants for `within` and
+# Codes of DQ_STEP floats.
+cdef inline void quantize_step(const float* x, float scale, float lo, float hi, int32_t clip, bint within,
+                               bint stream, int8_t* codes) noexcept nogil:
+    if dq_quantize_step(x, lo, hi, clip, within, stream, codes):
+        divide_round_row(x, scale, clip, codes, DQ_STEP)
+
+
+# Codes of n >= DQ_STEP floats, in steps from `start` on, `start` < DQ_STEP, between one from 0 and one that
+# ends with the row: these two may write again what others wrote. Called with constants for `within` and
 # `stream` only, so that each loop has one kind of store.
-cdef inline Py_ssize_t quantize_steps(const float* x, float scale, float lo, float hi, int32_t clip,
-                                      bint within, bint stream, int8_t* codes, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i = 0
-    while i + DQ_STEP <= n:
-        if dq_quantize_step(x + i, lo, hi, clip, within, stream, codes + i):
-            divide_round_row(x + i, scale, clip, codes + i, DQ_STEP)
+cdef inline void quantize_steps(const float* x, float scale, float lo, float hi, int32_t clip, bint within,
+                                bint stream, Py_ssize_t start, int8_t* codes, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i = start, last = n - DQ_STEP
+    if start:
+        quantize_step(x, scale, lo, hi, clip, within, False, codes)
+    while i < last:
+        quantize_step(x + i, scale, lo, hi, clip, within, stream, codes + i)
         i += DQ_STEP
-    return i
+    quantize_step(x + last, scale, lo, hi, clip, within, False, codes + last)
 
 
 # x (n,), scale > 0 -> codes (n,) in [-clip, clip], exactly those of divide_round_row.
@@ -35,29 +44,32 @@ cdef inline Py_ssize_t quantize_steps(const float* x, float scale, float lo, flo
 # is no tie, so the direction of ties does not matter. Of random floats two to five in 10**5 fail that test;
 # its whole step is then divided. The bounds need normal r, lo and hi, hence the range of scale.
 # With `within` no |x| is above the magnitude whose quotient by clip, rounded, is `scale`: x * hi is then at
-# most clip * (1 + 2**-20), which rounds to clip, and codes need no clamping. With `stream` the codes go past
-# the caches.
+# most clip * (1 + 2**-20), which rounds to clip, and codes need no clamping. With `stream` the codes of a
+# long row go past the caches.
+# Loads that straddle cache lines cost up to a fifth of the speed, so the steps of a long row start at a line,
+# or where the codes are aligned if these are streamed. A short row does not make up for the one step more.
 cdef void quantize_row_f32_s8(const float* x, float scale, int32_t clip, bint within, bint stream,
                               int8_t* codes, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i = 0
+    cdef Py_ssize_t start = 0
     cdef float r, lo, hi
-    if not (scale >= <float> 2.3509887016445750e-38 and scale <= <float> 4.2535295865117308e+37):
+    if n < DQ_STEP or not (scale >= <float> 2.3509887016445750e-38
+                           and scale <= <float> 4.2535295865117308e+37):
         divide_round_row(x, scale, clip, codes, n)
         return
     r = <float> 1.0 / scale
     lo = r * <float> (1.0 - 4.76837158203125e-07)
     hi = r * <float> (1.0 + 4.76837158203125e-07)
+    if n < 8 * DQ_STEP:
+        stream = False
+    else:
+        start = -(<Py_ssize_t> codes if stream else <Py_ssize_t> x >> 2) & (DQ_STEP - 1)
     if stream:
-        i = -<Py_ssize_t> codes & (DQ_STEP - 1)
-        i = i if i < n else n
-        divide_round_row(x, scale, clip, codes, i)
-        i += quantize_steps(x + i, scale, lo, hi, clip, False, True, codes + i, n - i)
+        quantize_steps(x, scale, lo, hi, clip, False, True, start, codes, n)
         dq_stream_end()
     elif within:
-        i = quantize_steps(x, scale, lo, hi, clip, True, False, codes, n)
+        quantize_steps(x, scale, lo, hi, clip, True, False, start, codes, n)
     else:
-        i = quantize_steps(x, scale, lo, hi, clip, False, False, codes, n)
-    divide_round_row(x + i, scale, clip, codes + i, n - i)
+        quantize_steps(x, scale, lo, hi, clip, False, False, start, codes, n)
 
 
 # codes = clip(round half even (x / scale) + zero_point, 0, 255), as ONNX DynamicQuantizeLinear has it.

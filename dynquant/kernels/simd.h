@@ -107,17 +107,27 @@ static inline void dq_stream_end(void) { _mm_sfence(); }
 static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, int within, int stream,
                                    int8_t* codes) {
     const __m256 vlo = _mm256_set1_ps(lo), vhi = _mm256_set1_ps(hi), magic = _mm256_set1_ps(DQ_MAGIC);
-    const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    __m256i differ = _mm256_setzero_si256(), a[4];
+    const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7), low_byte = _mm256_set1_epi16(0xFF);
+    __m256i low[4], high[4], a, b, differ, bytes;
     for (int j = 0; j < 4; j++) {
         const __m256 v = _mm256_loadu_ps(x + 8 * j);
-        const __m256i low = _mm256_castps_si256(_mm256_fmadd_ps(v, vlo, magic));
-        const __m256i high = _mm256_castps_si256(_mm256_fmadd_ps(v, vhi, magic));
-        differ = _mm256_or_si256(differ, _mm256_xor_si256(low, high));
-        a[j] = _mm256_sub_epi32(low, _mm256_set1_epi32(DQ_MAGIC_BITS));
+        low[j] = _mm256_castps_si256(_mm256_fmadd_ps(v, vlo, magic));
+        high[j] = _mm256_castps_si256(_mm256_fmadd_ps(v, vhi, magic));
     }
-    __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a[0], a[1]), _mm256_packs_epi32(a[2], a[3]));
-    if (!within) {
+    if (within) {
+        /* The lower half of a sum is the code as int16. The upper half packs to 0x7F, and is dropped. */
+        a = _mm256_packs_epi16(low[0], low[1]);
+        b = _mm256_packs_epi16(low[2], low[3]);
+        differ = _mm256_or_si256(_mm256_xor_si256(a, _mm256_packs_epi16(high[0], high[1])),
+                                 _mm256_xor_si256(b, _mm256_packs_epi16(high[2], high[3])));
+        bytes = _mm256_packus_epi16(_mm256_and_si256(a, low_byte), _mm256_and_si256(b, low_byte));
+    } else {
+        differ = _mm256_setzero_si256();
+        for (int j = 0; j < 4; j++) {
+            differ = _mm256_or_si256(differ, _mm256_xor_si256(low[j], high[j]));
+            low[j] = _mm256_sub_epi32(low[j], _mm256_set1_epi32(DQ_MAGIC_BITS));
+        }
+        bytes = _mm256_packs_epi16(_mm256_packs_epi32(low[0], low[1]), _mm256_packs_epi32(low[2], low[3]));
         bytes = _mm256_max_epi8(bytes, _mm256_set1_epi8((char)-clip));
         bytes = _mm256_min_epi8(bytes, _mm256_set1_epi8((char)clip));
     }
