@@ -29,6 +29,7 @@ from dynquant._table cimport WINDOW, Kernels
 
 
 cdef extern from "cpu.h" nogil:
+    void dq_prefer_large_pages(void* memory, size_t n)
     bint dq_cpu_has_avx2()
     bint dq_cpu_has_avx512()
     bint dq_cpu_has_avx512vnni()
@@ -53,7 +54,7 @@ cdef enum:
     BLOCK = 4096
     RUN = 256 * BLOCK
     STREAM = 1 << 23
-    LARGER_THAN_CACHES = 1 << 24
+    LARGER_THAN_CACHES = 5 << 22
     FETCHED_AHEAD = 1 << 13
     MAX_STEPS = 8
     SEARCH_STEPS = 23
@@ -909,6 +910,7 @@ cdef Aligned aligned_memory(Py_ssize_t n) except *:
     memory.block = PyMem_RawMalloc(n + 63)
     if memory.block == NULL:
         raise MemoryError
+    dq_prefer_large_pages(memory.block, n + 63)
     memory.data = <uint8_t*> memory.block + (-<Py_ssize_t> memory.block & 63)
     return memory
 
@@ -1059,18 +1061,25 @@ cdef class PackedLinear:
         return True
 
 
+# How far ahead of a single row weights are to be fetched. The hardware's prefetcher is too slow for main
+# memory, above all with the three streams of 4-bit weights; where weights come from a cache, it does better
+# alone.
+cdef inline Py_ssize_t fetched_ahead(Py_ssize_t weight_bytes) noexcept nogil:
+    return FETCHED_AHEAD if weight_bytes >= LARGER_THAN_CACHES else 0
+
+
 # out (m, n) = a . weights + bias for the outputs of panels first .. end; no bias where it is NULL.
 cdef void multiply_panels(const uint8_t* panels, const float* w_scales, const float* bias, const uint8_t* a,
                           const float* a_scales, float* out, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
                           Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    cdef Py_ssize_t p, c
+    cdef Py_ssize_t width = kernels.panel_bytes(k), ahead = fetched_ahead(panels_of(n) * width), p, c
     cdef const float* shift = NULL
     for p in range(first, end if end < panels_of(n) else panels_of(n)):
         c = p * kernels.panel_outputs
         if bias != NULL:
             shift = bias + c
-        kernels.gemm_panel_s8s8_f32(panels + p * kernels.panel_bytes(k), w_scales + c, shift, a, a_scales,
-                                    out + c, n, m, outputs_of(n, c), k)
+        kernels.gemm_panel_s8s8_f32(panels + p * width, w_scales + c, shift, a, a_scales, out + c, n, m,
+                                    outputs_of(n, c), k, ahead)
 
 
 # The same for 4-bit weights.
@@ -1079,9 +1088,7 @@ cdef void multiply_group_panels(const uint8_t* panels, const float* scales, cons
                                 Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group,
                                 Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     cdef Py_ssize_t each = panel_scales(k, group), width = kernels.group_panel_bytes(k, group), p, c
-    # With three streams to follow, the hardware's prefetcher is too slow for main memory; where codes come
-    # from a cache, it does better alone.
-    cdef Py_ssize_t ahead = FETCHED_AHEAD if panels_of(n) * width >= LARGER_THAN_CACHES else 0
+    cdef Py_ssize_t ahead = fetched_ahead(panels_of(n) * width)
     cdef const float* shift = NULL
     for p in range(first, end if end < panels_of(n) else panels_of(n)):
         c = p * kernels.panel_outputs

@@ -34,12 +34,12 @@
 #pragma fp_contract(off)
 #endif
 
-/* Has the line of memory fetched into the second-level cache, if there is one; any address will do. */
+/* Has the line of memory fetched into the caches; any address will do. */
 static inline void dq_prefetch(const void* line) {
 #if defined(__GNUC__)
-    __builtin_prefetch(line, 0, 2);
+    __builtin_prefetch(line);
 #elif defined(DQ_SSE2)
-    _mm_prefetch((const char*)line, _MM_HINT_T1);
+    _mm_prefetch((const char*)line, _MM_HINT_T0);
 #else
     (void)line;
 #endif
