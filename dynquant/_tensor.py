@@ -140,8 +140,9 @@ class DynQuantFormat:
         """Shape of the scales of a tensor of `shape`."""
         if self.granularity == "per_tensor":
             return (1,)
-        groups = () if self.group_size is None else (-(-shape[-1] // self.group_size),)
-        return (*shape[:-1], *groups)
+        if self.group_size is None:
+            return shape[:-1]
+        return (*shape[:-1], -(-shape[-1] // self.group_size))
 
     def data_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the codes of a tensor of `shape`: that shape, or rows of bytes when packed."""
