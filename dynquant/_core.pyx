@@ -51,7 +51,7 @@ cdef enum:
     BF16 = 2
     NON_FINITE = 0x7F800000
     BLOCK = 4096
-    RUN = 64 * BLOCK
+    RUN = 256 * BLOCK
     STREAM = 1 << 23
     MAX_STEPS = 8
     SEARCH_STEPS = 23
@@ -415,7 +415,7 @@ cdef void code_run(const Floats* x, const QuantRow* row, Py_ssize_t start, Py_ss
         start += n
 
 
-# Codes of one row, its last run of a megabyte first: what the pass for the scale read last is still in
+# Codes of one row, its last run of four megabytes first: what the pass for the scale read last is still in
 # cache. Shorter runs would undo the hardware's prefetching.
 cdef void code_row(const Floats* x, const QuantRow* row, int32_t clip) noexcept nogil:
     cdef Py_ssize_t start = x.n - x.n % RUN
