@@ -1061,25 +1061,18 @@ cdef class PackedLinear:
         return True
 
 
-# How far ahead of a single row weights are to be fetched. The hardware's prefetcher is too slow for main
-# memory, above all with the three streams of 4-bit weights; where weights come from a cache, it does better
-# alone.
-cdef inline Py_ssize_t fetched_ahead(Py_ssize_t weight_bytes) noexcept nogil:
-    return FETCHED_AHEAD if weight_bytes >= LARGER_THAN_CACHES else 0
-
-
 # out (m, n) = a . weights + bias for the outputs of panels first .. end; no bias where it is NULL.
 cdef void multiply_panels(const uint8_t* panels, const float* w_scales, const float* bias, const uint8_t* a,
                           const float* a_scales, float* out, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
                           Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    cdef Py_ssize_t width = kernels.panel_bytes(k), ahead = fetched_ahead(panels_of(n) * width), p, c
+    cdef Py_ssize_t width = kernels.panel_bytes(k), p, c
     cdef const float* shift = NULL
     for p in range(first, end if end < panels_of(n) else panels_of(n)):
         c = p * kernels.panel_outputs
         if bias != NULL:
             shift = bias + c
         kernels.gemm_panel_s8s8_f32(panels + p * width, w_scales + c, shift, a, a_scales, out + c, n, m,
-                                    outputs_of(n, c), k, ahead)
+                                    outputs_of(n, c), k)
 
 
 # The same for 4-bit weights.
@@ -1088,7 +1081,9 @@ cdef void multiply_group_panels(const uint8_t* panels, const float* scales, cons
                                 Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group,
                                 Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     cdef Py_ssize_t each = panel_scales(k, group), width = kernels.group_panel_bytes(k, group), p, c
-    cdef Py_ssize_t ahead = fetched_ahead(panels_of(n) * width)
+    # With three streams to follow, the hardware's prefetcher is too slow for main memory. Where weights come
+    # from a cache, or in one stream as those of 8 bits, it does better alone.
+    cdef Py_ssize_t ahead = FETCHED_AHEAD if panels_of(n) * width >= LARGER_THAN_CACHES else 0
     cdef const float* shift = NULL
     for p in range(first, end if end < panels_of(n) else panels_of(n)):
         c = p * kernels.panel_outputs

@@ -51,7 +51,7 @@ ctypedef struct Kernels:
                                Py_ssize_t k) noexcept nogil
     void (*gemm_panel_s8s8_f32)(const uint8_t* panel, const float* w_scales, const float* bias,
                                 const uint8_t* a, const float* a_scales, float* out, Py_ssize_t out_stride,
-                                Py_ssize_t m, Py_ssize_t cols, Py_ssize_t k, Py_ssize_t ahead) noexcept nogil
+                                Py_ssize_t m, Py_ssize_t cols, Py_ssize_t k) noexcept nogil
     # gemm_u4.pxi
     Py_ssize_t (*group_panel_bytes)(Py_ssize_t k, Py_ssize_t group) noexcept nogil
     Py_ssize_t (*group_activation_bytes)(Py_ssize_t k, Py_ssize_t group) noexcept nogil

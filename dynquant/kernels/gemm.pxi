@@ -142,14 +142,12 @@ cdef inline void prefetch(const uint8_t* bytes, Py_ssize_t n) noexcept nogil:
 
 # sums (PANEL,) = one block of a panel times one row of activations. No int32 wraps: a sum is at most
 # 2**16 * 127 * 255 = 2,122,383,360 < 2**31 in magnitude before the excess comes off.
-cdef inline void tile_1(const uint8_t* block, const uint8_t* a, int32_t* sums, Py_ssize_t steps,
-                        Py_ssize_t ahead) noexcept nogil:
+cdef inline void tile_1(const uint8_t* block, const uint8_t* a, int32_t* sums,
+                        Py_ssize_t steps) noexcept nogil:
     cdef dq_sums s0 = dq_sums_zero(), s1 = s0
     cdef dq_spread_act k, next
     cdef Py_ssize_t i
     for i in range(0, steps, 2):
-        if ahead:
-            prefetch(block + ahead, 2 * PANEL * DQ_DEPTH)
         k, next = dq_spread(a + 4 * i), dq_spread(a + 4 * i + 4)
         s0 = dq_sums_step(s0, dq_weights_load(block), k)
         s1 = dq_sums_step(s1, dq_weights_load(block + DQ_LANES * DQ_DEPTH), k)
@@ -163,7 +161,7 @@ cdef inline void tile_1(const uint8_t* block, const uint8_t* a, int32_t* sums, P
 
 # sums (4, PANEL) = the same for four rows, which share the loads of the weights, and have the next panel
 # fetched meanwhile: with weights in the last cache or in memory that is worth a fifth. All lines of it, or
-# the hardware's prefetcher loses its way. A single row the hardware serves better alone, from a cache.
+# the hardware's prefetcher loses its way. A single row the hardware serves better alone.
 # Eight accumulators hide the latency of the multiply-adds, and fit the registers of every instruction set.
 # They have names because in an array, indexed by an unrolled loop, gcc writes them back to memory at every
 # step.
@@ -221,11 +219,11 @@ cdef inline void add_rests(const uint8_t* block, const CodedBlock* a, int32_t* s
 # sums (rows, PANEL) for rows <= 4 rows of a, `stride` bytes apart; two and three rows take the tile of four,
 # with the last row repeated.
 cdef inline void tile(const uint8_t* block, const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows,
-                      int32_t* sums, Py_ssize_t steps, Py_ssize_t ahead) noexcept nogil:
+                      int32_t* sums, Py_ssize_t steps) noexcept nogil:
     cdef const uint8_t* codes = codes_of(<CodedBlock*> a)
     cdef Py_ssize_t r
     if rows == 1:
-        tile_1(block, codes, sums, steps, ahead)
+        tile_1(block, codes, sums, steps)
     else:
         tile_4(block, codes, codes + stride, codes + (rows - 1 if rows < 3 else 2) * stride,
                codes + (rows - 1) * stride, sums, steps)
@@ -257,11 +255,10 @@ cdef inline void finish_row_s32(const int32_t* sums, int32_t excess, const float
 
 
 # One panel times m rows of activations: out[r][c] = float32(exact sum) * w_scales[c] * a_scales[r] + bias[c]
-# for c < cols <= PANEL, rows of out `out_stride` apart. Blocks of k are summed in int32, added up in int64. A
-# single row has weights fetched from `ahead` bytes on, unless that is 0.
+# for c < cols <= PANEL, rows of out `out_stride` apart. Blocks of k are summed in int32, added up in int64.
 cdef void gemm_panel_s8s8_f32(const uint8_t* panel, const float* w_scales, const float* bias,
                               const uint8_t* a, const float* a_scales, float* out, Py_ssize_t out_stride,
-                              Py_ssize_t m, Py_ssize_t cols, Py_ssize_t k, Py_ssize_t ahead) noexcept nogil:
+                              Py_ssize_t m, Py_ssize_t cols, Py_ssize_t k) noexcept nogil:
     cdef int32_t sums[ROWS * PANEL]
     cdef int64_t totals[ROWS * PANEL]
     cdef const uint8_t* block
@@ -269,7 +266,7 @@ cdef void gemm_panel_s8s8_f32(const uint8_t* panel, const float* w_scales, const
     while m > 0:
         rows = m if m < ROWS else ROWS
         if k <= GEMM_BLOCK:
-            tile(panel, a, stride, rows, sums, steps_of(k), ahead)
+            tile(panel, a, stride, rows, sums, steps_of(k))
             for r in range(rows):
                 finish_row_s32(sums + r * PANEL, (<const CodedBlock*> (a + r * stride)).excess, w_scales,
                                a_scales[r], bias, out + r * out_stride, cols)
@@ -278,7 +275,7 @@ cdef void gemm_panel_s8s8_f32(const uint8_t* panel, const float* w_scales, const
             block, start = a, 0
             while start < k:
                 n = block_k(start, k)
-                tile(panel + start * PANEL, block, stride, rows, sums, steps_of(n), ahead)
+                tile(panel + start * PANEL, block, stride, rows, sums, steps_of(n))
                 for i in range(rows * PANEL):
                     totals[i] += sums[i] - (<const CodedBlock*> (block + i // PANEL * stride)).excess
                 block += coded_bytes(n)

@@ -589,7 +589,7 @@ static void panels(void) {
             memcpy(part, codes + r * k + i, n);
             kernels->pack_activation_s8(part, a + r * width, i, n, k);
         }
-    kernels->gemm_panel_s8s8_f32(panel, scales, bias, a, a_scales, out, stride, m, rows, k, take(1) % 2 * 8192);
+    kernels->gemm_panel_s8s8_f32(panel, scales, bias, a, a_scales, out, stride, m, rows, k);
     for (int64_t r = 0; r < m; r++)
         for (int64_t c = 0; c < rows; c++) {
             int64_t sum = 0;
