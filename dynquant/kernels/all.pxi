@@ -27,7 +27,7 @@ cdef extern from "kernels/simd.h" nogil:
     enum: DQ_RAISED
     enum: DQ_TRIMMED
     enum: DQ_PAIR
-    enum: DQ_PAIRS_STEP
+    enum: DQ_ACTIVATIONS_STEP
     ctypedef struct dq_sums:
         pass
     ctypedef struct dq_weights:
@@ -41,7 +41,7 @@ cdef extern from "kernels/simd.h" nogil:
     dq_spread_act dq_spread(const uint8_t* a)
     dq_weights dq_weights_load(const uint8_t* w)
     dq_sums dq_sums_step(dq_sums acc, dq_weights w, dq_spread_act a)
-    uint32_t dq_pairs_beyond(const int8_t* a)
+    uint32_t dq_activations_step(int8_t* a, int32_t* excess)
     enum: DQ_CODES
     enum: DQ_CODES_RUN
     ctypedef struct dq_part:

@@ -64,7 +64,7 @@ cdef struct RestStep:
 # long. The elements before are a step of their own, `head` of them followed by zeros, and so are those after
 # the last whole step, `tail` of them after zeros. In between lie `body` elements.
 cdef struct Run:
-    int8_t codes_memory[MATVEC_BLOCK + 3 * DQ_DOT_STEP]
+    int8_t codes_memory[MATVEC_BLOCK + 3 * DQ_DOT_STEP + DQ_ACTIVATIONS_STEP]
     int8_t rests[MATVEC_BLOCK + 2 * DQ_DOT_STEP]
     RestStep rest_steps[MATVEC_STEPS]
     Py_ssize_t rest_count
@@ -78,6 +78,7 @@ cdef struct Run:
 # a (n,), DQ_DOT_STEP <= n <= MATVEC_BLOCK, for rows of weights that lie like w.
 cdef inline void prepare_run(const int8_t* a, const int8_t* w, Run* run, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t step = DQ_DOT_STEP, i, end
+    cdef uint32_t beyond
     run.codes = &run.codes_memory[0] + (-<Py_ssize_t> run.codes_memory & (step - 1))
     run.head = -<Py_ssize_t> w & (step - 1)
     run.tail = (n - run.head) % step
@@ -86,27 +87,24 @@ cdef inline void prepare_run(const int8_t* a, const int8_t* w, Run* run, Py_ssiz
     memset(run.codes, 0, step)
     memcpy(run.codes, a, run.head)
     memcpy(run.codes + step, a + run.head, run.body)
-    memset(run.codes + end, 0, step)
+    memset(run.codes + end, 0, step + DQ_ACTIVATIONS_STEP)
     memcpy(run.codes + end + step - run.tail, a + n - run.tail, run.tail)
-    run.excess = negate_odd(run.codes, end + step)
-    run.rest_count = 0
-    if DQ_TRIMMED:
-        trim_step(run, 0, 0)
-        for i in range(run.body // DQ_PAIRS_STEP):
-            trim_step(run, run.head + i * DQ_PAIRS_STEP, step + i * DQ_PAIRS_STEP)
-        trim_step(run, n - step, end)
+    run.rest_count = run.excess = i = 0
+    while i < end + step:
+        beyond = dq_activations_step(run.codes + i, &run.excess)
+        # Where DQ_TRIMMED is 1 this step is that of the product.
+        if DQ_TRIMMED and beyond:
+            trim_step(run, 0 if i == 0 else n - step if i == end else run.head + i - step, i)
+        i += DQ_ACTIVATIONS_STEP
 
 
-# Trims DQ_PAIRS_STEP codes of the run, which is a step where DQ_TRIMMED is 1.
 cdef inline void trim_step(Run* run, Py_ssize_t row, Py_ssize_t at) noexcept nogil:
     cdef Py_ssize_t j
-    if not dq_pairs_beyond(run.codes + at):
-        return
     run.rest_steps[run.rest_count].row = <int32_t> row
     run.rest_steps[run.rest_count].run = <int32_t> at
     run.rest_count += 1
-    memset(run.rests + at, 0, DQ_PAIRS_STEP)
-    for j in range(at, at + DQ_PAIRS_STEP, 2):
+    memset(run.rests + at, 0, DQ_ACTIVATIONS_STEP)
+    for j in range(at, at + DQ_ACTIVATIONS_STEP, 2):
         trim_pair(run.codes + j, run.rests + j)
 
 
@@ -155,7 +153,7 @@ cdef void matvec_s8s8_f32(const int8_t* w, const float* w_scales, const int8_t* 
                     sums[r] += dot_plain(w + r * k + start, a + start, n)
             else:
                 prepare_run(a + start, w + start, &run, n)
-                many_rests = 2 * DQ_PAIRS_STEP * run.rest_count > n
+                many_rests = 2 * DQ_ACTIVATIONS_STEP * run.rest_count > n
                 for r in range(count):
                     if many_rests:
                         sums[r] += dot_block(w + r * k + start, a + start, n)

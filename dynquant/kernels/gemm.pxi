@@ -90,42 +90,42 @@ cdef inline uint8_t* codes_of(CodedBlock* block) noexcept nogil:
     return <uint8_t*> (block + 1)
 
 
-# Trims the codes (n,), which are at `start` of a block of k; the block takes the rests.
-cdef inline void trim_pairs(int8_t* codes, CodedBlock* block, Py_ssize_t start, Py_ssize_t n,
+# Trims the pairs in `beyond` of DQ_ACTIVATIONS_STEP codes, the first of which is at `start` of a block of k. The
+# block takes the rests.
+cdef inline void trim_block(int8_t* codes, uint32_t beyond, CodedBlock* block, Py_ssize_t start,
                             Py_ssize_t k) noexcept nogil:
     cdef Rest* rests = <Rest*> (codes_of(block) + 4 * steps_of(k))
-    cdef Py_ssize_t i = 0, j
-    cdef uint32_t beyond
-    cdef int over
-    while i < n:
-        beyond = dq_pairs_beyond(codes + i)
-        j = i
-        while beyond:
-            if beyond & 3:
-                rests[block.rests].step = <int32_t> ((start + j) // 4)
-                memset(rests[block.rests].codes, 0, 4)
-                trim_pair(codes + j, rests[block.rests].codes)
-                trim_pair(codes + j + 2, rests[block.rests].codes + 2)
-                block.rests += 1
-            j += 4
-            beyond >>= 2
-        i += DQ_PAIRS_STEP
+    cdef Py_ssize_t j = 0
+    while beyond:
+        if beyond & 3:
+            rests[block.rests].step = <int32_t> ((start + j) // 4)
+            memset(rests[block.rests].codes, 0, 4)
+            trim_pair(codes + j, rests[block.rests].codes)
+            trim_pair(codes + j + 2, rests[block.rests].codes + 2)
+            block.rests += 1
+        j += 4
+        beyond >>= 2
 
 
 # codes (n,) in [-127, 127], at `start` of a row of k -> their part of the row a. Parts come one after the
-# other; each but the last is a multiple of DQ_PAIRS_STEP long, and none goes beyond a block. The codes are
-# used up: changed, trimmed, and filled up with zeros to a multiple of DQ_PAIRS_STEP.
+# other; each but the last is a multiple of DQ_ACTIVATIONS_STEP long, and none goes beyond a block. The codes
+# are used up: changed, trimmed, and filled up with zeros to a multiple of DQ_ACTIVATIONS_STEP.
 cdef void pack_activation_s8(int8_t* codes, uint8_t* a, Py_ssize_t start, Py_ssize_t n,
                              Py_ssize_t k) noexcept nogil:
     cdef CodedBlock* block = <CodedBlock*> (a + start // GEMM_BLOCK * coded_bytes(GEMM_BLOCK))
-    cdef Py_ssize_t at = start % GEMM_BLOCK, i
+    cdef Py_ssize_t at = start % GEMM_BLOCK, i = 0
     cdef int16_t* wide = <int16_t*> codes_of(block) + at
+    cdef int32_t excess = 0
+    cdef uint32_t beyond
     if at == 0:
         block.excess = block.rests = 0
-    block.excess += negate_odd(codes, n)
-    memset(codes + n, 0, -n & (DQ_PAIRS_STEP - 1))
-    if DQ_TRIMMED:
-        trim_pairs(codes, block, at, n, block_k(start - at, k))
+    memset(codes + n, 0, -n & (DQ_ACTIVATIONS_STEP - 1))
+    while i < n:
+        beyond = dq_activations_step(codes + i, &excess)
+        if DQ_TRIMMED and beyond:
+            trim_block(codes + i, beyond, block, at + i, block_k(start - at, k))
+        i += DQ_ACTIVATIONS_STEP
+    block.excess += excess
     if DQ_DEPTH == 4:
         memcpy(codes_of(block) + at, codes, 4 * steps_of(n))
     else:

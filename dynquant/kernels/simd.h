@@ -7,7 +7,7 @@
                    to int16 and multiplies without adding pairs.
 
    sums step       DQ_DEPTH products for each of DQ_LANES outputs, the step of a matrix product.
-   pairs step      which of DQ_PAIRS_STEP activations a sums step does not take.
+   activations step   what a sums step needs of activations.
    codes step      the same for weights of 4 bits, 8 products for each of DQ_LANES outputs; and the end of a
                    group, where sums become floats.
    rotation step   the passes of a Hadamard transform within one vector, which loops cannot shuffle.
@@ -291,12 +291,14 @@ static inline int32_t dq_acc_sum(dq_acc acc) { return acc; }
    DQ_DEPTH bytes of them, made ready. Activations come as DQ_DEPTH consecutive k in four bytes, which dq_spread
    gives to every lane: bytes, or int16 where DQ_DEPTH is 2.
 
-   Where DQ_TRIMMED is 1, products are added to each other in int16. Two activations, k and k + 1 for even k,
-   whose sum is beyond DQ_PAIR in magnitude must then be given in two steps: with at most DQ_PAIR of one sign,
-   a pair's products are at most 255 * 128 = 32,640 < 2**15. dq_pairs_beyond finds such pairs among
-   DQ_PAIRS_STEP activations, and sets bit j for pair j. */
+   Where DQ_TRIMMED is 1, products are added to each other in int16, and no pair of activations, k and k + 1 for
+   even k, may be beyond DQ_PAIR in sum.
+
+   dq_activations_step makes DQ_ACTIVATIONS_STEP codes what a sums step takes, all but the trimming: it negates
+   the odd ones, adds to *excess what is to be taken off for them, and returns the pairs beyond DQ_PAIR, bit j
+   for pair j. */
 #define DQ_PAIR 128
-#define DQ_PAIRS_STEP 32
+#define DQ_ACTIVATIONS_STEP 32
 #if defined(__AVX512BW__)
 
 typedef __m512i dq_sums;
@@ -396,18 +398,28 @@ static inline dq_sums dq_sums_step(dq_sums acc, dq_weights w, dq_spread_act a) {
 
 #endif
 
-static inline uint32_t dq_pairs_beyond(const int8_t* a) {
+static inline uint32_t dq_activations_step(int8_t* a, int32_t* excess) {
 #if defined(__AVX2__)
-    const __m256i sums = _mm256_maddubs_epi16(_mm256_set1_epi8(1), _mm256_loadu_si256((const __m256i*)a));
-    const __m256i beyond = _mm256_cmpgt_epi16(_mm256_abs_epi16(sums), _mm256_set1_epi16(DQ_PAIR));
-    const __m256i bytes = _mm256_packs_epi16(beyond, _mm256_setzero_si256());
-    const uint32_t bits = (uint32_t)_mm256_movemask_epi8(bytes);
+    const __m256i odd = _mm256_set1_epi16((short)0xFF00);
+    const __m256i v = _mm256_sub_epi8(_mm256_xor_si256(_mm256_loadu_si256((const __m256i*)a), odd), odd);
+    /* A pair adds at most 128 * 127 + 127 * 127 = 32,385. */
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi16(0x7F80), v);
+    const __m256i four = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    const __m256i beyond = _mm256_cmpgt_epi16(
+        _mm256_abs_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), v)), _mm256_set1_epi16(DQ_PAIR));
+    const uint32_t bits = (uint32_t)_mm256_movemask_epi8(_mm256_packs_epi16(beyond, beyond));
+    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4E));
+    *excess += _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1)));
+    _mm256_storeu_si256((__m256i*)a, v);
     return (bits & 0xFF) | (bits >> 8 & 0xFF00);
 #else
     uint32_t bits = 0;
-    for (int j = 0; j < DQ_PAIRS_STEP / 2; j++) {
-        const int sum = a[2 * j] + a[2 * j + 1];
-        bits |= (uint32_t)(sum > DQ_PAIR || sum < -DQ_PAIR) << j;
+    for (int j = 0; j < DQ_ACTIVATIONS_STEP / 2; j++) {
+        const int even = a[2 * j], odd = a[2 * j + 1];
+        *excess += 128 * even - 127 * odd;
+        a[2 * j + 1] = (int8_t)-odd;
+        bits |= (uint32_t)(even - odd > DQ_PAIR || odd - even > DQ_PAIR) << j;
     }
     return bits;
 #endif

@@ -19,23 +19,6 @@ cdef inline void raise_weights(uint8_t* bytes, Py_ssize_t n) noexcept nogil:
         bytes[i] ^= <uint8_t> (DQ_RAISED >> 8 if i & 1 else DQ_RAISED)
 
 
-# The same for n codes of activations, the first of them even. Returns the excess of every sum over them.
-# Three plain loops vectorise, one that does all does not.
-cdef inline int32_t negate_odd(int8_t* codes, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i
-    cdef int32_t before = 0, after = 0
-    cdef int8_t odd
-    for i in range(n):
-        before += codes[i]
-    for i in range(n):
-        odd = <int8_t> -(i & 1)
-        codes[i] = <int8_t> ((codes[i] ^ odd) - odd)
-    for i in range(n):
-        after += codes[i]
-    # before - after is twice the sum of the odd ones.
-    return 128 * after + (before - after) // 2
-
-
 # A pair that is beyond DQ_PAIR leaves its rest in `rest`, which is 0 before. The larger of the two gives way:
 # it is large enough.
 cdef inline void trim_pair(int8_t* pair, int8_t* rest) noexcept nogil:
