@@ -291,11 +291,10 @@ class QuantLinear:
         threads = as_thread_count(num_threads)
         if out is not None:
             checked_out(out, shape, F32, x)
-        into = out
-        if len(lengths) != 2:
-            array = array.reshape(-1, self._k)
-            into = None if out is None else out.reshape(-1, self._n)
-        y = multiply(self._layer, self._n, self._smooth, array, into, threads, "x")
+        if len(lengths) == 2:
+            return multiply(self._layer, self._n, self._smooth, array, out, threads, "x")
+        rows, into = array.reshape(-1, self._k), None if out is None else out.reshape(-1, self._n)
+        y = multiply(self._layer, self._n, self._smooth, rows, into, threads, "x")
         return y.reshape(shape) if out is None else out
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -359,20 +359,43 @@ def multiply(
     """Rows of `x` times packed weights with n outputs, a chunk of rows at a time."""
     m, k = x.shape
     y = np.empty((m, n), F32) if out is None else out
-    chunk = _chunk_rows(m, _CHUNK_BYTES // layer.activation_bytes())
-    a = _core.Activations(layer, min(m, chunk))
-    # A new array may be given up half written; the caller's may not.
-    if out is not None and chunk < m:
-        for first in range(0, m, chunk):
-            part = x[first : first + chunk]
-            if not layer.quantize(float_rows(part, len(part), k), a):
-                _raise_bad_row(x, smooth, name)
-    for first in range(0, m, chunk):
-        part, into = (x, y) if m <= chunk else (x[first : first + chunk], y[first : first + chunk])
-        if not layer.quantize(float_rows(part, len(part), k), a):
-            _raise_bad_row(x, smooth, name)
-        over_rows(layer.multiply, (a, into), layer.panel_count, threads)
+    most = max(4, _CHUNK_BYTES // layer.activation_bytes())
+    if m > most:
+        _multiply_chunks(layer, smooth, x, y, _chunk_rows(m, most), out is not None, threads, name)
+        return y
+    a = _core.Activations(layer, m)
+    if not layer.quantize(float_rows(x, m, k), a):
+        _raise_bad_row(x, smooth, name)
+    over_rows(layer.multiply, (a, y), layer.panel_count, threads)
     return y
+
+
+def _multiply_chunks(
+    layer: _core.PackedLinear,
+    smooth: NDArray[np.float32] | None,
+    x: NDArray[Any],
+    y: NDArray[np.float32],
+    chunk: int,
+    check_first: bool,
+    threads: int,
+    name: str,
+) -> None:
+    """y = x times packed weights, `chunk` rows at a time."""
+    a = _core.Activations(layer, chunk)
+
+    def quantize(first: int) -> None:
+        part = x[first : first + chunk]
+        if not layer.quantize(float_rows(part, *part.shape), a):
+            _raise_bad_row(x, smooth, name)
+
+    starts = range(0, len(x), chunk)
+    # A new array may be given up half written; the caller's may not.
+    if check_first:
+        for first in starts:
+            quantize(first)
+    for first in starts:
+        quantize(first)
+        over_rows(layer.multiply, (a, y[first : first + chunk]), layer.panel_count, threads)
 
 
 def _raise_bad_row(x: NDArray[Any], smooth: NDArray[np.float32] | None, name: str) -> NoReturn:
@@ -385,9 +408,6 @@ def _raise_bad_row(x: NDArray[Any], smooth: NDArray[np.float32] | None, name: st
 
 
 def _chunk_rows(m: int, most: int) -> int:
-    """Rows of a chunk: as few chunks as `most` allows, nearly equal, in whole tiles of four rows."""
-    if m <= most:
-        return m or 1
-    most = max(4, most // 4 * 4)
-    chunks = -(-m // most)
+    """Rows of a chunk of m: as few chunks as `most` allows, nearly equal, in whole tiles of four rows."""
+    chunks = -(-m // (most // 4 * 4))
     return -(-m // (4 * chunks)) * 4

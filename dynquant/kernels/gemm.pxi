@@ -90,8 +90,8 @@ cdef inline uint8_t* codes_of(CodedBlock* block) noexcept nogil:
     return <uint8_t*> (block + 1)
 
 
-# Trims the pairs in `beyond` of DQ_ACTIVATIONS_STEP codes, the first of which is at `start` of a block of k. The
-# block takes the rests.
+# Trims the pairs in `beyond` of DQ_ACTIVATIONS_STEP codes, the first of which is at `start` of a block of k.
+# The block takes the rests.
 cdef inline void trim_block(int8_t* codes, uint32_t beyond, CodedBlock* block, Py_ssize_t start,
                             Py_ssize_t k) noexcept nogil:
     cdef Rest* rests = <Rest*> (codes_of(block) + 4 * steps_of(k))
