@@ -79,6 +79,14 @@ static void split_end(V* sum, V part) {
     *sum = pairs(*sum, part);
 }
 
+/* e: of two neighbours w + 128 and 127 - w, times x and -x, in which what has one sign is trimmed to 128: a
+   pair is at most 255 * 128. What was trimmed is a step more of that row. */
+typedef V raise_w, raise_x;
+#define raise_load shift_load
+#define raise_spread spread
+static V raise_step(V sum, V w, V x) { return pairs(sum, _mm256_maddubs_epi16(w, x)); }
+#define raise_end wide_end
+
 /* 4 bits: a pair is at most 2 * 15 * 127 = 3,810, and eight of them fit int16. */
 typedef struct { V even, odd; } codes_w, codes_x;
 static codes_w codes_load(const uint8_t* w, int j) {
@@ -144,11 +152,12 @@ TILES(sign, 32, 64, 4, 1, 0)
 TILES(back, 32, 64, 4, 1, 0)
 TILES(shift, 32, 64, 4, 1, 0)
 TILES(split, 32, 64, 4, 1, 8)
+TILES(raise, 32, 64, 4, 1, 0)
 TILES(codes, 32, 64, 8, 1, 4)
 TILES(widen4, 32, 64, 4, 4, 0)
 
 typedef void tile_fn(const uint8_t*, const uint8_t*, size_t, int32_t*, int);
-typedef enum { INT16, BYTES, SHIFTED, HALVES, EVEN_ODD } form;
+typedef enum { INT16, BYTES, SHIFTED, HALVES, TRIMMED, EVEN_ODD } form;
 typedef struct {
     const char* name;
     tile_fn* tile[3];  /* of 1, 2 and 4 rows */
@@ -162,6 +171,7 @@ static const design DESIGNS[] = {
     {"b   |w|, sign(x, w)", OF(sign), 8, 4, BYTES, {0}},
     {"c   x + 128, residuals", OF(shift), 8, 4, SHIFTED, OF(back)},
     {"d   nibbles of x", OF(split), 8, 4, HALVES, {0}},
+    {"e   trimmed x", OF(raise), 8, 4, TRIMMED, {0}},
     {"u4  int16 sums", OF(codes), 4, 8, EVEN_ODD, {0}},
     {"u4  made int16", OF(widen4), 4, 8, INT16, {0}},
 };
@@ -169,6 +179,7 @@ enum { COUNT = sizeof DESIGNS / sizeof *DESIGNS };
 
 /* ---- Packing. Memory is taken from an arena, and given back all at once. ---- */
 typedef struct { uint16_t k[2]; int16_t r[2]; } residuals; /* trimmed from two weights of one output */
+typedef struct { int32_t step; int8_t x[4]; } rest;       /* trimmed from four activations of one row */
 typedef struct {
     const int8_t* w;
     int n, k;
@@ -182,6 +193,9 @@ typedef struct {
     size_t stride;
     uint8_t* rows;
     int16_t* columns; /* (M / TOKENS, K, TOKENS), for the residuals */
+    int32_t* excess;  /* (M,), and rests of each row: TRIMMED alone */
+    rest** rests;
+    int* count;
 } activations;
 
 static size_t used;
@@ -212,7 +226,8 @@ static residuals* pack_row(const design* d, const int8_t* w, int k, uint8_t* pan
         int8_t pair[] = {w[i & ~1], w[i | 1]};
         if (d->x == SHIFTED) trim(pair);
         const size_t bit = place(d, c, i);
-        panel[bit / 8] |= (uint8_t)((uint8_t)w[i] << bit % 8);
+        const int raised = d->x != TRIMMED ? w[i] : i % 2 ? w[i] ^ 0x7F : w[i] ^ 0x80;
+        panel[bit / 8] |= (uint8_t)((uint8_t)raised << bit % 8);
         sum += pair[i & 1];
         if (pair[i & 1] == w[i]) continue;
         list[count / 2].k[count % 2] = (uint16_t)i;
@@ -243,19 +258,40 @@ static double bytes_per_weight(const design* d, const weights* w) {
     return d->bits / 8.0 + (double)(sums + w->from[w->n] * sizeof *w->list) / w->n / w->k;
 }
 
+/* Row r of activations, and its rests. */
+static void trim_row(activations* o, int r, int8_t* row) {
+    o->rests[r] = room(o->k / 4 * sizeof(rest));
+    for (int i = 0; i < o->k; i++) {
+        o->excess[r] += (i % 2 ? -127 : 128) * row[i];
+        if (i % 2) row[i] = (int8_t)-row[i];
+    }
+    for (int i = 0; i < o->k; i += 4) {
+        int8_t four[4];
+        memcpy(four, row + i, 4);
+        trim(row + i), trim(row + i + 2);
+        if (!memcmp(four, row + i, 4)) continue;
+        rest* e = o->rests[r] + o->count[r]++;
+        e->step = i / 4;
+        for (int j = 0; j < 4; j++) e->x[j] = (int8_t)(four[j] - row[i + j]);
+    }
+}
 static activations pack_activations(const design* d, const int8_t* x, int m, int k) {
     const int bytes = d->x == INT16 ? 2 : 1;
-    activations o = {x, m, k, d->x == HALVES ? 2 : 1, ((k * bytes + 63) / 64 | 1) * 64, 0, 0};
+    activations o = {x, m, k, d->x == HALVES ? 2 : 1, ((k * bytes + 63) / 64 | 1) * 64, 0, 0, 0, 0, 0};
     o.rows = room(m * o.parts * o.stride);
     for (int r = 0; r < m; r++) {
         uint8_t *row = o.rows + r * o.parts * o.stride, *low = row + o.stride;
         const int8_t* v = x + (size_t)r * k;
         for (int i = 0; i < k; i++)
             if (d->x == INT16) ((int16_t*)row)[i] = v[i];
-            else if (d->x == BYTES) row[i] = (uint8_t)v[i];
+            else if (d->x == BYTES || d->x == TRIMMED) row[i] = (uint8_t)v[i];
             else if (d->x == SHIFTED) row[i] = (uint8_t)(v[i] + 128);
             else if (d->x == HALVES) row[i] = (uint8_t)((v[i] + 128) >> 4), low[i] = v[i] & 15;
             else row[i / 8 * 8 + i % 2 * 4 + i % 8 / 2] = (uint8_t)v[i];
+    }
+    if (d->x == TRIMMED) {
+        o.excess = room(4 * m), o.count = room(m * sizeof *o.count), o.rests = room(m * sizeof *o.rests);
+        for (int r = 0; r < m; r++) trim_row(&o, r, (int8_t*)o.rows + r * o.stride);
     }
     if (d->x != SHIFTED || m < TOKENS) return o;
     /* Tokens in the order in which vpunpcklwd and vpunpckhwd leave 0..7 and 8..15. */
@@ -303,6 +339,16 @@ static void correct(const weights* w, const int16_t* columns, int c, int32_t* ou
     add_transposed(low, out + c, w->n, rows);
     add_transposed(high, out + (size_t)8 * w->n + c, w->n, rows - 8);
 }
+/* The rests of one row, added to its sums. */
+static void add_rests(const uint8_t* panel, const rest* e, int count, int32_t* sums) {
+    V s0 = load(sums), s1 = load(sums + 8);
+    for (const rest* end = e + count; e < end; e++) {
+        const uint8_t* w = panel + (size_t)e->step * 64;
+        const V x = spread(e->x);
+        s0 = raise_step(s0, load(w), x), s1 = raise_step(s1, load(w + 32), x);
+    }
+    _mm256_storeu_si256((V*)sums, s0), _mm256_storeu_si256((V*)(sums + 8), s1);
+}
 static void times_panel(tile_fn* const tile[3], const uint8_t* panel, const int32_t* excess,
                         const activations* x, int steps, int32_t* out, int n) {
     _Alignas(32) int32_t sums[4 * PANEL];
@@ -315,7 +361,9 @@ static void times_panel(tile_fn* const tile[3], const uint8_t* panel, const int3
             int32_t *s = sums + i * PANEL, *y = out + (size_t)((r + i) / x->parts) * n;
             if (x->parts == 2)
                 for (int c = 0; c < PANEL; c++) s[c] = 16 * s[c] + s[PANEL + c];
-            for (int c = 0; c < PANEL; c++) y[c] = s[c] - excess[c];
+            if (x->rests) add_rests(panel, x->rests[r + i], x->count[r + i], s);
+            const int32_t of_row = x->excess ? x->excess[r + i] : 0;
+            for (int c = 0; c < PANEL; c++) y[c] = s[c] - excess[c] - of_row;
         }
     }
 }
@@ -347,8 +395,9 @@ static int uniform(int n) {
     state ^= state << 13, state ^= state >> 7, state ^= state << 17;
     return (int)((state >> 32) % (uint64_t)n);
 }
-/* Kind 0: normally distributed, each row scaled by its own largest magnitude, as in practice. */
-enum { KINDS = 6, X_KINDS = 3 };
+/* Kind 0: normally distributed, each row scaled by its own largest magnitude, as in practice; of activations
+   that is NORMAL. */
+enum { KINDS = 6, X_KINDS = 4, NORMAL = X_KINDS };
 static void fill_weights(int8_t* w, int n, int k, int kind, int bits) {
     static int row[1 << 16];
     for (int r = 0; r < n; r++) {
@@ -368,7 +417,8 @@ static void fill_weights(int8_t* w, int n, int k, int kind, int bits) {
 }
 static void fill_activations(int8_t* x, int m, int k, int kind) {
     for (int i = 0; i < m * k; i++) {
-        const int kinds[X_KINDS] = {uniform(255) - 127, uniform(2) ? 127 : -127, i / k % 2 ? 127 : -127};
+        const int any = uniform(255) - 127, sign = uniform(2) ? 127 : -127, of_row = i / k % 2 ? 127 : -127;
+        const int kinds[X_KINDS] = {any, sign, of_row, i % 2 ? of_row : -of_row};
         x[i] = (int8_t)kinds[kind];
     }
 }
@@ -443,7 +493,7 @@ static void peaks(void) {
 }
 
 /* G multiply-adds/s, and how many times those of the first design in the same round. */
-static void measure(int bits, int m, int n, int k) {
+static void measure(int bits, int m, int n, int k, int x_kind) {
     static double rate[COUNT][ROUNDS], ratio[COUNT][ROUNDS], packing[COUNT][2];
     weights ws[COUNT];
     activations xs[COUNT];
@@ -453,7 +503,9 @@ static void measure(int bits, int m, int n, int k) {
     used = 0;
     int8_t *w = room((size_t)n * k), *x = room((size_t)m * k);
     int32_t* out = room((size_t)m * n * 4);
-    fill_weights(w, n, k, 0, bits), fill_activations(x, m, k, 0);
+    fill_weights(w, n, k, 0, bits);
+    if (x_kind == NORMAL) fill_weights(x, m, k, 0, 8);
+    else fill_activations(x, m, k, x_kind);
     for (int d = first; d < last; d++) {
         const double start = now();
         ws[d] = pack_weights(DESIGNS + d, w, n, k), packing[d][0] = now() - start;
@@ -470,7 +522,9 @@ static void measure(int bits, int m, int n, int k) {
         }
         for (int d = first; d < last; d++) ratio[d][round] = rate[d][round] / rate[first][round];
     }
-    printf("\nM %3d, N %4d, K %4d     median   best  ratio  bytes/weight  packing w, x (ns each)\n", m, n, k);
+    static const char* const names[] = {"uniform", "+-127", "127 of one sign", "127, -127 in turn", "normal"};
+    printf("\nM %d, N %d, K %d, x %s\n%24s median   best  ratio  bytes/weight  packing w, x (ns each)\n", m, n, k,
+           names[x_kind], "");
     for (int d = first; d < last; d++) {
         const double middle = median(rate[d]);
         printf("  %-22s %6.1f %6.1f  %5.2f  %12.3f  %9.2f %6.2f\n", DESIGNS[d].name, middle,
@@ -484,9 +538,10 @@ int main(void) {
     peaks();
     for (int bits = 8; bits >= 4; bits -= 4)
         for (int k = 1024; k <= 4096; k *= 4) {
-            measure(bits, 1, 4096 * 8 / bits, k); /* 4 and 16 MiB of weights */
-            measure(bits, 16, 512 * 1024 / k, k); /* at most 512 KiB */
-            measure(bits, 128, 512 * 1024 / k, k);
+            measure(bits, 1, 4096 * 8 / bits, k, NORMAL); /* 4 and 16 MiB of weights */
+            measure(bits, 16, 512 * 1024 / k, k, NORMAL); /* at most 512 KiB */
+            measure(bits, 128, 512 * 1024 / k, k, NORMAL);
         }
+    for (int x_kind = 0; x_kind < NORMAL; x_kind++) measure(8, 16, 512, 1024, x_kind);
     return 0;
 }
