@@ -160,16 +160,17 @@ class _Rounding:
     """
 
     def __init__(self, moments: NDArray[np.float64], damping: float) -> None:
+        # `take`, for an index in brackets crashes NumPy where there is no memory.
         diagonal = moments.diagonal()
         self.order = np.argsort(-diagonal, kind="stable")
-        h = moments[np.ix_(self.order, self.order)]
+        h = moments.take(self.order, 0).take(self.order, 1)
         h[np.diag_indices_from(h)] += damping * diagonal.mean()
         self.upper = np.ascontiguousarray(np.linalg.cholesky(np.linalg.inv(h)).T)
 
     def codes(self, w: NDArray[np.float32], grid: _Grid) -> NDArray[np.int8]:
         """Codes of w, column by column, (k, n)."""
         codes = np.empty((w.shape[1], w.shape[0]), np.int8)
-        left = w.T[self.order].astype(np.float64)
+        left = w.T.take(self.order, 0).astype(np.float64)
         for first in range(0, len(left), _BLOCK):
             block, upper = left[first : first + _BLOCK], self.upper[first : first + _BLOCK]
             errors = np.empty_like(block)
