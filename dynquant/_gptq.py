@@ -88,15 +88,16 @@ def compensate(w: NDArray[np.float32], plain: DynQuantTensor, moments: SecondMom
     stronger the damping must be: the share of _DAMPINGS is taken, or `plain` itself, which leaves the least
     error on the rows held out, tried on some of the outputs. The codes then come from all rows.
     """
-    damping = _best_damping(w, plain, moments) if all(moments.rows) else _DEFAULT_DAMPING
-    if damping is None:
-        return plain
-    grid = _Grid(plain)
-    try:
-        codes = _Rounding(moments.used + moments.held_out, damping).codes(w, grid)
-    except np.linalg.LinAlgError:
-        return plain
-    return dataclasses.replace(plain, data=grid.packed(codes))
+    with np.errstate(all="ignore"):  # what is pushed beyond float32 saturates
+        damping = _best_damping(w, plain, moments) if all(moments.rows) else _DEFAULT_DAMPING
+        if damping is None:
+            return plain
+        grid = _Grid(plain)
+        try:
+            codes = _Rounding(moments.used + moments.held_out, damping).codes(w, grid)
+        except np.linalg.LinAlgError:
+            return plain
+        return dataclasses.replace(plain, data=grid.packed(codes))
 
 
 def _best_damping(w: NDArray[np.float32], plain: DynQuantTensor, moments: SecondMoments) -> float | None:
