@@ -75,12 +75,15 @@ fuzz: $(VENV)/installed-test  ## a minute of libFuzzer on the kernels, thousands
 	CLANG=$(CLANG) $(BIN)/python tests/fuzz/build.py $(FUZZ_SECONDS) build/fuzz build/fuzz-program
 	$(BIN)/python tests/fuzz/facade.py $(FUZZ_EXECUTIONS)
 
-OLD_TESTS := tests/test_golden.py tests/test_hadamard.py
-old-cpus: $(VENV)/installed-test  ## the baseline kernels alone, then emulated processors; needs qemu-x86_64
+# Without meaning there, or too long: memory and time, builds, an allocator replaced, NumPy's linear algebra.
+NOT_EMULATED := $(addprefix --deselect tests/test_,memory.py build.py allocation.py old_cpus.py gptq.py \
+	import.py::test_time_and_memory_of_the_import)
+old-cpus: $(VENV)/installed-test  ## the suite with the baseline, then on emulated processors; needs qemu-x86_64
 	DYNQUANT_ISA=baseline $(BIN)/pytest $(PYTEST_ARGS)
 	$(BIN)/pytest tests/test_old_cpus.py
 	for cpu in Nehalem Haswell; do \
-		qemu-x86_64-static -cpu $$cpu $(BIN)/python $(BIN)/pytest $(OLD_TESTS) || exit 1; done
+		EMULATOR="$$(command -v qemu-x86_64-static) -cpu $$cpu"; export EMULATOR; \
+		$$EMULATOR $(BIN)/python $(BIN)/pytest $(NOT_EMULATED) $(PYTEST_ARGS) || exit 1; done
 
 bench: $(VENV)/installed-bench  ## every kernel on every instruction set beside NumPy; saves JSON and chart
 	$(BIN)/python bench/run.py $(BENCH_ARGS)

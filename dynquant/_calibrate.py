@@ -37,6 +37,8 @@ _WINDOW = _core.WINDOW_CELLS
 
 _MOST_ELEMENTS = 2**63 - 1
 _MOST_ROWS = 2**32 - 1
+# So that their counts, of 4 bytes each, can be addressed.
+_MOST_CHANNELS = _MOST_ELEMENTS // (4 * _WINDOW)
 
 _FORMAT_VERSION = 1
 _MEMBERS = ("calibrator", "extremes", "sums", "counts", "channel_amax", "channel_counts")
@@ -160,7 +162,7 @@ class Calibrator:
     Raises
     ------
     ParameterError
-        If `channels` is no int above 0.
+        If `channels` is no int above 0, or more than can be addressed.
 
     Notes
     -----
@@ -213,6 +215,8 @@ class Calibrator:
 
     def __init__(self, channels: int | None = None) -> None:
         self._channels = None if channels is None else as_count(channels, "channels")
+        if self._channels is not None and self._channels > _MOST_CHANNELS:
+            raise ParameterError(f"channels: expected an int <= {_MOST_CHANNELS}, got {channels!r}")
         self._count = 0
         self._extremes = np.array([np.inf, -np.inf], F32)
         self._sums = np.zeros(4)

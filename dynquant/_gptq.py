@@ -88,15 +88,16 @@ def compensate(w: NDArray[np.float32], plain: DynQuantTensor, moments: SecondMom
     stronger the damping must be: the share of _DAMPINGS is taken, or `plain` itself, which leaves the least
     error on the rows held out, tried on some of the outputs. The codes then come from all rows.
     """
-    damping = _best_damping(w, plain, moments) if all(moments.rows) else _DEFAULT_DAMPING
-    if damping is None:
-        return plain
-    grid = _Grid(plain)
-    try:
-        codes = _Rounding(moments.used + moments.held_out, damping).codes(w, grid)
-    except np.linalg.LinAlgError:
-        return plain
-    return dataclasses.replace(plain, data=grid.packed(codes))
+    with np.errstate(all="ignore"):  # what is pushed beyond float32 saturates
+        damping = _best_damping(w, plain, moments) if all(moments.rows) else _DEFAULT_DAMPING
+        if damping is None:
+            return plain
+        grid = _Grid(plain)
+        try:
+            codes = _Rounding(moments.used + moments.held_out, damping).codes(w, grid)
+        except np.linalg.LinAlgError:
+            return plain
+        return dataclasses.replace(plain, data=grid.packed(codes))
 
 
 def _best_damping(w: NDArray[np.float32], plain: DynQuantTensor, moments: SecondMoments) -> float | None:
@@ -160,16 +161,17 @@ class _Rounding:
     """
 
     def __init__(self, moments: NDArray[np.float64], damping: float) -> None:
+        # `take`, for an index in brackets crashes NumPy where there is no memory.
         diagonal = moments.diagonal()
         self.order = np.argsort(-diagonal, kind="stable")
-        h = moments[np.ix_(self.order, self.order)]
+        h = moments.take(self.order, 0).take(self.order, 1)
         h[np.diag_indices_from(h)] += damping * diagonal.mean()
         self.upper = np.ascontiguousarray(np.linalg.cholesky(np.linalg.inv(h)).T)
 
     def codes(self, w: NDArray[np.float32], grid: _Grid) -> NDArray[np.int8]:
         """Codes of w, column by column, (k, n)."""
         codes = np.empty((w.shape[1], w.shape[0]), np.int8)
-        left = w.T[self.order].astype(np.float64)
+        left = w.T.take(self.order, 0).astype(np.float64)
         for first in range(0, len(left), _BLOCK):
             block, upper = left[first : first + _BLOCK], self.upper[first : first + _BLOCK]
             errors = np.empty_like(block)

@@ -101,7 +101,8 @@ def quantize_weights(
 
 def weight_format(bits: Any, group_size: Any, symmetric: Any) -> tuple[DynQuantFormat, bool]:
     """The format that `quantize_weights` gives for these options, and whether it is symmetric."""
-    fmt = DynQuantFormat(bits, "per_row" if group_size is None else "per_group", group_size, bits == 4)
+    packed = type(bits) is int and bits == 4
+    fmt = DynQuantFormat(bits, "per_row" if group_size is None else "per_group", group_size, packed)
     if symmetric is None:
         symmetric = fmt.bits == 8
     symmetric = as_flag(symmetric, "symmetric")

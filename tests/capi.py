@@ -5,6 +5,7 @@ import os
 import re
 
 import numpy as np
+from common import F32, memory
 
 import dynquant
 from dynquant import capi
@@ -76,3 +77,62 @@ TABLE = pointer_of(capi._C_API, CAPSULE)
 VERSION, SIZE = (ctypes.c_int32 * 2).from_address(TABLE)
 ADDRESSES = list((ctypes.c_void_p * len(header_signatures())).from_address(TABLE + 8))
 FUNCTIONS = dict(map(bound, ADDRESSES, header_signatures()))
+
+
+def call(name, *arguments):
+    status = FUNCTIONS[name](*arguments)
+    assert status == OK, (name, status)
+
+
+def number():
+    return np.full(1, 77, F32)
+
+
+def packed_weights(w, offset=0):
+    n_bytes = FUNCTIONS["w8a8_packed_bytes"](*w.shape)
+    packed = memory(n_bytes, offset)
+    call("w8a8_pack", w, *w.shape, packed)
+    return packed
+
+
+def packed_int4(tensor, offset=0):
+    (n, k), group = tensor.shape, tensor.format.group_of(tensor.shape[1])
+    packed = memory(FUNCTIONS["w4a8_packed_bytes"](n, k, group), offset)
+    call("w4a8_pack", tensor.data, tensor.scales, tensor.zero_points, n, k, group, packed)
+    return packed
+
+
+def arguments_of(name):
+    """A good call of function `name`: a value for each parameter."""
+    x, codes, scales, value = np.ones(6, F32), np.ones(6, np.int8), np.ones(2, F32), number()
+    packed, scratch = (
+        packed_weights(np.ones((2, 3), np.int8)),
+        memory(FUNCTIONS["w8a8_scratch_bytes"](2, 3), 0),
+    )
+    packed_4 = packed_int4(dynquant.quantize_weights(np.ones((2, 3), F32), bits=4))
+    scratch_4 = memory(FUNCTIONS["w4a8_scratch_bytes"](2, 3, 3), 0)
+    out = np.full(6, 77, F32)
+    return {
+        "dot_s8s8_s64": [codes, codes, 6],
+        "w8a8_packed_bytes": [2, 3],
+        "w8a8_scratch_bytes": [2, 3],
+        "w4a8_packed_bytes": [2, 3, 3],
+        "w4a8_scratch_bytes": [2, 3, 3],
+        "amax_f32": [x, 6, value],
+        "percentile_f32": [x, 6, 0.5, value],
+        "amax_scale_f32": [x, 6, 127, value],
+        "percentile_scale_f32": [x, 6, 0.5, 127, value],
+        "quantize_row_f32_s8": [x, 6, 1.0, 127, codes],
+        "quantize_row_f32_s4": [x, 6, 1.0, codes],
+        "dynamic_quantize_row_f32_s8": [x, 6, codes, value],
+        "dynamic_quantize_row_f32_s4": [x, 6, codes, value],
+        "dequantize_row_s8_f32": [codes, 6, 1.0, out],
+        "dequantize_row_s4_f32": [codes, 6, 1.0, out],
+        "w8a8_matvec": [codes, scales, 2, 3, codes.copy(), 1.0, out],
+        "w8a8_pack": [codes, 2, 3, packed],
+        "w8a8_matmul": [packed, scales, scales.copy(), x, 2, 2, 3, scratch, out],
+        "w4a8_pack": [codes, scales, np.ones(2, np.uint8), 2, 3, 3, packed_4],
+        "w4a8_matmul": [packed_4, scales.copy(), x, 2, 2, 3, 3, scratch_4, out],
+        "divide_rows_f32": [x, np.ones(3, F32), 2, 3, out],
+        "multiply_rows_f32": [x, np.ones(3, F32), 2, 3, out],
+    }[name]

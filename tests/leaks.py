@@ -4,15 +4,65 @@ Counted are the interpreter's small objects and the bytes that malloc has given 
 from: neither is rounded to pages, and nothing else allocates meanwhile.
 """
 
+import collections
 import ctypes
 import functools
 import gc
+import itertools
 import sys
 import time
 
+import numpy as np
+import test_errors
+import test_matmul
 from calls import CALLS, INTO
+from capi import FUNCTIONS, arguments_of
 
-EVERY = {**CALLS, **{f"{name} into": functools.partial(*pair) for name, pair in INTO.items()}}
+from dynquant import DynQuantError
+
+C_CALLS = {f"C, {name}": functools.partial(FUNCTIONS[name], *arguments_of(name)) for name in FUNCTIONS}
+
+
+def refusals():
+    """Bad calls of each function: those of the tests, and NaN in every argument that can have it."""
+    found = collections.defaultdict(list)
+    for bad in test_errors.BAD_CALLS:
+        found[_name_of(bad.function)].append((bad.function, bad.args, bad.kwargs))
+    for function, arguments, options, *_ in test_matmul.BAD_CALLS:
+        found[_name_of(function)].append((function, arguments, options))
+    for argument in test_errors.FLOAT_ARGUMENTS.values():
+        into = {} if argument.out is None else {"out": argument.out}
+        nan = np.full(argument.shape, np.nan, np.float32)
+        found[_name_of(argument.call)].append((argument.call, (nan,), into))
+    return found
+
+
+def _name_of(function):
+    function = getattr(function, "func", function)
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
+def refused(calls):
+    """A function that makes the next of the calls, all of which raise."""
+    turn = itertools.cycle(calls)
+
+    def call():
+        function, arguments, options = next(turn)
+        try:
+            function(*arguments, **options)
+        except DynQuantError:
+            return
+        raise AssertionError(f"{function} took {arguments} {options}")
+
+    return call
+
+
+EVERY = {
+    **CALLS,
+    **{f"{name} into": functools.partial(*pair) for name, pair in INTO.items()},
+    **C_CALLS,
+    **{f"{name} refuses": refused(calls) for name, calls in refusals().items()},
+}
 # Free lists of the interpreter, of NumPy and of malloc may be fuller than before; 2,000 calls that each lost
 # the smallest block there is would lose 32,000 bytes.
 MOST_OBJECTS, MOST_BYTES = 200, 16_000
@@ -38,7 +88,7 @@ def _in_use():
 
 def growth(call, times):
     """Small objects and bytes that `times` calls left behind, after a few to fill caches."""
-    for _ in range(200):
+    for _ in range(1000):
         call()
     before = _in_use()
     for _ in range(times):

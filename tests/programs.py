@@ -12,6 +12,8 @@ import pytest
 import dynquant
 
 INCLUDE = sysconfig.get_paths()["include"]
+# The emulator that the suite runs under, if any: what an emulated program starts is not emulated by itself.
+EMULATOR = shlex.split(os.environ.get("EMULATOR", ""))
 STRICT = ["-Wall", "-Wextra", "-pedantic", "-Werror"]
 
 
@@ -35,9 +37,14 @@ def environment(**more):
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sorted(roots)), **more}
 
 
+def emulated(command):
+    """`command` under the emulator that the suite runs under; compilers, which have no path, as they are."""
+    return [*EMULATOR, *command] if os.path.isabs(command[0]) else command
+
+
 def run(command, **options):
     options = {"env": environment(), **options}
-    done = subprocess.run(command, capture_output=True, text=True, **options)
+    done = subprocess.run(emulated(command), capture_output=True, text=True, **options)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

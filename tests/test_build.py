@@ -43,10 +43,19 @@ class Tree:
 
     def run(self, *arguments, **environment):
         """The process of a build, and the names of the modules that it compiled."""
+        return self.run_python("setup.py", "--quiet", "build_ext", *arguments, **environment)
+
+    def install(self, *arguments, **environment):
+        """The process of an installation by pip, with the Cython that is here, and the same names."""
+        # What is installed, and under test, stays.
+        options = ("--ignore-installed", "--no-deps", "--no-build-isolation", "--no-index")
+        return self.run_python("-m", "pip", "install", *options, *arguments, **environment)
+
+    def run_python(self, *arguments, **environment):
         self.log.write_text("")
         given = {"CC": self.compiler, "LDSHARED": self.compiler, "LOG": str(self.log), "DYNQUANT_DEBUG": "0"}
         done = subprocess.run(
-            [sys.executable, "setup.py", "--quiet", "build_ext", *arguments],
+            [sys.executable, *arguments],
             cwd=self.folder,
             env={**os.environ, **given, **environment},
             capture_output=True,
@@ -112,6 +121,25 @@ def test_without_a_compiler(tree):
     assert line.startswith("error: dynquant needs a C compiler, but")
     assert "/nonexistent/cc" in line
     assert "`apt install gcc python3-dev`" in line
+
+
+def test_pip_without_a_compiler(tree, tmp_path):
+    """What pip shows of it: that line among its own, and no traceback."""
+    done, modules = tree.install("--target", str(tmp_path), ".", CC="/nonexistent/cc")
+    assert (done.returncode, modules) == (1, set())
+    shown = done.stdout + done.stderr
+    assert len([line for line in shown.splitlines() if "error: dynquant needs a C compiler" in line]) == 1
+    assert "Traceback" not in shown
+
+
+def test_a_change_after_an_editable_install(tree, tmp_path):
+    done, _ = tree.install("--prefix", str(tmp_path), "--editable", ".")
+    assert done.returncode == 0, done.stdout + done.stderr
+    links = [*tmp_path.rglob("__editable__*.pth"), *tmp_path.rglob("__editable__*.py")]
+    assert any(str(tree.folder / "dynquant") in link.read_text() for link in links)
+    assert tree.compiled("--inplace") == set()
+    tree.touch("dynquant/kernels/quantize.pxi")
+    assert tree.compiled("--inplace") == ISAS
 
 
 def test_without_headers(tree, tmp_path):

@@ -16,7 +16,12 @@ from capi import (
     OK,
     SIZE,
     VERSION,
+    arguments_of,
+    call,
     header_signatures,
+    number,
+    packed_int4,
+    packed_weights,
     pointer_of,
     pxd_signatures,
     read,
@@ -74,15 +79,6 @@ def test_both_interfaces_are_the_same_functions():
 
 
 # Results
-
-
-def call(name, *arguments):
-    status = FUNCTIONS[name](*arguments)
-    assert status == OK, (name, status)
-
-
-def number():
-    return np.full(1, 77, F32)
 
 
 def floats(n, seed=0):
@@ -211,13 +207,6 @@ def test_matvec(isa, k, lowest):
     assert_same_bits(out, expected)
 
 
-def packed_weights(w, offset=0):
-    n_bytes = FUNCTIONS["w8a8_packed_bytes"](*w.shape)
-    packed = memory(n_bytes, offset)
-    call("w8a8_pack", w, *w.shape, packed)
-    return packed
-
-
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (3, 5, 7), (4, 33, 64), (9, 16, 130), (2, 3, 70_001), (5, 4, 0), (0, 3, 4)]
 )
@@ -236,13 +225,6 @@ def test_matmul_of_packed_weights(isa, shape, with_bias):
         out = np.full((m, n), 77, F32)
         call("w8a8_matmul", packed, w_scales, bias, x, m, n, k, scratch, out)
         assert_same_bits(out, expected)
-
-
-def packed_int4(tensor, offset=0):
-    (n, k), group = tensor.shape, tensor.format.group_of(tensor.shape[1])
-    packed = memory(FUNCTIONS["w4a8_packed_bytes"](n, k, group), offset)
-    call("w4a8_pack", tensor.data, tensor.scales, tensor.zero_points, n, k, group, packed)
-    return packed
 
 
 @pytest.mark.parametrize(
@@ -406,37 +388,6 @@ def test_length_0_needs_no_memory(isa):
 
 
 # Refusals: a status, and nothing is changed
-
-
-def arguments_of(name):
-    """A good call of function `name`: a value for each parameter."""
-    x, codes, scales, value = np.ones(6, F32), np.ones(6, np.int8), np.ones(2, F32), number()
-    packed, scratch = (
-        packed_weights(np.ones((2, 3), np.int8)),
-        memory(FUNCTIONS["w8a8_scratch_bytes"](2, 3), 0),
-    )
-    packed_4 = packed_int4(dynquant.quantize_weights(np.ones((2, 3), F32), bits=4))
-    scratch_4 = memory(FUNCTIONS["w4a8_scratch_bytes"](2, 3, 3), 0)
-    out = np.full(6, 77, F32)
-    return {
-        "amax_f32": [x, 6, value],
-        "percentile_f32": [x, 6, 0.5, value],
-        "amax_scale_f32": [x, 6, 127, value],
-        "percentile_scale_f32": [x, 6, 0.5, 127, value],
-        "quantize_row_f32_s8": [x, 6, 1.0, 127, codes],
-        "quantize_row_f32_s4": [x, 6, 1.0, codes],
-        "dynamic_quantize_row_f32_s8": [x, 6, codes, value],
-        "dynamic_quantize_row_f32_s4": [x, 6, codes, value],
-        "dequantize_row_s8_f32": [codes, 6, 1.0, out],
-        "dequantize_row_s4_f32": [codes, 6, 1.0, out],
-        "w8a8_matvec": [codes, scales, 2, 3, codes.copy(), 1.0, out],
-        "w8a8_pack": [codes, 2, 3, packed],
-        "w8a8_matmul": [packed, scales, scales.copy(), x, 2, 2, 3, scratch, out],
-        "w4a8_pack": [codes, scales, np.ones(2, np.uint8), 2, 3, 3, packed_4],
-        "w4a8_matmul": [packed_4, scales.copy(), x, 2, 2, 3, 3, scratch_4, out],
-        "divide_rows_f32": [x, np.ones(3, F32), 2, 3, out],
-        "multiply_rows_f32": [x, np.ones(3, F32), 2, 3, out],
-    }[name]
 
 
 BAD_SCALES = [NAN, INF, -INF, -1.0]

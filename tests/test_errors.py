@@ -257,6 +257,14 @@ def test_every_kind_of_float16_infinity_and_nan(bits, isa):
         check_raises(NonFiniteError, "x: expected finite", {"index": n - 1}, dynamic_quantize_int8, x)
 
 
+@pytest.mark.xfail(raises=RuntimeWarning, reason="np.isfinite warns of a signalling NaN in bfloat16")
+@pytest.mark.parametrize("bits", [0x7F81, 0xFF81, 0x7FBF])
+def test_signalling_nan_in_bfloat16(bits):
+    x = np.ones(9, pytest.importorskip("ml_dtypes").bfloat16)
+    x.view(np.uint16)[4] = bits
+    check_raises(NonFiniteError, "x: expected finite", {"index": 4}, dynamic_quantize_int8, x)
+
+
 @pytest.mark.parametrize("bits", [0x7F800001, 0x7FC00000, 0xFF800001, 0xFFFFFFFF, 0x7F800000, 0xFF800000])
 @pytest.mark.parametrize("n", [1, 64, 100, 4097, 8200])
 def test_every_kind_of_infinity_and_nan_at_many_places(n, bits, isa):
@@ -470,6 +478,7 @@ BAD_CALLS = [
     *each([[], (), iter([]), [[]], [X[:0], []], X[:0]], EmptyInputError, "batches:", CalibStats.collect),
     *each([["a"], "ab", [X, None]], DTypeError, "batches[", CalibStats.collect),
     *each([0, -1, 1.0, "2", True, [1]], ParameterError, "channels: expected an int >= 1", Calibrator),
+    *each([2**61, 10**30], ParameterError, "channels: expected an int <=", Calibrator),
     *each([None, X, CalibStats.collect([X])], ParameterError, "other: expected a Calibrator", SEEN.merge),
     *each([Calibrator(), Calibrator(3)], ParameterError, "other: expected channels=4, got", SEEN.merge),
     *(
@@ -542,7 +551,8 @@ BAD_CALLS = [
     *each(NOT_A_COUNT, ParameterError, "num_threads:", QuantLinear.from_float, (X,), "num_threads"),
     *each([X[:, :3], ROW[:3], 1.0, []], ShapeMismatchError, "x: expected shape", LAYER),
     # QuantLinear
-    *each([0, 16, "4", None], ParameterError, "bits:", lambda bits: QuantLinear.from_float(X, bits=bits)),
+    *each([0, 16, "4", None, np.zeros(2, "f4,f4")], ParameterError, "bits:",
+          lambda bits: QuantLinear.from_float(X, bits=bits)),
     *each([0, 2.0, True], ParameterError, "group_size:",
           lambda size: QuantLinear.from_float(X, bits=4, group_size=size)),
     Bad(ParameterError, "group_size:", QuantLinear.from_float, (X,), {"group_size": 32}),
@@ -569,6 +579,11 @@ def name_of(bad):
 @pytest.mark.parametrize("bad", BAD_CALLS, ids=name_of)
 def test_bad_calls(bad):
     check_raises(bad.error, bad.message, bad.fields, bad.function, *bad.args, **bad.kwargs)
+
+
+@pytest.mark.xfail(raises=ValueError, reason="an array is compared with names")
+def test_a_granularity_that_is_an_array():
+    check_raises(ParameterError, "granularity:", {}, DynQuantFormat, 8, np.array(["per_row"] * 2))
 
 
 def test_keyword_only():

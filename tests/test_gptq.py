@@ -236,3 +236,10 @@ def test_bad_calibration(calibration, error, message):
     with pytest.raises(error) as caught:
         quantize_weights(weights(6, 20), bits=4, calibration=calibration)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_errors_pushed_beyond_float32_saturate(bits):
+    w = np.sign(weights(5, 12)) * np.linspace(0.3, 3.4, 12, dtype=F32) * F32(1e38)
+    tensor = quantize_weights(w, bits=bits, symmetric=True, calibration=correlated(8, 12))
+    assert np.isfinite(tensor.dequantize()).all()

@@ -14,6 +14,7 @@ import sysconfig
 import numpy as np
 import pytest
 from common import ISAS
+from programs import EMULATOR, emulated
 
 import dynquant
 
@@ -25,7 +26,7 @@ def run(code, check=True, **environment):
     folder = os.path.dirname(os.path.dirname(dynquant.__file__))
     environment = {**os.environ, **environment}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or every import would compile the package anew
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(emulated(command), env=environment, cwd=folder, capture_output=True, text=True)
     if not check:
         return done
     assert done.returncode == 0, done.stderr
@@ -146,6 +147,7 @@ def test_simd_info():
 
 
 @pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="Linux on x86-64")
+@pytest.mark.skipif(EMULATOR != [], reason="the file tells of the processor beneath the emulated one")
 def test_supported_agrees_with_proc_cpuinfo():
     with open("/proc/cpuinfo") as file:
         flags = set(next(line for line in file if line.startswith("flags")).split())

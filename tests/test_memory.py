@@ -2,13 +2,16 @@
 
 import ctypes
 import gc
+import sys
 import tracemalloc
+import types
 
 import leaks
 import numpy as np
 import pytest
 from common import F32
 
+import dynquant
 from dynquant import (
     Calibrator,
     CalibStats,
@@ -155,6 +158,34 @@ def test_weights_and_layers(x):
 def test_no_leak(name):
     """`make leaks` makes fifty times as many calls."""
     assert not leaks.is_leak(*leaks.growth(leaks.EVERY[name], 2000))
+
+
+def functions_of(cls):
+    """The code of a class's own public methods and properties, and of those that operators call."""
+    operators = {"__call__", "__reduce__", "__repr__", "__init__", "__post_init__"}
+    for name, attribute in vars(cls).items():
+        if name in operators or not name.startswith("_"):
+            attribute = getattr(attribute, "fget", None) or getattr(attribute, "func", attribute)
+            code = getattr(getattr(attribute, "__func__", attribute), "__code__", None)
+            if code is not None and code.co_filename == sys.modules[cls.__module__].__file__:
+                yield code
+
+
+def test_everything_public_is_called():
+    called, expected = set(), set()
+    for value in (getattr(dynquant, name) for name in dynquant.__all__):
+        if isinstance(value, types.FunctionType):
+            expected.add(value.__code__)
+        elif isinstance(value, type) and not issubclass(value, dynquant.DynQuantError):
+            expected.update(functions_of(value))
+    sys.setprofile(lambda frame, event, _: called.add(frame.f_code))
+    try:
+        for call in leaks.EVERY.values():
+            call()
+    finally:
+        sys.setprofile(None)
+    assert {code.co_name for code in expected - called} == set()
+    assert len(expected) > 60
 
 
 def test_a_leak_is_seen():

@@ -14,6 +14,7 @@ import warnings
 import numpy as np
 import pytest
 from common import F32, assert_same_bits, calibrator_of, whole_state
+from programs import emulated
 
 import dynquant
 from dynquant import (
@@ -319,5 +320,7 @@ def test_beside_the_pool_of(library, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sorted(roots)), "OPENBLAS_NUM_THREADS": "3"}
     command = [sys.executable, "-c", BESIDE_A_POOL.replace("POOL", POOLS[library])]
     # Not in a checkout, whose source folder would hide the installed package.
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        emulated(command), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr

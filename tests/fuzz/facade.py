@@ -32,12 +32,20 @@ from dynquant import (
     ParameterError,
     Percentile,
     QuantLinear,
+    SmoothQuantConfig,
     compute_scale,
+    compute_smooth_factors,
     dynamic_quantize,
+    dynamic_quantize_int4,
+    dynamic_quantize_int8,
+    dynamic_quantize_int8_per_row,
+    dynamic_quantize_linear,
     error_metrics,
+    fold_smooth_factors,
     hadamard_transform,
     quantization_mae,
     quantize_weights,
+    search_alpha,
     smooth_activations,
     smooth_weights,
     w4a8_matmul,
@@ -499,6 +507,355 @@ def files(data):
     if loaded.channels:
         with contextlib.suppress(DynQuantError):
             loaded.channel_percentile(0.5)
+
+
+@drawn(st.data(), isas, threads)
+def layers(data, isa, num_threads):
+    """Smoothing and rotation in a layer are what the functions of those names do, one after the other."""
+    w, plain, options, _, expected = draw_weights(data)
+    if expected is None or not np.abs(plain).max() < 1e30:
+        return
+    k, m = w.shape[1], data.draw(st.integers(0, 9))
+    x, _ = data.draw(matrices(m, k))
+    rng = np.random.default_rng(data.draw(seeds))
+    factors = np.exp2(rng.uniform(-3, 3, k)).astype(F32) if data.draw(st.booleans()) else None
+    rotated = data.draw(st.booleans())
+    options["search"] = data.draw(st.booleans())
+    calibration = rng.standard_normal((data.draw(st.integers(1, 40)), k)) if k < 20 else None
+    with using(isa), unchanged(w, x):
+        layer = QuantLinear.from_float(
+            w, smooth=factors, hadamard=rotated, calibration=calibration, **options
+        )
+        a, turned = x, w
+        if factors is not None:
+            a, turned = smooth_activations(a, factors), smooth_weights(w, factors)
+        if rotated:
+            block = min(k & -k, 128)
+            a, turned = (hadamard_transform(each, block_size=block) for each in (a, turned))
+        if calibration is None:
+            q = quantize_weights(turned, **options)
+            assert_equal(layer(x), QuantLinear(q)(a), "layer of quantised weights")
+        given_arrays = layer.to_arrays()
+        for name in ("smooth", "hadamard"):
+            given_arrays.pop(name, None)
+        y = layer(x, num_threads=num_threads)
+        assert_equal(y, QuantLinear.from_arrays(given_arrays)(a), "layer after the functions")
+        for i in range(m):
+            assert_equal(layer(x[i]), y[i], "a row alone")
+
+
+@drawn(arrays(), st.data(), isas)
+def others(pair, data, isa):
+    """The ONNX operator, factors and metrics of rows, against a few lines of NumPy."""
+    x, plain = pair
+    with using(isa), unchanged(x), np.errstate(all="ignore"):
+        least, most = min(plain.min(initial=0), F32(0)), max(plain.max(initial=0), F32(0))
+        step = (most - least) / F32(255)
+        if np.isfinite(step):
+            y, scale, zero = dynamic_quantize_linear(x)
+            step = step or F32(1)
+            assert (scale, zero) == (step, np.rint(np.clip(-least / step, F32(0), F32(255))))
+            codes = np.clip(np.rint(plain / step) + F32(zero), 0, 255).astype(np.uint8)
+            assert_equal(y, codes.reshape(x.shape), "ONNX")
+        if x.ndim == 2 and x.size and np.abs(plain).max() < 1e18:
+            assert_factors(x, plain, data)
+            metrics = error_metrics(x, plain[::-1], per_row=True)
+            difference = plain.astype(np.float64) - plain[::-1]
+            assert np.allclose(metrics.mse, np.square(difference).mean(1), rtol=1e-9)
+            assert_equal(metrics.max_abs, np.abs(difference).max(1), "largest difference")
+
+
+def assert_factors(x, plain, data):
+    mode, alpha = data.draw(modes), data.draw(st.sampled_from([0.0, 0.3, 0.5, 1.0]))
+    w, plain_w = data.draw(matrices(data.draw(st.integers(1, 9)), x.shape[1]))
+    p = mode.p if isinstance(mode, Percentile) else None
+    expected = reference.smooth_factors(plain, plain_w, alpha, p=p)
+    if not np.isfinite(expected).all():
+        return
+    factors = compute_smooth_factors(x, w, SmoothQuantConfig(alpha), mode=mode)
+    np.testing.assert_array_max_ulp(factors, expected, 2)
+    if (np.abs(plain).max(0) / factors < 1e38).all():
+        assert_equal(fold_smooth_factors(factors, plain[0])[0], plain[0] / factors, "folded")
+
+
+@drawn(st.data(), isas)
+def calibrators(data, isa):
+    """Batches in any order, cut and merged in any way: exact counts and extremes, percentiles as promised."""
+    channels = data.draw(st.none() | st.integers(1, 40))
+    k = channels or data.draw(st.integers(0, 300))
+    parts = [
+        data.draw(matrices(data.draw(st.integers(0, 5)), k)) for _ in range(data.draw(st.integers(1, 4)))
+    ]
+    whole = np.concatenate([plain for _, plain in parts])
+    with using(isa):
+        one, other = Calibrator(channels), Calibrator(channels)
+        for x, _ in parts:
+            data.draw(st.sampled_from([one, other])).update(x)
+        one.merge(other)
+        assert one.count == whole.size
+        if not whole.size:
+            return
+        exact, stats = CalibStats.collect([x for x, _ in parts]), one.stats()
+        assert (stats.min, stats.max) == (exact.min, exact.max)
+        size = np.abs(whole).max()
+        assert math.isclose(stats.mean, exact.mean, rel_tol=1e-6, abs_tol=1e-6 * size)
+        assert math.isclose(stats.std_dev, exact.std_dev, rel_tol=1e-6, abs_tol=1e-6 * size)
+        p = data.draw(st.floats(0, 1, exclude_min=True))
+        ranked = np.sort(np.abs(whole), None)[Percentile(p).rank(whole.size)]
+        assert abs(one.percentile(p) - ranked) <= 2**-9 * ranked + 2**-134
+        if channels:
+            ranked = np.sort(np.abs(whole), 0)[Percentile(p).rank(len(whole))]
+            amax = np.abs(whole).max(0)
+            assert_equal(one.channel_amax(), amax, "largest magnitudes")
+            near = np.where(ranked < 2**-11 * amax, 2**-11 * amax, 2**-4 * ranked) + 2**-129
+            assert (np.abs(one.channel_percentile(p).astype(np.float64) - ranked) <= near).all()
+
+
+# ---- Any argument at all ----
+
+N, K = 5, 12
+# What a stranger may pass in the place of anything.
+ODD = [
+    *(None, True, False, 0, -1, 2, 2.5, 0.5, math.nan, math.inf, 1j, 10**30, -(10**30), 10**400, 2**63),
+    *("8", b"8", (), [], [[]], {}, {"a": 1}, [1, [2]], range(3), object(), int, np.float64(1), np.int8(4)),
+    *(MaxAbs, MaxAbs(), Percentile(0.5), SmoothQuantConfig(), DynQuantFormat.INT8_PER_ROW, np.bool_(True)),
+    *(np.ones((), F32), np.zeros(3, object), np.ones((2, 2), "S3"), np.ma.ones((N, K)), np.zeros(3, "f4,f4")),
+    *(np.ones((N, K), np.int8), np.ones((N, K), complex), np.empty((0, K), F32), np.empty((N, 0), F32)),
+    # As long as the address space, of one element.
+    *(np.broadcast_to(F32(1), shape) for shape in [(2**46,), (2**23, 2**23), (2**60, 0), (N, 2**44)]),
+]
+
+
+@st.composite
+def suspects(draw, shape):
+    """Floats of that shape, more often than not; now and then with NaN, or something else altogether."""
+    kind = draw(st.sampled_from([*["good"] * 8, "bad", "bad", "shape", "odd"]))
+    if kind == "odd":
+        return draw(st.sampled_from(ODD))
+    if kind == "shape":
+        shape = draw(
+            st.sampled_from([(), (0,), (K,), (N,), (N, K), (K, N), (0, K), (N, 0), (2, N, K), (1, 1, 1, K)])
+        )
+    x, _ = draw(arrays(shape))
+    if kind == "bad" and x.size:
+        x = np.array(x)
+        bits = x.view(f"u{x.itemsize}")
+        place = draw(st.integers(0, x.size - 1))
+        # All exponent bits, and any payload.
+        payload = draw(st.integers(0, 2 ** (8 * x.itemsize) - 1))
+        if x.dtype == ml_dtypes.bfloat16:
+            payload |= 1 << 6  # quiet: NumPy warns when it looks at a signalling one
+        bits.reshape(-1)[place] = payload | int(np.array(np.inf, x.dtype).view(bits.dtype))
+    return x
+
+
+@st.composite
+def targets(draw, argument, shape, dtype):
+    """None or an `out`, of that shape and dtype or others, in any layout, read-only, or over the argument."""
+    kind = draw(
+        st.sampled_from(["none", "plain", "plain", "layout", "itself", "overlap", "overlap", "other"])
+    )
+    if kind == "none":
+        return draw(st.sampled_from([*[None] * 9, *ODD]))
+    if kind == "other":
+        shape = draw(st.sampled_from([(N, K), (N, N), (N,), (K,), (N, K // 2), (2, N, K)]))
+        dtype = draw(st.sampled_from([F32, np.int8, np.uint8, np.float64, ">f4"]))
+    out = np.full(shape, 77, dtype)
+    if kind == "layout":
+        return laid_out(out, draw(st.sampled_from(LAYOUTS)))
+    if kind not in ("itself", "overlap") or type(argument) is not np.ndarray or argument.size > 1000:
+        return out
+    if kind == "itself" or argument.dtype.hasobject:
+        return argument
+    # Memory that holds both, which have at least a byte in common.
+    if argument.nbytes == 0 or not argument.flags.writeable:
+        return out
+    raw = argument.base if type(argument.base) is np.ndarray else argument
+    if not raw.flags.c_contiguous or raw.nbytes < out.nbytes:
+        return out
+    raw = raw.reshape(-1).view(np.uint8)
+    at = draw(st.integers(0, (raw.size - out.nbytes) // out.itemsize)) * out.itemsize
+    return raw[at : at + out.nbytes].view(dtype).reshape(shape)
+
+
+odd = st.sampled_from(ODD)
+
+
+def mostly(strategy):
+    return st.integers(0, 15).flatmap(lambda place: strategy if place else odd)
+
+
+ROWS = np.random.default_rng(0).standard_normal((N, K)).astype(F32)
+SEEN = calibrator_of([ROWS], K)
+flags = mostly(st.booleans())
+widths = mostly(st.sampled_from([8, 4]))
+sizes = mostly(st.none() | group_sizes)
+granularities = st.sampled_from(["per_group", "per_row", "per_tensor", "per_channel", None, 8, ["per_row"]])
+WEIGHT_OPTIONS = {"bits": widths, "group_size": sizes, "symmetric": mostly(st.none() | st.booleans())}
+matrix, row, outputs = suspects((N, K)), suspects((K,)), suspects((N,))
+factors = mostly(st.just(np.linspace(0.5, 2, K, dtype=F32))) | row
+int8_weights = mostly(st.just(np.resize(np.arange(-128, 128), (N, K)).astype(np.int8)))
+whole_tensors = st.one_of(
+    st.sampled_from([None, 1, 5, 100]).map(lambda size: quantize_weights(ROWS, bits=4, group_size=size)),
+    st.just(quantize_weights(ROWS)),
+    formats.map(lambda fmt: dynamic_quantize(ROWS, fmt)),
+    st.just(quantize_weights(ROWS, bits=4, symmetric=True)),
+)
+tensors = mostly(whole_tensors)
+calibrations = st.none() | matrix | st.lists(matrix, max_size=2) | st.lists(matrix, max_size=2).map(iter)
+several = matrix | st.lists(matrix, max_size=3)
+configs = mostly(st.just(SmoothQuantConfig()))
+alphas = mostly(st.none() | st.lists(mostly(st.floats(0, 1)), max_size=2))
+counts = mostly(threads)
+layer_options = {
+    **WEIGHT_OPTIONS,
+    "search": flags,
+    "smooth": st.none() | factors,
+    "hadamard": flags,
+    "calibration": calibrations,
+}
+
+# Function, positional arguments, options; shape and dtype of `out` where it takes one.
+CODES, VALUES, PRODUCT = ((N, K), np.int8), ((N, K), F32), ((N, N), F32)
+ANY = {
+    "compute_scale": (compute_scale, [matrix, mostly(st.just(127)), mostly(modes)], {}, None),
+    "int8": (dynamic_quantize_int8, [matrix, mostly(modes)], {}, CODES),
+    "int8 rows": (dynamic_quantize_int8_per_row, [matrix, mostly(modes)], {"num_threads": counts}, CODES),
+    "int4": (dynamic_quantize_int4, [matrix, mostly(modes)], {"packed": flags}, None),
+    "quantize": (
+        dynamic_quantize,
+        [matrix, mostly(formats), mostly(modes)],
+        {"packed": flags, "num_threads": counts},
+        CODES,
+    ),
+    "ONNX": (dynamic_quantize_linear, [matrix], {}, None),
+    "dequantize": (DynQuantTensor.dequantize, [whole_tensors], {}, VALUES),
+    "mae": (quantization_mae, [matrix, tensors], {}, None),
+    "metrics": (error_metrics, [matrix, tensors | matrix], {"per_row": flags}, None),
+    "factors": (compute_smooth_factors, [matrix | row, several, configs], {"mode": mostly(modes)}, None),
+    "divide": (smooth_activations, [matrix, factors], {}, VALUES),
+    "multiply": (smooth_weights, [matrix, factors], {}, VALUES),
+    "fold": (fold_smooth_factors, [factors, row, st.none() | row], {}, None),
+    "search_alpha": (
+        search_alpha,
+        [matrix, several],
+        {
+            **WEIGHT_OPTIONS,
+            "alphas": alphas,
+            "epsilon": mostly(st.just(1e-5)),
+            "mode": mostly(modes),
+            "relative": flags,
+            "hadamard": flags,
+        },
+        None,
+    ),
+    "hadamard": (hadamard_transform, [matrix], {"block_size": mostly(st.sampled_from([None, 1, 4]))}, VALUES),
+    "weights": (
+        quantize_weights,
+        [matrix],
+        {**WEIGHT_OPTIONS, "search": flags, "calibration": calibrations, "num_threads": counts},
+        None,
+    ),
+    "w8a8_matvec": (w8a8_matvec, [int8_weights, outputs, row], {}, ((N,), F32)),
+    "w8a8_matmul": (
+        w8a8_matmul,
+        [int8_weights, outputs, matrix, st.none() | outputs],
+        {"num_threads": counts},
+        PRODUCT,
+    ),
+    "w4a8_matvec": (w4a8_matvec, [tensors, row], {}, ((N,), F32)),
+    "w4a8_matmul": (w4a8_matmul, [tensors, matrix, st.none() | outputs], {"num_threads": counts}, PRODUCT),
+    "a layer": (QuantLinear, [tensors, st.none() | outputs, st.none() | factors, flags], {}, None),
+    "from_float": (QuantLinear.from_float, [matrix, st.none() | outputs], layer_options, None),
+    "calling a layer": (
+        QuantLinear.from_float(ROWS, bits=4, group_size=5, smooth=np.ones(K, F32), hadamard=True),
+        [matrix],
+        {"num_threads": counts},
+        PRODUCT,
+    ),
+    "from_arrays": (
+        QuantLinear.from_arrays,
+        [
+            st.fixed_dictionaries(
+                {"weight_i8": int8_weights, "weight_scales": outputs},
+                optional={"bias": outputs, "smooth": factors, "hadamard": flags, "in_features": odd},
+            )
+        ],
+        {},
+        None,
+    ),
+    "a tensor": (
+        DynQuantTensor,
+        [
+            mostly(st.just(np.ones((N, K), np.int8))),
+            mostly(st.just(np.ones(N, F32))),
+            st.none() | odd,
+            mostly(st.sampled_from([(N, K), (N, 2**62), (2**62, 2**62), (-N, -K), (0, 0)])),
+            mostly(st.just(DynQuantFormat.INT8_PER_ROW)),
+        ],
+        {},
+        None,
+    ),
+    "a format": (DynQuantFormat, [widths, granularities, sizes, flags], {}, None),
+    "a percentile": (Percentile, [mostly(st.just(0.5))], {}, None),
+    "a configuration": (SmoothQuantConfig, [mostly(st.just(0.5)), mostly(st.just(1e-5))], {}, None),
+    "collect": (CalibStats.collect, [several | matrix.map(lambda x: iter([x]))], {}, None),
+    "a calibrator": (Calibrator, [mostly(st.just(K))], {}, None),
+    "update": (lambda x, n: Calibrator(n).update(x), [matrix, st.sampled_from([None, K])], {}, None),
+    "merge": (lambda x: calibrator_of([ROWS], K).merge(x), [mostly(st.just(SEEN))], {}, None),
+    "percentile": (SEEN.percentile, [odd], {}, None),
+    "channel_percentile": (SEEN.channel_percentile, [odd], {}, None),
+    "load": (
+        Calibrator.load,
+        [odd.filter(lambda path: not isinstance(path, str))],
+        {},
+        None,
+    ),
+}
+
+IN_PLACE = {"divide", "multiply", "hadamard"}
+
+
+def bytes_of(held):
+    """Of the arrays among arguments, with what lies beside them in the same memory."""
+    found = []
+    for each in held:
+        if isinstance(each, (list, tuple)):
+            found += bytes_of(each)
+        elif isinstance(each, DynQuantTensor):
+            found += bytes_of([each.data, each.scales, each.zero_points])
+        elif type(each) is np.ndarray and each.size < 10_000 and not each.dtype.hasobject:
+            found.append((each.base if type(each.base) is np.ndarray else each).tobytes())
+    return found
+
+
+@drawn(st.data(), st.sampled_from(sorted(ANY)), isas)
+def anything(data, name, isa):
+    """Whatever the arguments are: a result, or an error of the package or MemoryError; and no change."""
+    function, strategies, optional, target = ANY[name]
+    arguments = [data.draw(strategy) for strategy in strategies]
+    names = data.draw(st.sets(st.sampled_from(sorted(optional)))) if optional else ()
+    options = {each: data.draw(optional[each]) for each in sorted(names)}
+    out = data.draw(targets(arguments[0], *target)) if target else None
+    into = {} if out is None else {"out": out}
+    shares = type(out) is np.ndarray and any(
+        np.may_share_memory(out, a) for a in arguments if type(a) is np.ndarray
+    )
+    inputs, before = bytes_of([*arguments, *options.values()]), bytes_of([out])
+    with using(isa):
+        try:
+            function(*arguments, **options, **into)
+        except (DynQuantError, MemoryError, ValueError) as error:
+            # NumPy says so of what is longer than an address can be.
+            assert isinstance(error, (DynQuantError, MemoryError)) or "array is too big" in str(error)
+            assert bytes_of([out]) == before, "out was changed"
+        else:
+            assert out is None or type(out) is np.ndarray, f"{out!r} was taken"
+            if shares:
+                assert name in IN_PLACE, "memory of an input was taken"
+                assert (out.ctypes.data, out.dtype) == (arguments[0].ctypes.data, arguments[0].dtype)
+                return
+    assert bytes_of([*arguments, *options.values()]) == inputs, "an argument was changed"
 
 
 def damage(content, data):
