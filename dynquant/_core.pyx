@@ -52,6 +52,9 @@ cdef enum:
     BF16 = 2
     NON_FINITE = 0x7F800000
     BLOCK = 4096
+    KEPT = 8192
+    SAMPLE = 2048
+    SAMPLED = 1 << 16
     RUN = 256 * BLOCK
     STREAM = 1 << 23
     LARGER_THAN_CACHES = 5 << 22
@@ -241,9 +244,10 @@ cdef int32_t ranked_bits(const Floats* parts, Py_ssize_t n_parts, Py_ssize_t ran
     return prefix
 
 
-# The same for at most BLOCK floats, in passes over L1 that vectorise, and so cost less than one pass that
-# increments counters. A rank close to the top is reached from the largest magnitude in steps to the next
-# lower one; otherwise the bits are fixed one at a time, from the top, by counting the magnitudes below.
+# The same for at most BLOCK floats, or 2 * BLOCK of float32, in passes over L1 that vectorise, and so cost
+# less than one pass that increments counters. A rank close to the top is reached from the largest magnitude in
+# steps to the next lower one; otherwise the bits are fixed one at a time, from the top, by counting the
+# magnitudes below.
 cdef int32_t ranked_bits_of_block(const Floats* x, Py_ssize_t rank) noexcept nogil:
     cdef float scratch[BLOCK]
     cdef const float* block = block_of(x, 0, x.n, scratch)
@@ -260,6 +264,77 @@ cdef int32_t ranked_bits_of_block(const Floats* x, Py_ssize_t rank) noexcept nog
             bits |= bit
         bit >>= 1
     return bits
+
+
+# The same for one part of many floats. A sample says between which magnitudes the one at `rank` should be,
+# and a pass over x keeps those that are; where they are more than there is room for, they give the next
+# sample. One pass or two are enough as a rule, near the speed of memory. What this cannot find, because of
+# how values are repeated or ordered, ranked_bits does.
+cdef int32_t ranked_bits_by_sample(const Floats* x, Py_ssize_t rank) noexcept nogil:
+    cdef int32_t kept[KEPT]
+    cdef int32_t sample[SAMPLE]
+    cdef int32_t low, high
+    cdef int64_t below = 0
+    cdef int finite = 1
+    cdef Py_ssize_t found = x.n, i
+    for i in range(SAMPLE):
+        sample[i] = bits_at(x, i * (x.n // SAMPLE))
+    for _ in range(3):
+        bracket(sample, <double> (rank - below) / found, &low, &high)
+        found = keep_between(x, low, high, kept, &below, &finite)
+        if not finite:
+            return NON_FINITE
+        if not below <= rank < below + found:
+            break
+        if low == high:
+            return low
+        if found <= KEPT:
+            return ranked_of(kept, found, rank - below)
+        for i in range(SAMPLE):
+            sample[i] = kept[i * (KEPT // SAMPLE)]
+    return ranked_bits(x, 1, rank)
+
+
+# Magnitude bits of element i.
+cdef inline int32_t bits_at(const Floats* x, Py_ssize_t i) noexcept nogil:
+    cdef Floats one
+    cdef int32_t bits
+    if x.kind == F32:
+        memcpy(&bits, x.data + i * <Py_ssize_t> sizeof(float), sizeof(bits))
+        return bits & 0x7FFFFFFF
+    one = part_of(x, i, 1)
+    return amax_bits(&one)
+
+
+# Bits of the magnitude at `rank` among n <= KEPT.
+cdef inline int32_t ranked_of(const int32_t* bits, Py_ssize_t n, Py_ssize_t rank) noexcept nogil:
+    cdef Floats x
+    x.data, x.kind, x.n = <const char*> bits, F32, n
+    return ranked_bits_of_block(&x, rank)
+
+
+# Bounds that should hold the magnitude at `place`, from 0 to 1, of what was sampled: four standard deviations
+# and a bit to either side.
+cdef void bracket(const int32_t* sample, double place, int32_t* low, int32_t* high) noexcept nogil:
+    cdef double middle = place * SAMPLE
+    cdef Py_ssize_t margin = <Py_ssize_t> (4 * sqrt(middle * (1 - place if place < 1 else 0))) + 4
+    cdef Py_ssize_t first = <Py_ssize_t> middle - margin, last = <Py_ssize_t> middle + margin
+    low[0] = ranked_of(sample, SAMPLE, first) if first > 0 else 0
+    high[0] = ranked_of(sample, SAMPLE, last) if last < SAMPLE else NON_FINITE - 1
+
+
+cdef Py_ssize_t keep_between(const Floats* x, int32_t low, int32_t high, int32_t* kept, int64_t* below,
+                             int* finite) noexcept nogil:
+    cdef float scratch[BLOCK]
+    cdef Py_ssize_t start = 0, n, found = 0, room
+    below[0] = 0
+    while start < x.n:
+        n = run_len(x, start, x.n)
+        room = KEPT - found if found < KEPT else 0
+        found += kernels.keep_between_f32(block_of(x, start, n, scratch), low, high, kept + (KEPT - room),
+                                          room, below, finite, n)
+        start += n
+    return found
 
 
 cdef void count_parts(const Floats* parts, Py_ssize_t n_parts, int32_t prefix, int shift,
@@ -299,8 +374,10 @@ cdef bint scale_of(const Floats* x, float clip, Py_ssize_t rank, float* scale) n
         bits = amax_bits(x)
     elif x.n <= BLOCK:
         bits = ranked_bits_of_block(x, rank)
-    else:
+    elif x.n < SAMPLED:
         bits = ranked_bits(x, 1, rank)
+    else:
+        bits = ranked_bits_by_sample(x, rank)
     if bits >= NON_FINITE:
         return False
     scale[0] = dq_float(bits) / clip

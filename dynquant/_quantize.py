@@ -73,8 +73,9 @@ def compute_scale(x: ArrayLike, clip_val: float, mode: DynamicScaleMode = _MAX_A
 
     Notes
     -----
-    Exact for both modes, in O(n) time. A percentile is found by radix selection with 32 KiB of scratch,
-    whatever the values are.
+    Exact for both modes, in O(n) time and with less than 100 KiB of scratch whatever the values are. A
+    percentile of many values is found by sampling for bounds and selecting between them (Floyd and Rivest,
+    1975), and where that fails, as among values that are often repeated, by radix selection.
 
     Examples
     --------

@@ -16,6 +16,8 @@ ctypedef struct Kernels:
     int32_t (*amax_bits_f32)(const float* x, Py_ssize_t n) noexcept nogil
     int32_t (*amax_bits_below_f32)(const float* x, int32_t bits, Py_ssize_t n) noexcept nogil
     Py_ssize_t (*count_below_f32)(const float* x, int32_t bits, Py_ssize_t n) noexcept nogil
+    Py_ssize_t (*keep_between_f32)(const float* x, int32_t low, int32_t high, int32_t* kept, Py_ssize_t room,
+                                   int64_t* below, int* finite, Py_ssize_t n) noexcept nogil
     void (*count_top_bits_f32)(const float* x, Py_ssize_t* counts, Py_ssize_t n) noexcept nogil
     void (*count_next_bits_f32)(const float* x, int32_t prefix, int shift, Py_ssize_t* counts,
                                 Py_ssize_t n) noexcept nogil

@@ -13,6 +13,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from dynquant import (
     DynQuantFormat,
     MaxAbs,
+    NonFiniteError,
     Percentile,
     compute_scale,
     dynamic_quantize,
@@ -214,6 +215,58 @@ def test_percentile_of_a_run(n, isa):
         magnitudes = np.sort(np.abs(x))
         for p in (1e-9, 0.5, 0.99, 1.0):
             assert compute_scale(x, 1, Percentile(p)) == magnitudes[reference.rank(p, n)], (name, p)
+
+
+# From this many floats on a percentile is looked for between bounds that 2,048 of them suggest.
+SAMPLED = 1 << 16
+
+
+def orders(n, rng):
+    """Magnitudes that sampling finds, and such that mislead it."""
+    x = rng.standard_normal(n).astype(F32)
+    stride = n // 2048
+    large = np.where(np.arange(n) % stride, x, 1e6 + x).astype(F32)
+    small = np.where(np.arange(n) % stride, x, 1e-6 * x).astype(F32)
+    return {
+        "normal": x,
+        "ascending": np.sort(x),
+        "descending": -np.sort(np.abs(x)),
+        "the sample is larger": large,
+        "the sample is smaller": small,
+        "equal": np.full(n, -2.5, F32),
+        "two values": np.where(rng.random(n) < 0.37, F32(1), F32(-3)).astype(F32),
+        "few values": np.round(x),
+        "zeros and one": np.eye(1, n, n // 3, dtype=F32)[0],
+        "subnormal": (x * F32(1e-42)).astype(F32),
+        "all orders of magnitude": np.exp2(rng.uniform(-149, 127, n)).astype(F32),
+    }
+
+
+@pytest.mark.parametrize("n", [SAMPLED - 1, SAMPLED, SAMPLED + 37, 10 * SAMPLED + 1])
+def test_percentile_of_many(n, isa):
+    for name, x in orders(n, np.random.default_rng(n)).items():
+        magnitudes = np.sort(np.abs(x))
+        for p in (1e-6, 0.001, 0.25, 0.5, 0.63, 0.99, 0.999, 1 - 1e-6, 1.0):
+            assert compute_scale(x, 1, Percentile(p)) == magnitudes[reference.rank(p, n)], (name, p)
+
+
+def test_percentile_of_many_halves(isa):
+    x = np.random.default_rng(0).standard_normal(3 * SAMPLED).astype(np.float16)
+    magnitudes = np.sort(np.abs(x.astype(F32)))
+    for p in (0.001, 0.5, 0.999):
+        assert compute_scale(x, 1, Percentile(p)) == magnitudes[reference.rank(p, x.size)]
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+@pytest.mark.parametrize("p", [0.001, 0.5, 0.999, 1.0])
+def test_percentile_of_many_refuses(p, bad, isa):
+    x = np.random.default_rng(1).standard_normal(SAMPLED + 5).astype(F32)
+    for index in (0, 1, 31, 32, SAMPLED // 2, SAMPLED, SAMPLED + 4):
+        poisoned = x.copy()
+        poisoned[index] = bad
+        with pytest.raises(NonFiniteError) as caught:
+            compute_scale(poisoned, 1, Percentile(p))
+        assert caught.value.index == index
 
 
 @pytest.mark.parametrize("n", [40, BLOCK + 3])

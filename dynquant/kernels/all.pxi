@@ -34,6 +34,9 @@ cdef extern from "kernels/simd.h" nogil:
         pass
     ctypedef struct dq_spread_act:
         pass
+    enum: DQ_BETWEEN_STEP
+    uint32_t dq_between_step(const float* x, int32_t low, int32_t high, int64_t* below, int* finite)
+    int dq_lowest_bit(uint32_t bits)
     void dq_prefetch(const void* line)
     dq_sums dq_sums_zero()
     dq_sums dq_sums_load(const int32_t* s)
@@ -104,6 +107,7 @@ kernels.widen_bf16_f32 = widen_bf16_f32
 kernels.amax_bits_f32 = amax_bits_f32
 kernels.amax_bits_below_f32 = amax_bits_below_f32
 kernels.count_below_f32 = count_below_f32
+kernels.keep_between_f32 = keep_between_f32
 kernels.count_top_bits_f32 = count_top_bits_f32
 kernels.count_next_bits_f32 = count_next_bits_f32
 kernels.quantize_row_f32_s8 = quantize_row_f32_s8

@@ -39,6 +39,33 @@ cdef Py_ssize_t count_below_f32(const float* x, int32_t bits, Py_ssize_t n) noex
     return below
 
 
+# How many |x[i]| have float bits in [low, high]; the bits of the first `room` of them go to `kept`. *below
+# gains how many have bits below low, *finite becomes 0 where one is NaN or infinite.
+cdef Py_ssize_t keep_between_f32(const float* x, int32_t low, int32_t high, int32_t* kept, Py_ssize_t room,
+                                 int64_t* below, int* finite, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i = 0, found = 0
+    cdef uint32_t inside
+    cdef int32_t b
+    while i + DQ_BETWEEN_STEP <= n:
+        inside = dq_between_step(x + i, low, high, below, finite)
+        while inside:
+            if found < room:
+                kept[found] = dq_bits(x[i + dq_lowest_bit(inside)]) & 0x7FFFFFFF
+            found += 1
+            inside &= inside - 1
+        i += DQ_BETWEEN_STEP
+    while i < n:
+        b = dq_bits(x[i]) & 0x7FFFFFFF
+        below[0] += b < low
+        finite[0] &= b <= 0x7F7FFFFF
+        if low <= b <= high:
+            if found < room:
+                kept[found] = b
+            found += 1
+        i += 1
+    return found
+
+
 # counts[t][b] += how often the top 11 of the 31 magnitude bits are b; counts is TABLES tables of 2**11.
 # Neighbours often fall into one bin, where each increment would wait for the last one's store: consecutive
 # elements go to different tables, which the caller adds up.

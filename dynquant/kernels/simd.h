@@ -3,6 +3,7 @@
    quantize step   DQ_STEP floats to int8 codes. Left to itself gcc narrows int32 to int8 with twice the
                    shuffles, and half the speed.
    widen step      DQ_WIDEN_STEP binary16 to float32. gcc 12 does not use the conversion instruction.
+   between step    which of DQ_BETWEEN_STEP magnitudes lie between two bounds.
    dot step        DQ_DOT_STEP products of int8 added to a vector of int32 sums. Left to itself gcc widens
                    to int16 and multiplies without adding pairs.
 
@@ -174,6 +175,48 @@ static inline void dq_widen_step(const uint16_t* x, float* out) {
     _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)x)));
 #else
     for (int j = 0; j < DQ_WIDEN_STEP; j++) out[j] = dq_widen(x[j]);
+#endif
+}
+
+/* Bit j of the result is set where the bits of |x[j]| lie in [low, high], for DQ_BETWEEN_STEP floats. *below gains
+   how many lie below low, *finite becomes 0 where one is NaN or infinite. */
+#define DQ_BETWEEN_STEP 32
+static inline uint32_t dq_between_step(const float* x, int32_t low, int32_t high, int64_t* below, int* finite) {
+#if defined(__AVX2__)
+    const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF), most = _mm256_set1_epi32(0x7F7FFFFF);
+    __m256i beyond = _mm256_setzero_si256();
+    uint32_t less = 0, outside = 0;
+    for (int j = 0; j < 4; j++) {
+        const __m256i v = _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(x + 8 * j)), magnitude);
+        const __m256i lt = _mm256_cmpgt_epi32(_mm256_set1_epi32(low), v);
+        const __m256i gt = _mm256_cmpgt_epi32(v, _mm256_set1_epi32(high));
+        beyond = _mm256_or_si256(beyond, _mm256_cmpgt_epi32(v, most));
+        less |= (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(lt)) << 8 * j;
+        outside |= (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_or_si256(lt, gt))) << 8 * j;
+    }
+    *below += _mm_popcnt_u32(less);
+    *finite &= _mm256_testz_si256(beyond, beyond);
+    return ~outside;
+#else
+    uint32_t inside = 0;
+    for (int j = 0; j < DQ_BETWEEN_STEP; j++) {
+        const int32_t b = dq_bits(x[j]) & 0x7FFFFFFF;
+        *below += b < low;
+        *finite &= b <= 0x7F7FFFFF;
+        inside |= (uint32_t)(b >= low && b <= high) << j;
+    }
+    return inside;
+#endif
+}
+
+/* The place of the lowest bit that is set in bits, which is not 0. */
+static inline int dq_lowest_bit(uint32_t bits) {
+#if defined(__GNUC__)
+    return __builtin_ctz(bits);
+#else
+    int place = 0;
+    while (!(bits >> place & 1)) place++;
+    return place;
 #endif
 }
 

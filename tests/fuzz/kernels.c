@@ -526,6 +526,27 @@ static void counts(void) {
     same("next bits", found, expected + 2048, 1024 * sizeof *found);
 }
 
+/* Where some are not finite too. */
+static void between(void) {
+    const int64_t n = length(4096), room = take(1) % 2 ? n : take(1);
+    const float *x = floats(n);
+    const int32_t one = (int32_t)(n ? bits_of(x[take(2) % n]) & 0x7FFFFFFF : 0), other = (int32_t)(take(4) >> 1);
+    const int32_t low = one < other ? one : other, high = take(1) % 3 ? one < other ? other : one : low;
+    int32_t *kept = sentinel(4 * room, 4), *expected = array_at(4 * n, 0);
+    int64_t below = 3, less = 3, count = 0;
+    int finite = 1;
+    for (int64_t i = 0; i < n; i++) {
+        const int32_t bits = (int32_t)(bits_of(x[i]) & 0x7FFFFFFF);
+        less += bits < low;
+        if (bits >= low && bits <= high) expected[count++] = bits;
+    }
+    if (kernels->keep_between_f32(x, low, high, kept, room, &below, &finite, n) != count) fail("count", count);
+    if (below != less) fail("below", below);
+    if (finite != all_finite(x, n)) fail("finite", finite);
+    same("kept", kept, expected, 4 * (count < room ? count : room));
+    if (count < room) untouched(kept + count, 4 * (room - count));
+}
+
 static void asymmetric(void) {
     const int64_t n = length(4096);
     const float *x = finite_floats(n);
@@ -771,7 +792,7 @@ static const struct {
     {"impossible", impossible}, {"widen", widen},           {"counts", counts},
     {"asymmetric", asymmetric}, {"columns", columns},       {"panels", panels},
     {"groups", groups},         {"statistics", statistics}, {"hadamard", hadamard},
-    {"bins", bins},
+    {"bins", bins},             {"between", between},
 };
 
 /* ---- The two functions that a driver calls ---- */
