@@ -245,8 +245,8 @@ cdef int32_t ranked_bits(const Floats* parts, Py_ssize_t n_parts, Py_ssize_t ran
 
 
 # The same for at most BLOCK floats, or 2 * BLOCK of float32, in passes over L1 that vectorise, and so cost
-# less than one pass that increments counters. A rank close to the top is reached from the largest magnitude in
-# steps to the next lower one; otherwise the bits are fixed one at a time, from the top, by counting the
+# less than one pass that increments counters. A rank close to the top is reached from the largest magnitude
+# in steps to the next lower one; otherwise the bits are fixed one at a time, from the top, by counting the
 # magnitudes below.
 cdef int32_t ranked_bits_of_block(const Floats* x, Py_ssize_t rank) noexcept nogil:
     cdef float scratch[BLOCK]
