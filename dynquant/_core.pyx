@@ -90,6 +90,16 @@ def isas_supported():
 # Input
 
 
+# Objects that are converted by code of their own may change arrays whose shape was looked at before, and a
+# subclass may say any shape: what is about to be read or written is held against the memory itself.
+cdef int check_size(Py_ssize_t size, Py_ssize_t needed) except -1:
+    if size < needed:
+        from dynquant.errors import LayoutError
+
+        raise LayoutError(f"expected an array that keeps its size in a call, got {size} instead of {needed}")
+    return 0
+
+
 # One is made in every call, and can be part of no reference cycle.
 @cython.final
 @cython.no_gc
@@ -104,6 +114,7 @@ cdef class FloatRows:
     def __cinit__(self, x not None, int kind, Py_ssize_t m, Py_ssize_t k):
         self.kind, self.m, self.k = kind, m, k
         PyObject_GetBuffer(x, &self.view, PyBUF_SIMPLE)
+        check_size(self.view.len, m * k * (4 if kind == F32 else 2))
 
     def __dealloc__(self):
         PyBuffer_Release(&self.view)
@@ -442,6 +453,17 @@ cdef inline Py_ssize_t bytes_of_row(Py_ssize_t k, bint packed) noexcept nogil:
     return (k + 1) // 2 if packed else k
 
 
+# Of m rows of k elements.
+cdef int check_codes(Py_ssize_t m, Py_ssize_t k, bint packed, Py_ssize_t group, Py_ssize_t codes,
+                     Py_ssize_t scales, const uint8_t[::1] zero_points) except -1:
+    cdef Py_ssize_t groups = m * ((k + group - 1) // group)
+    check_size(codes, m * bytes_of_row(k, packed))
+    check_size(scales, groups)
+    if zero_points is not None:
+        check_size(zero_points.shape[0], groups)
+    return 0
+
+
 # Row r of a tensor with rows of k elements.
 cdef inline QuantRow quant_row(const int8_t* codes, const float* scales, const uint8_t* zero_points,
                                bint packed, Py_ssize_t group, Py_ssize_t k, Py_ssize_t r) noexcept nogil:
@@ -519,6 +541,7 @@ def code_rows(FloatRows x not None, scales not None, const uint8_t[::1] zero_poi
     cdef const uint8_t* z = NULL
     if x.m == 0 or x.k == 0:
         return True
+    check_codes(x.m, x.k, packed, group, c.view.len, s.view.len // <Py_ssize_t> sizeof(float), zero_points)
     if zero_points is not None:
         z = &zero_points[0]
     with nogil:
@@ -546,6 +569,7 @@ def quantize_rows(FloatRows x not None, scales not None, int clip, Py_ssize_t ra
     if x.m == 0 or x.k == 0:
         memset(s.view.buf, 0, s.view.len)
         return True
+    check_codes(x.m, x.k, packed, group, c.view.len, s.view.len // <Py_ssize_t> sizeof(float), None)
     with nogil:
         for r in range(first, end if end < x.m else x.m):
             row = x.row(r)
@@ -709,6 +733,7 @@ def dequantize_rows(const int8_t[::1] codes not None, const float[::1] scales no
     cdef const uint8_t* z = NULL
     if out.shape[0] == 0 or k == 0:
         return
+    check_codes(out.shape[0], k, packed, group, codes.shape[0], scales.shape[0], zero_points)
     if zero_points is not None:
         z = &zero_points[0]
     with nogil:
@@ -727,6 +752,7 @@ def sum_abs_error(FloatRows x not None, const int8_t[::1] codes not None, const 
     cdef QuantRow q
     cdef double total = 0
     cdef const uint8_t* z = NULL
+    check_codes(x.m, x.k, packed, group, codes.shape[0], scales.shape[0], zero_points)
     if zero_points is not None:
         z = &zero_points[0]
     with nogil:
@@ -752,6 +778,7 @@ def error_sums(FloatRows x not None, const int8_t[::1] codes not None, const flo
     cdef Floats row
     cdef QuantRow q
     cdef const uint8_t* z = NULL
+    check_codes(x.m, x.k, packed, group, codes.shape[0], scales.shape[0], zero_points)
     if zero_points is not None:
         z = &zero_points[0]
     with nogil:
@@ -893,6 +920,10 @@ def w8a8_matvec(const int8_t[:, ::1] weight not None, const float[::1] weight_sc
     """out[r] = float32(weight[r] . activation) * weight_scales[r] * activation_scale."""
     if weight.shape[0] == 0 or weight.shape[1] == 0:
         return
+    check_size(activation.shape[0], weight.shape[1])
+    check_size(weight_scales.shape[0], weight.shape[0])
+    check_size(out.shape[0], weight.shape[0])
+    check_size(weight.shape[0], out.shape[0])
     with nogil:
         kernels.matvec_s8s8_f32(&weight[0, 0], &weight_scales[0], &activation[0], activation_scale, &out[0],
                                 weight.shape[0], weight.shape[1])
@@ -1000,11 +1031,12 @@ cdef class Activations:
     cdef float* prepared
     cdef float* scales
     cdef int8_t* codes
-    cdef Py_ssize_t m
+    cdef Py_ssize_t m, room
 
     # All that quantize needs, so that it cannot fail when some rows of a result are written.
     def __cinit__(self, PackedLinear layer not None, Py_ssize_t m):
         cdef Py_ssize_t rows = m * layer.activation_bytes()
+        self.room = m
         self.memory = aligned_memory(rows + (layer.k + m) * <Py_ssize_t> sizeof(float) + layer.k)
         self.prepared = <float*> (self.memory.data + rows)
         self.scales = self.prepared + layer.k
@@ -1061,6 +1093,8 @@ cdef class PackedLinear:
 
     def pack_int8(self, const int8_t[:, ::1] weight not None, const float[::1] scales not None):
         """Fill in the weights of a layer with group 0."""
+        check_size(weight.shape[0] * weight.shape[1], self.n * self.k)
+        check_size(scales.shape[0], self.n)
         with nogil:
             memcpy(self.scales, &scales[0], self.n * sizeof(float))
             pack_panels(&weight[0, 0], self.n, self.panels, self.k)
@@ -1079,7 +1113,11 @@ cdef class PackedLinear:
                   const uint8_t[:, ::1] zero_points):
         """Fill in the weights of a layer with groups; symmetric where zero_points is None."""
         cdef const uint8_t* z = NULL
+        cdef Py_ssize_t groups = self.n * ((self.k + self.group - 1) // self.group)
+        check_size(codes.shape[0] * codes.shape[1], self.n * bytes_of_row(self.k, True))
+        check_size(scales.shape[0] * scales.shape[1], groups)
         if zero_points is not None:
+            check_size(zero_points.shape[0] * zero_points.shape[1], groups)
             z = &zero_points[0, 0]
         with nogil:
             pack_group_panels(&codes[0, 0], &scales[0, 0], z, self.n, self.panels, self.scales,
@@ -1105,6 +1143,8 @@ cdef class PackedLinear:
         cdef Floats row
         cdef bint finite = True
         cdef const float* factors = NULL
+        check_size(a.room, x.m)
+        check_size(x.k, self.k)
         if self.factors is not None:
             factors = &self.factors[0]
         a.m = x.m
@@ -1126,6 +1166,7 @@ cdef class PackedLinear:
         cdef const float* bias = NULL
         if a.m == 0:
             return True
+        check_size(out.shape[0] * out.shape[1], a.m * self.n)
         if self.bias is not None:
             bias = &self.bias[0]
         with nogil:

@@ -66,7 +66,8 @@ def rotate_named(
         raise ShapeMismatchError("(..., n)", array.shape, name)
     block = _block_size(block_size, array.shape[-1])
     if out is not None:
-        checked_out(out, array.shape, F32, in_place=x)
+        own = x if isinstance(x, np.ndarray) else array
+        checked_out(out, array.shape, F32, in_place=own)
     check_finite(array, name)
     most = float(np.finfo(F32).max) / block
     if max(map(abs, _core.min_max(float_rows(array, 1, array.size)))) > most:

@@ -290,7 +290,7 @@ class QuantLinear:
         shape = (*lengths[:-1], self._n)
         threads = as_thread_count(num_threads)
         if out is not None:
-            checked_out(out, shape, F32, x)
+            checked_out(out, shape, F32, array, x)
         if len(lengths) == 2:
             return multiply(self._layer, self._n, self._smooth, array, out, threads, "x")
         rows, into = array.reshape(-1, self._k), None if out is None else out.reshape(-1, self._n)

@@ -90,7 +90,7 @@ def w8a8_matvec(
     if out is None:
         out = np.empty(n, F32)
     else:
-        checked_out(out, (n,), F32, weight_i8, weight_scales, activation)
+        checked_out(out, (n,), F32, weight, scales, vector, weight_i8, weight_scales, activation)
     quantized = quantize_named(vector, DynQuantFormat.INT8_PER_TENSOR, _MAX_ABS, None, 1, "activation")
     _core.w8a8_matvec(weight, scales, quantized.data, quantized.scales[0], out)
     return out
@@ -157,7 +157,8 @@ def w8a8_matmul(
         raise ShapeMismatchError(("tokens", k), x.shape, "activations")
     threads = as_thread_count(num_threads)
     if out is not None:
-        checked_out(out, (x.shape[0], n), F32, weight_i8, weight_scales, activations, bias)
+        arguments = (weight_i8, weight_scales, activations, bias)
+        checked_out(out, (x.shape[0], n), F32, weight, scales, x, offset, *arguments)
     if weight.size == 0:
         return _only_bias(n, offset, x, out, "activations")
     tensor = DynQuantTensor(weight, scales, None, (n, k), DynQuantFormat.INT8_PER_ROW)
@@ -204,7 +205,7 @@ def w4a8_matvec(
     if vector.shape != (k,):
         raise ShapeMismatchError((k,), vector.shape, "activation")
     if out is not None:
-        checked_out(out, (n,), F32, activation, weight.data, weight.scales, weight.zero_points)
+        checked_out(out, (n,), F32, vector, activation, weight.data, weight.scales, weight.zero_points)
     row = None if out is None else out.reshape(1, n)
     y = _multiply_int4(weight, None, vector.reshape(1, k), row, 1, "activation")
     return y.reshape(n) if out is None else out
@@ -275,7 +276,7 @@ def w4a8_matmul(
     threads = as_thread_count(num_threads)
     if out is not None:
         arrays = (weight.data, weight.scales, weight.zero_points)
-        checked_out(out, (x.shape[0], n), F32, activations, bias, *arrays)
+        checked_out(out, (x.shape[0], n), F32, x, offset, activations, bias, *arrays)
     return _multiply_int4(weight, offset, x, out, threads, "activations")
 
 
@@ -382,20 +383,17 @@ def _multiply_chunks(
 ) -> None:
     """y = x times packed weights, `chunk` rows at a time."""
     a = _core.Activations(layer, chunk)
-
-    def quantize(first: int) -> None:
-        part = x[first : first + chunk]
-        if not layer.quantize(float_rows(part, *part.shape), a):
-            _raise_bad_row(x, smooth, name)
-
-    starts = range(0, len(x), chunk)
+    # All that takes memory comes first: what raises has changed nothing.
+    parts = [x[first : first + chunk] for first in range(0, len(x), chunk)]
+    rows = [float_rows(part, *part.shape) for part in parts]
+    outputs = [y[first : first + chunk] for first in range(0, len(x), chunk)]
     # A new array may be given up half written; the caller's may not.
-    if check_first:
-        for first in starts:
-            quantize(first)
-    for first in starts:
-        quantize(first)
-        over_rows(layer.multiply, (a, y[first : first + chunk]), layer.panel_count, threads)
+    if check_first and not all(layer.quantize(part, a) for part in rows):
+        _raise_bad_row(x, smooth, name)
+    for part, into in zip(rows, outputs, strict=True):
+        if not layer.quantize(part, a):
+            _raise_bad_row(x, smooth, name)
+        over_rows(layer.multiply, (a, into), layer.panel_count, threads)
 
 
 def _raise_bad_row(x: NDArray[Any], smooth: NDArray[np.float32] | None, name: str) -> NoReturn:

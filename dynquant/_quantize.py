@@ -292,7 +292,7 @@ def quantize_named(
     if k % group:
         last_rank = rank_of(mode, k % group)
     data_shape, dtype = (fmt.data_shape(shape), U8) if packed else (shape, I8)
-    data = empty(data_shape, dtype) if out is None else checked_out(out, data_shape, dtype, x)
+    data = empty(data_shape, dtype) if out is None else checked_out(out, data_shape, dtype, array, x)
     scales = empty(scales_shape, F32)
     rows = float_rows(array, m, k)
 

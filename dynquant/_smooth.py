@@ -307,7 +307,8 @@ def _scale_columns(
     if out is None:
         out = np.empty(array.shape, F32)
     else:
-        checked_out(out, array.shape, F32, factors, in_place=x)
+        own = x if isinstance(x, np.ndarray) else array
+        checked_out(out, array.shape, F32, f, factors, in_place=own)
     check_finite(array, name)
     m, k = out.size // max(f.size, 1), f.size
     _core.scale_columns(float_rows(array, m, k), f, divide, out.reshape(m, k))

@@ -147,7 +147,8 @@ def checked_out(
 ) -> NDArray[Any]:
     """`out`, if it can take the result.
 
-    It may not share memory with `inputs`; with `in_place` only by being the very same elements.
+    It may not share memory with `inputs`, arguments and what they were converted to; with `in_place`, an
+    array, only by being the very same elements.
     """
     if type(out) is not ndarray and (
         not isinstance(out, ndarray) or hasattr(out, "mask") or isinstance(out, np.matrix)
@@ -161,11 +162,22 @@ def checked_out(
     if not out.flags.carray:
         _raise_layout(out)
     for x in inputs:
-        if not apart(out, x if type(x) is ndarray else as_array(x, "input")):
+        memory = x if type(x) is ndarray else _memory_of(x)
+        if memory is not None and not apart(out, memory):
             raise LayoutError("out: expected memory apart from every input, got memory that overlaps one")
-    if in_place is not None and not _apart_or_same(out, as_array(in_place, "input")):
+    if in_place is not None and not _apart_or_same(out, in_place):
         raise LayoutError("out: expected the input itself or memory apart from it, got a partial overlap")
     return out
+
+
+def _memory_of(x: Any) -> NDArray[Any] | None:
+    """The memory that `x` has of its own, if it has any; it is not asked to make an array again."""
+    if isinstance(x, ndarray):
+        return np.asarray(x)
+    try:
+        return np.asarray(memoryview(x))
+    except (TypeError, ValueError, BufferError):
+        return None
 
 
 def _raise_layout(out: NDArray[Any]) -> NoReturn:

@@ -20,6 +20,7 @@ from dynquant import (
     DynQuantTensor,
     LayoutError,
     Percentile,
+    QuantLinear,
     ShapeMismatchError,
     compute_scale,
     compute_smooth_factors,
@@ -27,9 +28,12 @@ from dynquant import (
     dynamic_quantize_int4,
     dynamic_quantize_int8,
     dynamic_quantize_int8_per_row,
+    hadamard_transform,
     quantization_mae,
+    quantize_weights,
     smooth_activations,
     smooth_weights,
+    w4a8_matmul,
     w8a8_matvec,
 )
 
@@ -573,3 +577,68 @@ def test_an_iterator_may_fill_one_buffer_again_and_again():
 
     stats = dynquant.CalibStats.collect(batches())
     assert (stats.min, stats.max, stats.mean, stats.p99) == (0, 2, 1, 2)
+
+
+class Claims(np.ndarray):
+    """An array that says another shape than it has."""
+
+    shape = property(lambda self: (64, 4096))
+
+
+class Once:
+    """Converted once, as any input is to be; a second time it gives something else."""
+
+    def __init__(self, values, then=lambda: None):
+        self.values, self.then, self.calls = values, then, 0
+
+    def __array__(self, dtype=None, copy=None):
+        self.calls += 1
+        self.then()
+        return self.values if self.calls == 1 else self.values.copy()
+
+
+def shrink(array):
+    array.resize((1,) * array.ndim, refcheck=False)
+
+
+def test_arrays_that_are_smaller_than_they_say(isa):
+    x, small = np.ones((64, 4096), F32), np.zeros((1, 1), np.int8)
+    layer = QuantLinear.from_float(np.ones((4096, 32), F32))
+    calls = [
+        lambda: dynamic_quantize(x, out=small.view(Claims)),
+        lambda: layer(np.ones((64, 32), F32), out=small.astype(F32).view(Claims)),
+    ]
+    for call in calls:
+        with pytest.raises(DynQuantError):
+            call()
+    assert not small.any()
+    # An input is what it is converted to.
+    assert dynamic_quantize(small.astype(F32).view(Claims)).shape == (1, 1)
+
+
+def test_arrays_that_shrink_in_a_call(isa):
+    weight = np.ones((300, 2000), np.int8)
+    with pytest.raises(LayoutError):
+        w8a8_matvec(weight, np.ones(300), Once(np.ones(2000, F32), lambda: shrink(weight)))
+    x, quantized = np.ones((64, 512), F32), dynamic_quantize(np.ones((64, 512), F32))
+    packed = quantize_weights(x, bits=4, group_size=32)
+    shrink(quantized.data)
+    shrink(packed.data)
+    calls = [quantized.dequantize, lambda: quantization_mae(x, quantized), lambda: w4a8_matmul(packed, x)]
+    for call in [*calls, lambda: QuantLinear(packed)]:
+        with pytest.raises(DynQuantError):
+            call()
+
+
+def test_an_input_is_converted_once(isa):
+    memory = np.ones((8, 32), F32)
+    layer = QuantLinear.from_float(np.ones((32, 32), F32))
+    for call, dtype in ((dynamic_quantize, np.int8), (layer, F32), (hadamard_transform, F32)):
+        x = Once(memory)
+        call(x, out=np.empty((8, 32), dtype))
+        assert x.calls == 1
+    # What it was converted to is what must not be written.
+    for call, out in ((layer, memory), (dynamic_quantize, memory.view(np.int8).reshape(4, 8, 32)[1])):
+        with pytest.raises(LayoutError):
+            call(Once(memory), out=out)
+    assert (memory == 1).all()

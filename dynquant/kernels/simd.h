@@ -329,7 +329,8 @@ static inline int32_t dq_acc_sum(dq_acc acc) { return acc; }
 #endif
 
 /* acc[lane] += sum over DQ_DEPTH k of w[k][lane] * a[k], w in [0, 255], a in [-127, 127], exact as long as
-   acc fits: the step of a matrix product. trim.pxi says what w and a stand for. Weights come DQ_LANES outputs side by side, DQ_DEPTH consecutive k of an
+   acc fits: the step of a matrix product. trim.pxi says what w and a stand for. Weights come DQ_LANES outputs
+   side by side, DQ_DEPTH consecutive k of an
    output next to each other, which is what one multiply-add instruction takes; a dq_weights is DQ_LANES *
    DQ_DEPTH bytes of them, made ready. Activations come as DQ_DEPTH consecutive k in four bytes, which dq_spread
    gives to every lane: bytes, or int16 where DQ_DEPTH is 2.
