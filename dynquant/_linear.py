@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import _core
 from ._gptq import calibration_batches
 from ._hadamard import hadamard_block, rotate_named
 from ._matmul import by_group, check_weight, multiply, packed_linear
@@ -26,6 +27,7 @@ from ._validate import (
     as_thread_count,
     check_finite,
     checked_out,
+    float_rows,
 )
 from ._weights import quantize_matrix, weight_format
 from .errors import (
@@ -247,7 +249,9 @@ class QuantLinear:
         weight = self._weight().dequantize()
         if self._hadamard:
             rotate_named(weight, _rotation(self._k), weight, "weight")
-        return weight if self._smooth is None else weight / self._smooth
+        if self._smooth is not None:
+            _core.scale_columns(float_rows(weight, *weight.shape), self._smooth, True, weight)
+        return weight
 
     @property
     def memory_bytes(self) -> int:

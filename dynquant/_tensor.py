@@ -99,7 +99,8 @@ class DynQuantFormat:
             raise ParameterError(f"bits: expected 4 or 8, got {self.bits!r}")
         object.__setattr__(self, "bits", int(self.bits))
         object.__setattr__(self, "packed", as_flag(self.packed, "packed"))
-        if self.granularity not in ("per_tensor", "per_row", "per_group"):
+        named = type(self.granularity) is str
+        if not named or self.granularity not in ("per_tensor", "per_row", "per_group"):
             raise ParameterError(
                 f"granularity: expected 'per_tensor', 'per_row' or 'per_group', got {self.granularity!r}"
             )

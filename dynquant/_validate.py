@@ -85,7 +85,8 @@ def raise_non_finite(array: NDArray[Any], name: str) -> NoReturn:
     """Raise for the first element of `array`, which has one, that is NaN or infinite."""
     flat = array.reshape(-1)
     for start in range(0, flat.size, _SEARCH_BLOCK):
-        finite = np.isfinite(flat[start : start + _SEARCH_BLOCK])
+        with np.errstate(invalid="ignore"):  # NumPy warns of a signalling NaN in bfloat16
+            finite = np.isfinite(flat[start : start + _SEARCH_BLOCK])
         if not finite.all():
             index = start + int(np.argmin(finite))
             raise NonFiniteError(index, float(flat[index]), name)

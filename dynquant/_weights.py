@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,7 @@ def quantize_weights(
 
 def weight_format(bits: Any, group_size: Any, symmetric: Any) -> tuple[DynQuantFormat, bool]:
     """The format that `quantize_weights` gives for these options, and whether it is symmetric."""
-    packed = type(bits) is int and bits == 4
+    packed = isinstance(bits, numbers.Integral) and bits == 4
     fmt = DynQuantFormat(bits, "per_row" if group_size is None else "per_group", group_size, packed)
     if symmetric is None:
         symmetric = fmt.bits == 8

@@ -643,8 +643,6 @@ def suspects(draw, shape):
         place = draw(st.integers(0, x.size - 1))
         # All exponent bits, and any payload.
         payload = draw(st.integers(0, 2 ** (8 * x.itemsize) - 1))
-        if x.dtype == ml_dtypes.bfloat16:
-            payload |= 1 << 6  # quiet: NumPy warns when it looks at a signalling one
         bits.reshape(-1)[place] = payload | int(np.array(np.inf, x.dtype).view(bits.dtype))
     return x
 
@@ -690,7 +688,7 @@ SEEN = calibrator_of([ROWS], K)
 flags = mostly(st.booleans())
 widths = mostly(st.sampled_from([8, 4]))
 sizes = mostly(st.none() | group_sizes)
-granularities = st.sampled_from(["per_group", "per_row", "per_tensor", "per_channel", None, 8, ["per_row"]])
+granularities = mostly(st.sampled_from(["per_group", "per_row", "per_tensor", "per_channel"]))
 WEIGHT_OPTIONS = {"bits": widths, "group_size": sizes, "symmetric": mostly(st.none() | st.booleans())}
 matrix, row, outputs = suspects((N, K)), suspects((K,)), suspects((N,))
 factors = mostly(st.just(np.linspace(0.5, 2, K, dtype=F32))) | row
