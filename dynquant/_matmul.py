@@ -90,7 +90,7 @@ def w8a8_matvec(
     if out is None:
         out = np.empty(n, F32)
     else:
-        checked_out(out, (n,), F32, weight, scales, vector, weight_i8, weight_scales, activation)
+        checked_out(out, (n,), F32, weight, weight_i8, scales, weight_scales, vector, activation)
     quantized = quantize_named(vector, DynQuantFormat.INT8_PER_TENSOR, _MAX_ABS, None, 1, "activation")
     _core.w8a8_matvec(weight, scales, quantized.data, quantized.scales[0], out)
     return out
@@ -157,8 +157,8 @@ def w8a8_matmul(
         raise ShapeMismatchError(("tokens", k), x.shape, "activations")
     threads = as_thread_count(num_threads)
     if out is not None:
-        arguments = (weight_i8, weight_scales, activations, bias)
-        checked_out(out, (x.shape[0], n), F32, weight, scales, x, offset, *arguments)
+        arrays = (weight, weight_i8, scales, weight_scales, x, activations, offset, bias)
+        checked_out(out, (x.shape[0], n), F32, *arrays)
     if weight.size == 0:
         return _only_bias(n, offset, x, out, "activations")
     tensor = DynQuantTensor(weight, scales, None, (n, k), DynQuantFormat.INT8_PER_ROW)
@@ -276,7 +276,7 @@ def w4a8_matmul(
     threads = as_thread_count(num_threads)
     if out is not None:
         arrays = (weight.data, weight.scales, weight.zero_points)
-        checked_out(out, (x.shape[0], n), F32, x, offset, activations, bias, *arrays)
+        checked_out(out, (x.shape[0], n), F32, x, activations, offset, bias, *arrays)
     return _multiply_int4(weight, offset, x, out, threads, "activations")
 
 

@@ -162,10 +162,12 @@ def checked_out(
         raise ShapeMismatchError(shape, out.shape, "out")
     if not out.flags.carray:
         _raise_layout(out)
+    last = None
     for x in inputs:
-        memory = x if type(x) is ndarray else _memory_of(x)
-        if memory is not None and not apart(out, memory):
-            raise LayoutError("out: expected memory apart from every input, got memory that overlaps one")
+        if x is not last:  # as an argument is that needed no conversion
+            last, memory = x, x if type(x) is ndarray else _memory_of(x)
+            if memory is not None and not apart(out, memory):
+                raise LayoutError("out: expected memory apart from every input, got memory that overlaps one")
     if in_place is not None and not _apart_or_same(out, in_place):
         raise LayoutError("out: expected the input itself or memory apart from it, got a partial overlap")
     return out
