@@ -57,7 +57,6 @@ cdef enum:
     SAMPLED = 1 << 16
     RUN = 256 * BLOCK
     STREAM = 1 << 23
-    LARGER_THAN_CACHES = 5 << 22
     FETCHED_AHEAD = 1 << 13
     MAX_STEPS = 8
     SEARCH_STEPS = 23
@@ -985,7 +984,7 @@ cdef Floats prepared_row(Floats x, const float* factors, Py_ssize_t block, float
     return x
 
 
-# Codes of one row in the form that gemm_panel_s8s8_f32 takes.
+# Codes of one row in the form that gemm_s8s8_f32 takes.
 cdef void code_activation(const Floats* x, float scale, uint8_t* a) noexcept nogil:
     cdef int8_t codes[BLOCK]
     cdef Py_ssize_t start = 0, n
@@ -1183,14 +1182,13 @@ cdef class PackedLinear:
 cdef void multiply_panels(const uint8_t* panels, const float* w_scales, const float* bias, const uint8_t* a,
                           const float* a_scales, float* out, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
                           Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    cdef Py_ssize_t width = kernels.panel_bytes(k), p, c
-    cdef const float* shift = NULL
-    for p in range(first, end if end < panels_of(n) else panels_of(n)):
-        c = p * kernels.panel_outputs
+    cdef Py_ssize_t c = first * kernels.panel_outputs
+    cdef Py_ssize_t last = end * kernels.panel_outputs if end < panels_of(n) else n
+    if c < last:
         if bias != NULL:
-            shift = bias + c
-        kernels.gemm_panel_s8s8_f32(panels + p * width, w_scales + c, shift, a, a_scales, out + c, n, m,
-                                    outputs_of(n, c), k)
+            bias += c
+        kernels.gemm_s8s8_f32(panels + first * kernels.panel_bytes(k), w_scales + c, bias, a, a_scales, out + c,
+                              n, m, last - c, k)
 
 
 # The same for 4-bit weights.
@@ -1199,9 +1197,8 @@ cdef void multiply_group_panels(const uint8_t* panels, const float* scales, cons
                                 Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group,
                                 Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     cdef Py_ssize_t each = panel_scales(k, group), width = kernels.group_panel_bytes(k, group), p, c
-    # With three streams to follow, the hardware's prefetcher is too slow for main memory. Where weights come
-    # from a cache, or in one stream as those of 8 bits, it does better alone.
-    cdef Py_ssize_t ahead = FETCHED_AHEAD if panels_of(n) * width >= LARGER_THAN_CACHES else 0
+    # With three streams to follow, the hardware's prefetcher is too slow for main memory.
+    cdef Py_ssize_t ahead = FETCHED_AHEAD if panels_of(n) * width >= kernels.fetched_from else 0
     cdef const float* shift = NULL
     for p in range(first, end if end < panels_of(n) else panels_of(n)):
         c = p * kernels.panel_outputs

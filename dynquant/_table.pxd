@@ -51,10 +51,11 @@ ctypedef struct Kernels:
     void (*unpack_panel_s8)(const uint8_t* panel, int8_t* w, Py_ssize_t rows, Py_ssize_t k) noexcept nogil
     void (*pack_activation_s8)(int8_t* codes, uint8_t* a, Py_ssize_t start, Py_ssize_t n,
                                Py_ssize_t k) noexcept nogil
-    void (*gemm_panel_s8s8_f32)(const uint8_t* panel, const float* w_scales, const float* bias,
-                                const uint8_t* a, const float* a_scales, float* out, Py_ssize_t out_stride,
-                                Py_ssize_t m, Py_ssize_t cols, Py_ssize_t k) noexcept nogil
+    void (*gemm_s8s8_f32)(const uint8_t* panels, const float* w_scales, const float* bias, const uint8_t* a,
+                          const float* a_scales, float* out, Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n,
+                          Py_ssize_t k) noexcept nogil
     # gemm_u4.pxi
+    Py_ssize_t fetched_from
     Py_ssize_t (*group_panel_bytes)(Py_ssize_t k, Py_ssize_t group) noexcept nogil
     Py_ssize_t (*group_activation_bytes)(Py_ssize_t k, Py_ssize_t group) noexcept nogil
     void (*pack_panel_u4)(const uint8_t* w, const float* scales, const uint8_t* zero_points, Py_ssize_t rows,

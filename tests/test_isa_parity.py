@@ -212,15 +212,15 @@ def test_matvec(extreme):
     """dot. The second row of the weights begins at a byte of its own."""
     rng = np.random.default_rng(8)
     codes = np.array([-128, 127], np.int8) if extreme else np.arange(-128, 128, dtype=np.int8)
-    weight = rng.choice(codes, 2 * LONGEST)
+    weight = rng.choice(codes, 9 * LONGEST)
     activation = rng.choice([F32(-1), F32(1)], LONGEST) if extreme else floats(rng, LONGEST)
-    scales = np.array([0.01, -3], F32)
+    scales = np.arange(-4, 5).astype(F32)
 
     def calls(arena, offset):
         view = array_at(offset, weight)
         for n in LENGTHS[1:]:
-            out = arena.slot(2, offset // 4 * 4, F32)
-            yield w8a8_matvec(view[: 2 * n].reshape(2, n), scales, activation[:n], out=out).size
+            out = arena.slot(9, offset // 4 * 4, F32)
+            yield w8a8_matvec(view[: 9 * n].reshape(9, n), scales, activation[:n], out=out).size
 
     compare(calls, range(64))
 

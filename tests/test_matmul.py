@@ -49,7 +49,7 @@ def expected(weight, scales, x, bias=None):
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 63, 64, 65, 127, 383, 1001])
-@pytest.mark.parametrize("n", [1, 7, 8, 15, 16, 17, 31, 32, 33, 67])
+@pytest.mark.parametrize("n", [1, 7, 8, 15, 16, 17, 31, 32, 33, 67, 133])
 def test_sizes(n, k, isa):
     for m in (1, 2, 3, 4, 5, 7, 8, 11):
         weight, scales, x, bias = layer_arrays(m, n, k, seed=m)
@@ -64,9 +64,12 @@ def test_the_largest_sums(code, k, isa):
     """All activations 127: the sums pass 2**31, and every int32 in between comes close to its bounds."""
     x = np.full((5, k), 127, F32)
     x[1] = -127
-    y = w8a8_matmul(np.full((33, k), code, np.int8), np.ones(33), x)
-    assert y[0].tolist() == [F32(code * 127 * k)] * 33
-    assert y[1].tolist() == [F32(-code * 127 * k)] * 33
+    layer = QuantLinear.from_arrays(
+        {"weight_i8": np.full((99, k), code, np.int8), "weight_scales": np.ones(99, F32)}
+    )
+    y = layer(x)
+    assert y[0].tolist() == layer(x[:1])[0].tolist() == [F32(code * 127 * k)] * 99
+    assert y[1].tolist() == layer(x[1:2])[0].tolist() == [F32(-code * 127 * k)] * 99
 
 
 # Codes whose pairs are at, just above and far above what int16 holds beside weights of 8 bits.
@@ -85,19 +88,21 @@ def test_pairs_of_activations_that_int16_does_not_hold(signs, k, isa):
     if signs == "random":
         x *= rng.choice([-1, 1], x.shape)
     x[:, rng.integers(k)] = 127  # codes are these numbers
-    weight = rng.choice(np.array([-128, -127, 126, 127], np.int8), (35, k))
+    weight = rng.choice(np.array([-128, -127, 126, 127], np.int8), (99, k))
     weight[0], weight[1] = -128, 127
-    y = w8a8_matmul(weight, np.ones(35), x)
+    y = w8a8_matmul(weight, np.ones(99), x)
     exact = x.astype(np.int64) @ weight.T.astype(np.int64)
     assert_same_bits(y, exact.astype(F32))
-    assert_same_bits(w8a8_matmul(weight, np.ones(35), x[3:4]), y[3:4])
+    assert_same_bits(w8a8_matmul(weight, np.ones(99), x[3:4]), y[3:4])
     for row, token in zip(y, x, strict=True):
-        assert_same_bits(w8a8_matvec(weight, np.ones(35), token), row)
+        assert_same_bits(w8a8_matvec(weight, np.ones(99), token), row)
 
 
 def test_random_codes_over_several_blocks(isa):
-    weight, scales, x, bias = layer_arrays(6, 35, 2 * BLOCK + 29)
-    assert_same_bits(w8a8_matmul(weight, scales, x, bias), expected(weight, scales, x, bias))
+    weight, scales, x, bias = layer_arrays(6, 99, 2 * BLOCK + 29)
+    y = expected(weight, scales, x, bias)
+    assert_same_bits(w8a8_matmul(weight, scales, x, bias), y)
+    assert_same_bits(w8a8_matmul(weight, scales, x[5:], bias), y[5:])
 
 
 def test_more_rows_than_a_chunk(isa):

@@ -118,6 +118,19 @@ def test_compute_scale(clip, isa):
             assert scale == float(reference.scale(x, clip, p)), (name, p)
 
 
+@pytest.mark.parametrize("start", [0, 1, 15])
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 200, 1024 + 63, 2 * 65_536 + 777])
+def test_the_largest_is_found_wherever_it_stands(n, start, isa):
+    """A long array is read in four places by turns, 65,536 elements at a time."""
+    x = np.ones(start + n, F32)[start:]
+    near = np.arange(-66, 67)
+    for i in np.unique([edge + near for edge in (0, n, *range(0, n, 16_384))]):
+        if 0 <= i < n:
+            x[i] = -3
+            assert compute_scale(x, 1) == 3, i
+            x[i] = 1
+
+
 def test_compute_scale_takes_the_sign_off():
     assert compute_scale([-0.0, -5.0, 4.0], 1) == 5.0
 

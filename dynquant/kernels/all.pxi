@@ -12,6 +12,8 @@ cdef extern from "kernels/simd.h" nogil:
     enum: DQ_STEP
     float DQ_MAGIC
     enum: DQ_DOT_STEP
+    enum: DQ_STREAMS
+    enum: DQ_FETCHED_FROM
     enum: DQ_WIDEN_STEP
     ctypedef struct dq_acc:
         pass
@@ -37,7 +39,7 @@ cdef extern from "kernels/simd.h" nogil:
     enum: DQ_BETWEEN_STEP
     uint32_t dq_between_step(const float* x, int32_t low, int32_t high, int64_t* below, int* finite)
     int dq_lowest_bit(uint32_t bits)
-    void dq_prefetch(const void* line)
+    void dq_prefetch(const void* bytes, size_t n)
     dq_sums dq_sums_zero()
     dq_sums dq_sums_load(const int32_t* s)
     void dq_sums_store(int32_t* out, dq_sums s)
@@ -82,9 +84,10 @@ cdef enum:
     MATVEC_STEPS = MATVEC_BLOCK // DQ_DOT_STEP + 2
     GEMM_BLOCK = 1 << 16
     EXACT = 1 << 13
+    AMAX_RUN = 1 << 14
+    AHEAD = 384
     PANEL = 2 * DQ_LANES
     ROWS = 4
-    LINE = 64
     RUN_OF_VECTORS = 8 * DQ_LANES
 
 
@@ -129,7 +132,8 @@ kernels.activation_bytes = activation_bytes
 kernels.pack_panel_s8 = pack_panel_s8
 kernels.unpack_panel_s8 = unpack_panel_s8
 kernels.pack_activation_s8 = pack_activation_s8
-kernels.gemm_panel_s8s8_f32 = gemm_panel_s8s8_f32
+kernels.gemm_s8s8_f32 = gemm_s8s8_f32
+kernels.fetched_from = DQ_FETCHED_FROM
 kernels.group_panel_bytes = group_panel_bytes
 kernels.group_activation_bytes = group_activation_bytes
 kernels.pack_panel_u4 = pack_panel_u4

@@ -110,9 +110,7 @@ cdef inline void trim_step(Run* run, Py_ssize_t row, Py_ssize_t at) noexcept nog
 
 # The exact w . a over the n elements of a run of a. No int32 wraps: all the products together are at most
 # 2**14 * 255 * 127 = 530,595,840 < 2**31 in magnitude.
-# One row at a time, from its start to its end: the rows of a matrix follow each other in memory, and one
-# stream through it is what the prefetcher follows across pages (two or four rows at once ran at two thirds of
-# the speed). Two accumulators hide the latency of the additions; with four, gcc keeps one in memory.
+# Two accumulators hide the latency of the additions; with four, gcc keeps one in memory.
 cdef inline int32_t dot_run(const int8_t* w, const Run* run, Py_ssize_t n) noexcept nogil:
     cdef const int8_t* codes = run.codes + DQ_DOT_STEP
     cdef const int8_t* body = w + run.head
@@ -131,6 +129,53 @@ cdef inline int32_t dot_run(const int8_t* w, const Run* run, Py_ssize_t n) noexc
     return dq_acc_sum(dq_acc_add(s0, s1)) - run.excess
 
 
+# sums[0], sums[apart], ... += the same for four rows, `apart` rows of k from each other.
+cdef inline void dot_run_4(const int8_t* w0, Py_ssize_t k, Py_ssize_t apart, const Run* run, int64_t* sums,
+                           Py_ssize_t n) noexcept nogil:
+    cdef const int8_t* w1 = w0 + apart * k
+    cdef const int8_t* w2 = w1 + apart * k
+    cdef const int8_t* w3 = w2 + apart * k
+    cdef const int8_t* codes = run.codes + DQ_DOT_STEP
+    cdef Py_ssize_t i = 0, row, at
+    cdef dq_acc s0 = dq_raised_step(dq_acc_zero(), w0, run.codes)
+    cdef dq_acc s1 = dq_raised_step(dq_acc_zero(), w1, run.codes)
+    cdef dq_acc s2 = dq_raised_step(dq_acc_zero(), w2, run.codes)
+    cdef dq_acc s3 = dq_raised_step(dq_acc_zero(), w3, run.codes)
+    while i < run.body:
+        s0 = dq_raised_step(s0, w0 + run.head + i, codes + i)
+        s1 = dq_raised_step(s1, w1 + run.head + i, codes + i)
+        s2 = dq_raised_step(s2, w2 + run.head + i, codes + i)
+        s3 = dq_raised_step(s3, w3 + run.head + i, codes + i)
+        i += DQ_DOT_STEP
+    if run.tail:
+        row = n - DQ_DOT_STEP
+        s0 = dq_raised_step(s0, w0 + row, codes + run.body)
+        s1 = dq_raised_step(s1, w1 + row, codes + run.body)
+        s2 = dq_raised_step(s2, w2 + row, codes + run.body)
+        s3 = dq_raised_step(s3, w3 + row, codes + run.body)
+    for i in range(run.rest_count):
+        row, at = run.rest_steps[i].row, run.rest_steps[i].run
+        s0 = dq_raised_step(s0, w0 + row, run.rests + at)
+        s1 = dq_raised_step(s1, w1 + row, run.rests + at)
+        s2 = dq_raised_step(s2, w2 + row, run.rests + at)
+        s3 = dq_raised_step(s3, w3 + row, run.rests + at)
+    sums[0] += dq_acc_sum(s0) - run.excess
+    sums[apart] += dq_acc_sum(s1) - run.excess
+    sums[2 * apart] += dq_acc_sum(s2) - run.excess
+    sums[3 * apart] += dq_acc_sum(s3) - run.excess
+
+
+# sums (count,) += w (count, k) . a over the n elements of a run of a. Rows a quarter of them apart are taken
+# together: DQ_STREAMS.
+cdef inline void dot_run_of_rows(const int8_t* w, const Run* run, int64_t* sums, Py_ssize_t count, Py_ssize_t k,
+                                 Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t quarter = count // 4 if DQ_STREAMS == 4 else 0, r
+    for r in range(quarter):
+        dot_run_4(w + r * k, k, quarter, run, sums + r, n)
+    for r in range(4 * quarter, count):
+        sums[r] += dot_run(w + r * k, run, n)
+
+
 # w (rows, k) in [-128, 127], a (k,) in [-127, 127] ->
 # out[r] = float32(w[r] . a) * w_scales[r] * a_scale, each sum the exact integer for every k.
 # The loop over rows is in here because a short row takes no longer than a call does. Rows longer than a run
@@ -141,7 +186,6 @@ cdef void matvec_s8s8_f32(const int8_t* w, const float* w_scales, const int8_t* 
     cdef Run run
     cdef int64_t sums[MATVEC_ROWS]
     cdef Py_ssize_t first = 0, r, start, n, count
-    cdef bint many_rests
     while first < rows:
         count = rows - first if rows - first < MATVEC_ROWS else MATVEC_ROWS
         memset(sums, 0, count * sizeof(int64_t))
@@ -153,12 +197,11 @@ cdef void matvec_s8s8_f32(const int8_t* w, const float* w_scales, const int8_t* 
                     sums[r] += dot_plain(w + r * k + start, a + start, n)
             else:
                 prepare_run(a + start, w + start, &run, n)
-                many_rests = 2 * DQ_ACTIVATIONS_STEP * run.rest_count > n
-                for r in range(count):
-                    if many_rests:
+                if 2 * DQ_ACTIVATIONS_STEP * run.rest_count > n:
+                    for r in range(count):
                         sums[r] += dot_block(w + r * k + start, a + start, n)
-                    else:
-                        sums[r] += dot_run(w + r * k + start, &run, n)
+                else:
+                    dot_run_of_rows(w + start, &run, sums, count, k, n)
             start += n
         for r in range(count):
             out[r] = <float> sums[r] * w_scales[r] * a_scale

@@ -133,13 +133,6 @@ cdef void pack_activation_s8(int8_t* codes, uint8_t* a, Py_ssize_t start, Py_ssi
             wide[i] = codes[i]
 
 
-cdef inline void prefetch(const uint8_t* bytes, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i = 0
-    while i < n:
-        dq_prefetch(bytes + i)
-        i += LINE
-
-
 # sums (PANEL,) = one block of a panel times one row of activations. No int32 wraps: a sum is at most
 # 2**16 * 127 * 255 = 2,122,383,360 < 2**31 in magnitude before the excess comes off.
 cdef inline void tile_1(const uint8_t* block, const uint8_t* a, int32_t* sums,
@@ -159,7 +152,43 @@ cdef inline void tile_1(const uint8_t* block, const uint8_t* a, int32_t* sums,
     dq_sums_store(sums + DQ_LANES, s1)
 
 
-# sums (4, PANEL) = the same for four rows, which share the loads of the weights, and have the next panel
+# sums (4, PANEL) = the same for one row and four panels, `apart` bytes from each other: DQ_STREAMS.
+cdef inline void tile_of_panels(const uint8_t* block, Py_ssize_t apart, const uint8_t* a, int32_t* sums,
+                                Py_ssize_t steps) noexcept nogil:
+    cdef dq_sums s00 = dq_sums_zero(), s01 = s00, s10 = s00, s11 = s00, s20 = s00, s21 = s00, s30 = s00
+    cdef dq_sums s31 = s00
+    cdef const uint8_t* b1 = block + apart
+    cdef const uint8_t* b2 = b1 + apart
+    cdef const uint8_t* b3 = b2 + apart
+    cdef dq_spread_act k
+    cdef Py_ssize_t i, at
+    for i in range(steps):
+        k = dq_spread(a + 4 * i)
+        at = i * (PANEL * DQ_DEPTH)
+        s00 = dq_sums_step(s00, dq_weights_load(block + at), k)
+        s01 = dq_sums_step(s01, dq_weights_load(block + at + DQ_LANES * DQ_DEPTH), k)
+        s10 = dq_sums_step(s10, dq_weights_load(b1 + at), k)
+        s11 = dq_sums_step(s11, dq_weights_load(b1 + at + DQ_LANES * DQ_DEPTH), k)
+        s20 = dq_sums_step(s20, dq_weights_load(b2 + at), k)
+        s21 = dq_sums_step(s21, dq_weights_load(b2 + at + DQ_LANES * DQ_DEPTH), k)
+        s30 = dq_sums_step(s30, dq_weights_load(b3 + at), k)
+        s31 = dq_sums_step(s31, dq_weights_load(b3 + at + DQ_LANES * DQ_DEPTH), k)
+    store_tile(sums, s00, s01, s10, s11, s20, s21, s30, s31)
+
+
+cdef inline void store_tile(int32_t* sums, dq_sums s00, dq_sums s01, dq_sums s10, dq_sums s11, dq_sums s20,
+                            dq_sums s21, dq_sums s30, dq_sums s31) noexcept nogil:
+    dq_sums_store(sums, s00)
+    dq_sums_store(sums + DQ_LANES, s01)
+    dq_sums_store(sums + 2 * DQ_LANES, s10)
+    dq_sums_store(sums + 3 * DQ_LANES, s11)
+    dq_sums_store(sums + 4 * DQ_LANES, s20)
+    dq_sums_store(sums + 5 * DQ_LANES, s21)
+    dq_sums_store(sums + 6 * DQ_LANES, s30)
+    dq_sums_store(sums + 7 * DQ_LANES, s31)
+
+
+# sums (4, PANEL) = the same for four rows and one panel. They share the loads of the weights, and have the next panel
 # fetched meanwhile: with weights in the last cache or in memory that is worth a fifth. All lines of it, or
 # the hardware's prefetcher loses its way. A single row the hardware serves better alone.
 # Eight accumulators hide the latency of the multiply-adds, and fit the registers of every instruction set.
@@ -173,7 +202,7 @@ cdef inline void tile_4(const uint8_t* block, const uint8_t* a0, const uint8_t* 
     cdef dq_spread_act k
     cdef Py_ssize_t i
     for i in range(steps):
-        prefetch(block + steps * (PANEL * DQ_DEPTH), PANEL * DQ_DEPTH)
+        dq_prefetch(block + steps * (PANEL * DQ_DEPTH), PANEL * DQ_DEPTH)
         w0 = dq_weights_load(block)
         w1 = dq_weights_load(block + DQ_LANES * DQ_DEPTH)
         k = dq_spread(a0 + 4 * i)
@@ -189,14 +218,7 @@ cdef inline void tile_4(const uint8_t* block, const uint8_t* a0, const uint8_t* 
         s30 = dq_sums_step(s30, w0, k)
         s31 = dq_sums_step(s31, w1, k)
         block += PANEL * DQ_DEPTH
-    dq_sums_store(sums, s00)
-    dq_sums_store(sums + DQ_LANES, s01)
-    dq_sums_store(sums + 2 * DQ_LANES, s10)
-    dq_sums_store(sums + 3 * DQ_LANES, s11)
-    dq_sums_store(sums + 4 * DQ_LANES, s20)
-    dq_sums_store(sums + 5 * DQ_LANES, s21)
-    dq_sums_store(sums + 6 * DQ_LANES, s30)
-    dq_sums_store(sums + 7 * DQ_LANES, s31)
+    store_tile(sums, s00, s01, s10, s11, s20, s21, s30, s31)
 
 
 # Adds the rests of one row to its sums (PANEL,).
@@ -216,20 +238,24 @@ cdef inline void add_rests(const uint8_t* block, const CodedBlock* a, int32_t* s
     dq_sums_store(sums + DQ_LANES, s1)
 
 
-# sums (rows, PANEL) for rows <= 4 rows of a, `stride` bytes apart; two and three rows take the tile of four,
-# with the last row repeated.
-cdef inline void tile(const uint8_t* block, const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows,
-                      int32_t* sums, Py_ssize_t steps) noexcept nogil:
+# sums (rows, PANEL) for one panel and rows <= 4 rows of a, `stride` bytes apart, or (panels, PANEL) for 1 or
+# DQ_STREAMS panels, `apart` bytes apart, and one row. Two and three rows take the tile of four, with the last
+# row repeated.
+cdef inline void tile(const uint8_t* block, Py_ssize_t apart, Py_ssize_t panels, const uint8_t* a,
+                      Py_ssize_t stride, Py_ssize_t rows, int32_t* sums, Py_ssize_t steps) noexcept nogil:
     cdef const uint8_t* codes = codes_of(<CodedBlock*> a)
-    cdef Py_ssize_t r
-    if rows == 1:
+    cdef Py_ssize_t r, p
+    if panels > 1:
+        tile_of_panels(block, apart, codes, sums, steps)
+    elif rows == 1:
         tile_1(block, codes, sums, steps)
     else:
         tile_4(block, codes, codes + stride, codes + (rows - 1 if rows < 3 else 2) * stride,
                codes + (rows - 1) * stride, sums, steps)
     if DQ_TRIMMED:
         for r in range(rows):
-            add_rests(block, <const CodedBlock*> (a + r * stride), sums + r * PANEL, steps)
+            for p in range(panels):
+                add_rests(block + p * apart, <const CodedBlock*> (a + r * stride), sums + (r + p) * PANEL, steps)
 
 
 # out[c] = float32(sum[c]) * w_scales[c] * a_scale + bias[c], in that order; no bias where it is NULL.
@@ -254,35 +280,63 @@ cdef inline void finish_row_s32(const int32_t* sums, int32_t excess, const float
             out[c] += bias[c]
 
 
-# One panel times m rows of activations: out[r][c] = float32(exact sum) * w_scales[c] * a_scales[r] + bias[c]
-# for c < cols <= PANEL, rows of out `out_stride` apart. Blocks of k are summed in int32, added up in int64.
-cdef void gemm_panel_s8s8_f32(const uint8_t* panel, const float* w_scales, const float* bias,
-                              const uint8_t* a, const float* a_scales, float* out, Py_ssize_t out_stride,
-                              Py_ssize_t m, Py_ssize_t cols, Py_ssize_t k) noexcept nogil:
+# totals (panels or rows, PANEL) = tile over all blocks of k, each summed in int32 and added up in int64.
+cdef inline void tile_of_blocks(const uint8_t* panel, Py_ssize_t panels, const uint8_t* a, Py_ssize_t stride,
+                                Py_ssize_t rows, int64_t* totals, Py_ssize_t k) noexcept nogil:
+    cdef int32_t sums[ROWS * PANEL]
+    cdef Py_ssize_t start = 0, n, i, r
+    cdef int32_t excess
+    memset(totals, 0, ROWS * PANEL * sizeof(int64_t))
+    while start < k:
+        n = block_k(start, k)
+        tile(panel + start * PANEL, panel_bytes(k), panels, a, stride, rows, sums, steps_of(n))
+        for r in range(rows):
+            excess = (<const CodedBlock*> (a + r * stride)).excess
+            for i in range(r * PANEL, (r + panels) * PANEL):
+                totals[i] += sums[i] - excess
+        a += coded_bytes(n)
+        start += n
+
+
+# Panels times m rows of activations: out[r][c] = float32(exact sum) * w_scales[c] * a_scales[r] + bias[c] for
+# c < cols, rows of out `out_stride` apart. There is one panel, and cols <= PANEL; or one row and DQ_STREAMS of
+# them.
+cdef inline void gemm_panels(const uint8_t* panel, Py_ssize_t panels, const float* w_scales, const float* bias,
+                             const uint8_t* a, const float* a_scales, float* out, Py_ssize_t out_stride,
+                             Py_ssize_t m, Py_ssize_t cols, Py_ssize_t k) noexcept nogil:
     cdef int32_t sums[ROWS * PANEL]
     cdef int64_t totals[ROWS * PANEL]
-    cdef const uint8_t* block
-    cdef Py_ssize_t stride = activation_bytes(k), start, n, i, r, rows
+    cdef Py_ssize_t stride = activation_bytes(k), r, rows
     while m > 0:
         rows = m if m < ROWS else ROWS
         if k <= GEMM_BLOCK:
-            tile(panel, a, stride, rows, sums, steps_of(k))
+            tile(panel, panel_bytes(k), panels, a, stride, rows, sums, steps_of(k))
             for r in range(rows):
                 finish_row_s32(sums + r * PANEL, (<const CodedBlock*> (a + r * stride)).excess, w_scales,
                                a_scales[r], bias, out + r * out_stride, cols)
         else:
-            memset(totals, 0, sizeof(totals))
-            block, start = a, 0
-            while start < k:
-                n = block_k(start, k)
-                tile(panel + start * PANEL, block, stride, rows, sums, steps_of(n))
-                for i in range(rows * PANEL):
-                    totals[i] += sums[i] - (<const CodedBlock*> (block + i // PANEL * stride)).excess
-                block += coded_bytes(n)
-                start += n
+            tile_of_blocks(panel, panels, a, stride, rows, totals, k)
             for r in range(rows):
                 finish_row(totals + r * PANEL, w_scales, a_scales[r], bias, out + r * out_stride, cols)
         a += rows * stride
         a_scales += rows
         out += rows * out_stride
         m -= rows
+
+
+# The panels of n outputs times m rows of activations: out (m, n), rows `out_stride` apart, + bias (n,) unless
+# that is NULL.
+cdef void gemm_s8s8_f32(const uint8_t* panels, const float* w_scales, const float* bias, const uint8_t* a,
+                        const float* a_scales, float* out, Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n,
+                        Py_ssize_t k) noexcept nogil:
+    cdef Py_ssize_t count, cols
+    while n > 0:
+        count = DQ_STREAMS if m == 1 and n > (DQ_STREAMS - 1) * PANEL else 1
+        cols = n if n < count * PANEL else count * PANEL
+        gemm_panels(panels, count, w_scales, bias, a, a_scales, out, out_stride, m, cols, k)
+        panels += count * panel_bytes(k)
+        w_scales += cols
+        if bias != NULL:
+            bias += cols
+        out += cols
+        n -= cols

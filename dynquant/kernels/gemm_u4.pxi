@@ -172,7 +172,7 @@ cdef inline void group_tile_1(const uint8_t* w, const uint8_t* a, dq_sums* s0, d
     s0[0] = s1[0] = dq_sums_zero()
     while units >= 4:
         if ahead:
-            prefetch(w + ahead, 16 * PANEL)
+            dq_prefetch(w + ahead, 16 * PANEL)
         p0 = p1 = q0 = q1 = dq_part_zero()
         for i in range(2):
             even, odd = dq_spread(a), dq_spread(a + 4)
@@ -221,7 +221,7 @@ cdef inline void group_tile_4(const uint8_t* w, const float* scales, const uint8
         n = units - start if units - start < DQ_CODES_RUN else DQ_CODES_RUN
         p00 = p01 = p10 = p11 = p20 = p21 = p30 = p31 = dq_part_zero()
         for i in range(start, start + n):
-            prefetch(w + ahead, 4 * PANEL)
+            dq_prefetch(w + ahead, 4 * PANEL)
             w0, w1 = dq_codes_load(w), dq_codes_load(w + 4 * DQ_LANES)
             even, odd = dq_spread(a0 + DQ_CODES * i), dq_spread(a0 + DQ_CODES * i + 4)
             p00 = dq_codes_step(p00, w0, even, odd)

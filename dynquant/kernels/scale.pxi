@@ -5,18 +5,43 @@
 # Without the sign bit IEEE-754 order is integer order, and an integer maximum may be reassociated, so this
 # vectorises without fast-math. Infinity and NaN lie at and above 0x7F800000, beyond every finite value: the
 # caller's check for them is one compare.
-# The loop does little but load, and loads that straddle cache lines halve its speed: it starts at a line.
+# The loop does little but load, and loads that straddle cache lines halve its speed: it starts at a line. It
+# reads in four places by turns: the prefetchers of a core follow several streams at once, and memory answers
+# four a quarter faster than one.
 cdef int32_t amax_bits_f32(const float* x, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, head = -(<Py_ssize_t> x >> 2) & 15
-    cdef int32_t b, most = 0
+    cdef Py_ssize_t head = -(<Py_ssize_t> x >> 2) & 15, run
+    cdef int32_t most
     head = head if head < n else n
-    for i in range(head):
-        b = dq_bits(x[i]) & 0x7FFFFFFF
-        most = b if b > most else most
-    for i in range(head, n):
-        b = dq_bits(x[i]) & 0x7FFFFFFF
-        most = b if b > most else most
+    most = amax_of_run(x, head)
+    while n - head >= 64:
+        run = (n - head) // 64 * 16
+        run = run if run < AMAX_RUN else AMAX_RUN
+        most = max_s32(most, amax_of_4_runs(x + head, run))
+        head += 4 * run
+    return max_s32(most, amax_of_run(x + head, n - head))
+
+
+cdef inline int32_t max_s32(int32_t a, int32_t b) noexcept nogil:
+    return a if a > b else b
+
+
+cdef inline int32_t amax_of_run(const float* x, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int32_t most = 0
+    for i in range(n):
+        most = max_s32(most, dq_bits(x[i]) & 0x7FFFFFFF)
     return most
+
+
+cdef inline int32_t amax_of_4_runs(const float* x, Py_ssize_t run) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int32_t a = 0, b = 0, c = 0, d = 0
+    for i in range(run):
+        a = max_s32(a, dq_bits(x[i]) & 0x7FFFFFFF)
+        b = max_s32(b, dq_bits(x[i + run]) & 0x7FFFFFFF)
+        c = max_s32(c, dq_bits(x[i + 2 * run]) & 0x7FFFFFFF)
+        d = max_s32(d, dq_bits(x[i + 3 * run]) & 0x7FFFFFFF)
+    return max_s32(max_s32(a, b), max_s32(c, d))
 
 
 # x (n,) -> the largest |x[i]| whose float bits are below `bits`, as float bits; 0 if there is none.

@@ -35,15 +35,17 @@
 #pragma fp_contract(off)
 #endif
 
-/* Has the line of memory fetched into the caches; any address will do. */
-static inline void dq_prefetch(const void* line) {
+/* Has n bytes fetched into the caches; any address will do. */
+static inline void dq_prefetch(const void* bytes, size_t n) {
+    for (size_t i = 0; i < n; i += 64) {
 #if defined(__GNUC__)
-    __builtin_prefetch(line);
+        __builtin_prefetch((const char*)bytes + i);
 #elif defined(DQ_SSE2)
-    _mm_prefetch((const char*)line, _MM_HINT_T0);
+        _mm_prefetch((const char*)bytes + i, _MM_HINT_T0);
 #else
-    (void)line;
+        (void)bytes;
 #endif
+    }
 }
 
 static inline int32_t dq_bits(float x) {
@@ -226,6 +228,21 @@ static inline int dq_lowest_bit(uint32_t bits) {
    dq_raised_step takes w as bytes without a sign, made of it by an exclusive or with DQ_RAISED, and a as it is
    to be for a sums step, below: fewer instructions, and a number that is to be taken off the sum. */
 #define DQ_RAISED 0x7F80
+
+/* How the weights of a product with one vector come from the caches and from memory, which processors differ in:
+   DQ_STREAMS, 1 or 4, is in how many places 8-bit ones are read by turns, DQ_FETCHED_FROM from how many bytes on
+   4-bit ones are fetched ahead. On an AMD EPYC of family 25, model 1 (Zen 3), four places are 1.4 to 1.7 times as
+   fast as one where weights come from the last cache or from memory, and fetching half as fast again; neither
+   costs anything where they are closer. On model 17 (Zen 4), which stands for all that have VNNI, one place is the
+   fastest, and fetching is worth it from memory alone. */
+#if defined(__AVX512VNNI__)
+#define DQ_STREAMS 1
+#define DQ_FETCHED_FROM (20 << 20)
+#else
+#define DQ_STREAMS 4
+#define DQ_FETCHED_FROM 0
+#endif
+
 #if defined(__AVX512VNNI__)
 
 /* vpdpbusd multiplies unsigned by signed bytes: a is taken as a + 128, and 128 * w is summed beside it.

@@ -248,7 +248,7 @@ static float total_of(const uint8_t *w, const float *scales, const uint8_t *zero
 /* ---- Cases: the public functions ---- */
 
 static void scales(void) {
-    const int64_t n = length(9000);
+    const int64_t n = take(1) == 255 ? 65536 + length(9000) : length(9000);
     const float *x = floats(n);
     const float clip = take(1) % 4 ? 127 : number(GIVEN);
     const double p = take(1) % 4 ? (take(2) + 1) / 65536.0 : number(GIVEN);
@@ -591,35 +591,39 @@ static void columns(void) {
     same("of a row that is in it", four, one, 4 * n);
 }
 
-/* 8-bit weights, and rows of codes that come in parts. */
+/* 8-bit weights of up to five panels, and rows of codes that come in parts. */
 static void panels(void) {
-    const int64_t k = take(1) == 255 ? 65536 + length(3000) : 1 + length(3000), rows = 1 + take(1) % kernels->panel_outputs;
-    const int64_t m = 1 + take(1) % 6, stride = rows + take(1) % 5, width = kernels->activation_bytes(k);
-    const float *scales = moderate_floats(rows, take(1)), *a_scales = moderate_floats(m, 0);
-    const float *bias = take(1) % 2 ? moderate_floats(rows, 0) : NULL;
-    const int8_t *w = codes_from(rows * k, -128), *codes = codes_from(m * k, -127);
-    int8_t *back = array(rows * k, 1), part[4096];
-    uint8_t *panel = lines(kernels->panel_bytes(k)), *a = lines(m * width);
-    float *out = sentinel(4 * ((m - 1) * stride + rows), 4);
-    kernels->pack_panel_s8(w, rows, panel, k);
-    kernels->unpack_panel_s8(panel, back, rows, k);
-    same("weights", back, w, rows * k);
+    const int64_t k = take(1) == 255 ? 65536 + length(3000) : 1 + length(1000), each = kernels->panel_outputs;
+    const int64_t n = 1 + take(1) % (5 * each), m = 1 + take(1) % 6, stride = n + take(1) % 5;
+    const int64_t width = kernels->activation_bytes(k), panel_bytes = kernels->panel_bytes(k);
+    const float *scales = moderate_floats(n, take(1)), *a_scales = moderate_floats(m, 0);
+    const float *bias = take(1) % 2 ? moderate_floats(n, 0) : NULL;
+    const int8_t *w = codes_from(n * k, -128), *codes = codes_from(m * k, -127);
+    int8_t *back = array(n * k, 1), part[4096];
+    uint8_t *packed = lines((n + each - 1) / each * panel_bytes), *a = lines(m * width);
+    float *out = sentinel(4 * ((m - 1) * stride + n), 4);
+    for (int64_t c = 0; c < n; c += each) {
+        const int64_t rows = n - c < each ? n - c : each;
+        kernels->pack_panel_s8(w + c * k, rows, packed + c / each * panel_bytes, k);
+        kernels->unpack_panel_s8(packed + c / each * panel_bytes, back + c * k, rows, k);
+    }
+    same("weights", back, w, n * k);
     for (int64_t r = 0; r < m; r++)
         for (int64_t i = 0; i < k; i += sizeof part) {
-            const int64_t n = k - i < (int64_t)sizeof part ? k - i : (int64_t)sizeof part;
-            memcpy(part, codes + r * k + i, n);
-            kernels->pack_activation_s8(part, a + r * width, i, n, k);
+            const int64_t count = k - i < (int64_t)sizeof part ? k - i : (int64_t)sizeof part;
+            memcpy(part, codes + r * k + i, count);
+            kernels->pack_activation_s8(part, a + r * width, i, count, k);
         }
-    kernels->gemm_panel_s8s8_f32(panel, scales, bias, a, a_scales, out, stride, m, rows, k);
+    kernels->gemm_s8s8_f32(packed, scales, bias, a, a_scales, out, stride, m, n, k);
     for (int64_t r = 0; r < m; r++)
-        for (int64_t c = 0; c < rows; c++) {
+        for (int64_t c = 0; c < n; c++) {
             int64_t sum = 0;
             for (int64_t i = 0; i < k; i++) sum += w[c * k + i] * codes[r * k + i];
             float y = (float)sum * scales[c] * a_scales[r];
             if (bias) y += bias[c];
             same_floats("outputs", out + r * stride + c, &y, 1);
         }
-    for (int64_t r = 0; r + 1 < m; r++) untouched(out + r * stride + rows, 4 * (stride - rows));
+    for (int64_t r = 0; r + 1 < m; r++) untouched(out + r * stride + n, 4 * (stride - n));
 }
 
 /* As matmul, for 4-bit weights with a scale and perhaps a zero point for each group. */
