@@ -16,7 +16,14 @@
 # raises.
 
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport (
+    PyBUF_C_CONTIGUOUS,
+    PyBUF_SIMPLE,
+    PyBUF_STRIDES,
+    PyBUF_WRITABLE,
+    PyBuffer_Release,
+    PyObject_GetBuffer,
+)
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_RawFree, PyMem_RawMalloc
 from cpython.object cimport PyObject, PyObject_GenericSetAttr
 from cpython.pycapsule cimport PyCapsule_GetPointer
@@ -149,12 +156,42 @@ cdef class Memory:
         PyBuffer_Release(&self.view)
 
 
+def fits(out not None, tuple shape not None, tuple inputs not None):
+    """Whether `out` is a writable, aligned, C-contiguous array of `shape` that is apart from `inputs`.
+
+    False where any of these is more than a plain array: then it is to be looked at closely.
+    """
+    cdef Memory x, y
+    cdef Py_ssize_t i, n = len(shape)
+    try:
+        x = Memory(out, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS)
+    except (ValueError, BufferError):
+        return False
+    if x.view.ndim != n or <size_t> x.view.buf % <size_t> x.view.itemsize:
+        return False
+    for i in range(n):
+        if x.view.shape[i] != shape[i]:
+            return False
+    for i in range(len(inputs)):
+        if i and inputs[i] is inputs[i - 1]:
+            continue
+        if type(inputs[i]) is not type(out):
+            return False
+        y = Memory(inputs[i], PyBUF_STRIDES)
+        if not views_apart(&x.view, &y.view):
+            return False
+    return True
+
+
 def apart(a not None, b not None):
     """Whether no element of `a`, an array of any layout, lies between the first and the last byte of `b`."""
     cdef Memory x = Memory(a, PyBUF_STRIDES)
     cdef Memory y = Memory(b, PyBUF_STRIDES)
-    return (x.view.len == 0 or y.view.len == 0
-            or last_byte(&x.view) < first_byte(&y.view) or last_byte(&y.view) < first_byte(&x.view))
+    return views_apart(&x.view, &y.view)
+
+
+cdef bint views_apart(const Py_buffer* x, const Py_buffer* y) noexcept:
+    return x.len == 0 or y.len == 0 or last_byte(x) < first_byte(y) or last_byte(y) < first_byte(x)
 
 
 cdef const char* first_byte(const Py_buffer* view) noexcept:
@@ -612,7 +649,7 @@ cdef double square_error(const Floats* x, const QuantRow* row, int clip) noexcep
     while start < x.n:
         n = block_len(start, x.n)
         code_block(x, &coded, start, n, clip, False, codes)
-        value_block(&coded, 0, value, n)
+        value_block(&coded, 0, False, value, n)
         kernels.error_sums_row_f32_f64(block_of(x, start, n, scratch), value, sums, n)
         start += n
     return sums[1]
@@ -697,8 +734,9 @@ def quantize_u8(FloatRows x not None, float scale, int zero_point, uint8_t[::1] 
             start += n
 
 
-# Values start .. start + n of one row, n <= BLOCK.
-cdef void value_block(const QuantRow* row, Py_ssize_t start, float* out, Py_ssize_t n) noexcept nogil:
+# Values start .. start + n of one row, n <= BLOCK where it is packed; past the caches with `stream`.
+cdef void value_block(const QuantRow* row, Py_ssize_t start, bint stream, float* out,
+                      Py_ssize_t n) noexcept nogil:
     cdef int8_t unpacked[BLOCK]
     cdef int8_t* codes = row.codes + start
     cdef Py_ssize_t i = start, g, end
@@ -710,17 +748,18 @@ cdef void value_block(const QuantRow* row, Py_ssize_t start, float* out, Py_ssiz
         end = group_end(i, row.group, start + n)
         if row.zero_points != NULL:
             kernels.shift_row_u4_s8(codes, row.zero_points[g], end - i)
-        kernels.dequantize_row_s8_f32(codes, row.scales[g], out, end - i)
+        kernels.dequantize_row_s8_f32(codes, row.scales[g], stream, out, end - i)
         codes += end - i
         out += end - i
         i = end
 
 
-cdef void value_row(const QuantRow* row, float* out, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t start = 0
+cdef void value_row(const QuantRow* row, bint stream, float* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t start = 0, count
     while start < n:
-        value_block(row, start, out + start, block_len(start, n))
-        start += BLOCK
+        count = block_len(start, n) if row.packed else n
+        value_block(row, start, stream, out + start, count)
+        start += count
 
 
 def dequantize_rows(const int8_t[::1] codes not None, const float[::1] scales not None,
@@ -728,6 +767,8 @@ def dequantize_rows(const int8_t[::1] codes not None, const float[::1] scales no
                     float[:, ::1] out not None):
     """out = codes * scales; with zero points, for packed codes only, (codes - zero_points) * scales."""
     cdef Py_ssize_t r, k = out.shape[1]
+    # Not in short groups: each of them would wait until its values have arrived.
+    cdef bint stream = out.shape[0] * k >= STREAM and group >= BLOCK
     cdef QuantRow q
     cdef const uint8_t* z = NULL
     if out.shape[0] == 0 or k == 0:
@@ -738,7 +779,7 @@ def dequantize_rows(const int8_t[::1] codes not None, const float[::1] scales no
     with nogil:
         for r in range(out.shape[0]):
             q = quant_row(&codes[0], &scales[0], z, packed, group, k, r)
-            value_row(&q, &out[r, 0], k)
+            value_row(&q, stream, &out[r, 0], k)
 
 
 def sum_abs_error(FloatRows x not None, const int8_t[::1] codes not None, const float[::1] scales not None,
@@ -761,7 +802,7 @@ def sum_abs_error(FloatRows x not None, const int8_t[::1] codes not None, const 
             start = 0
             while start < x.k:
                 n = block_len(start, x.k)
-                value_block(&q, start, value, n)
+                value_block(&q, start, False, value, n)
                 total += kernels.abs_error_row_f32_f64(block_of(&row, start, n, scratch), value, n)
                 start += n
     return total
@@ -787,7 +828,7 @@ def error_sums(FloatRows x not None, const int8_t[::1] codes not None, const flo
             start = 0
             while start < x.k:
                 n = block_len(start, x.k)
-                value_block(&q, start, value, n)
+                value_block(&q, start, False, value, n)
                 kernels.error_sums_row_f32_f64(block_of(&row, start, n, scratch), value,
                                                &sums[r if per_row else 0, 0], n)
                 start += n
@@ -1187,8 +1228,8 @@ cdef void multiply_panels(const uint8_t* panels, const float* w_scales, const fl
     if c < last:
         if bias != NULL:
             bias += c
-        kernels.gemm_s8s8_f32(panels + first * kernels.panel_bytes(k), w_scales + c, bias, a, a_scales, out + c,
-                              n, m, last - c, k)
+        kernels.gemm_s8s8_f32(panels + first * kernels.panel_bytes(k), w_scales + c, bias, a, a_scales,
+                              out + c, n, m, last - c, k)
 
 
 # The same for 4-bit weights.

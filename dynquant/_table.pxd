@@ -30,7 +30,8 @@ ctypedef struct Kernels:
                                 Py_ssize_t n) noexcept nogil
     void (*pack_row_s8_s4)(const int8_t* codes, uint8_t* packed, Py_ssize_t n) noexcept nogil
     # dequantize.pxi
-    void (*dequantize_row_s8_f32)(const int8_t* codes, float scale, float* out, Py_ssize_t n) noexcept nogil
+    void (*dequantize_row_s8_f32)(const int8_t* codes, float scale, bint stream, float* out,
+                                  Py_ssize_t n) noexcept nogil
     void (*unpack_row_s4_s8)(const uint8_t* packed, int8_t* codes, Py_ssize_t n) noexcept nogil
     void (*shift_row_u4_s8)(int8_t* codes, int32_t zero_point, Py_ssize_t n) noexcept nogil
     # smooth.pxi
@@ -51,9 +52,9 @@ ctypedef struct Kernels:
     void (*unpack_panel_s8)(const uint8_t* panel, int8_t* w, Py_ssize_t rows, Py_ssize_t k) noexcept nogil
     void (*pack_activation_s8)(int8_t* codes, uint8_t* a, Py_ssize_t start, Py_ssize_t n,
                                Py_ssize_t k) noexcept nogil
-    void (*gemm_s8s8_f32)(const uint8_t* panels, const float* w_scales, const float* bias, const uint8_t* a,
-                          const float* a_scales, float* out, Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n,
-                          Py_ssize_t k) noexcept nogil
+    void (*gemm_s8s8_f32)(const uint8_t* panels, const float* w_scales, const float* bias,
+                          const uint8_t* a, const float* a_scales, float* out, Py_ssize_t out_stride,
+                          Py_ssize_t m, Py_ssize_t n, Py_ssize_t k) noexcept nogil
     # gemm_u4.pxi
     Py_ssize_t fetched_from
     Py_ssize_t (*group_panel_bytes)(Py_ssize_t k, Py_ssize_t group) noexcept nogil

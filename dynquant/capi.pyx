@@ -216,7 +216,7 @@ cdef int dynquant_dequantize_row_s8_f32(const int8_t* codes, int64_t n, float sc
     cdef QuantRow row = codes_of(codes, &scale, False, n)
     if not (is_length(n) and is_finite(scale)):
         return DYNQUANT_BAD_ARGUMENT
-    value_row(&row, out, n)
+    value_row(&row, False, out, n)
     return DYNQUANT_OK
 
 
@@ -225,7 +225,7 @@ cdef int dynquant_dequantize_row_s4_f32(const uint8_t* packed, int64_t n, float 
     cdef QuantRow row = codes_of(<const int8_t*> packed, &scale, True, n)
     if not (is_length(n) and is_finite(scale)):
         return DYNQUANT_BAD_ARGUMENT
-    value_row(&row, out, n)
+    value_row(&row, False, out, n)
     return DYNQUANT_OK
 
 

@@ -107,6 +107,22 @@ def test_codes_written_past_the_caches(large, isa):
     assert (room[37 + x.size :] == 99).all()
 
 
+@pytest.mark.parametrize("fmt", [DynQuantFormat.INT8_PER_ROW, DynQuantFormat(4, "per_group", 5000, True)])
+def test_values_written_past_the_caches(large, fmt, isa):
+    """So do the values of long rows and groups, and `out` begins and ends within a cache line again."""
+    x, _, _ = large
+    q = dynamic_quantize(x, fmt)
+    codes = dynamic_quantize(x, DynQuantFormat(fmt.bits, fmt.granularity, fmt.group_size)).data
+    m, k = x.shape
+    scales = np.repeat(q.scales.reshape(m, -1), fmt.group_of(k), axis=1)[:, :k]
+    room = np.full(x.size + 32, 99, F32)
+    out = room[5 : 5 + x.size].reshape(m, k)
+    q.dequantize(out=out)
+    assert_same_bits(out, codes * scales)
+    assert (room[:5] == 99).all()
+    assert (room[5 + x.size :] == 99).all()
+
+
 @pytest.mark.parametrize("clip", [127, 7, 1, 0.5, 448.0, 1e-3, np.float32(3.3), np.int64(15)])
 def test_compute_scale(clip, isa):
     for name, x in distributions(1000, np.random.default_rng(5)).items():

@@ -22,6 +22,8 @@ cdef extern from "kernels/simd.h" nogil:
     int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, bint within, bint stream,
                          int8_t* codes)
     void dq_stream_end()
+    enum: DQ_VALUES
+    void dq_stream_values(const int8_t* codes, float scale, float* out)
     float dq_widen(uint16_t h)
     void dq_widen_step(const uint16_t* x, float* out)
     enum: DQ_LANES

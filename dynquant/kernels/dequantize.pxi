@@ -1,8 +1,24 @@
 # Codes to floats, and nibbles to codes.
 
 
-# out[i] = codes[i] * scale, one rounding.
-cdef void dequantize_row_s8_f32(const int8_t* codes, float scale, float* out, Py_ssize_t n) noexcept nogil:
+# out[i] = codes[i] * scale, one rounding. With `stream` they go past the caches, and codes are fetched ahead:
+# in memory that is twice as fast, for what is written need not be read before.
+cdef void dequantize_row_s8_f32(const int8_t* codes, float scale, bint stream, float* out,
+                                Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i = 0
+    if stream:
+        i = -(<Py_ssize_t> out >> 2) & (DQ_VALUES - 1)
+        i = i if i < n else n
+        dequantize_run(codes, scale, out, i)
+        while i + DQ_VALUES <= n:
+            dq_prefetch(codes + i + 4 * AHEAD, 1)
+            dq_stream_values(codes + i, scale, out + i)
+            i += DQ_VALUES
+        dq_stream_end()
+    dequantize_run(codes + i, scale, out + i, n - i)
+
+
+cdef inline void dequantize_run(const int8_t* codes, float scale, float* out, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(n):
         out[i] = <float> codes[i] * scale

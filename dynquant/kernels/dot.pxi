@@ -167,8 +167,8 @@ cdef inline void dot_run_4(const int8_t* w0, Py_ssize_t k, Py_ssize_t apart, con
 
 # sums (count,) += w (count, k) . a over the n elements of a run of a. Rows a quarter of them apart are taken
 # together: DQ_STREAMS.
-cdef inline void dot_run_of_rows(const int8_t* w, const Run* run, int64_t* sums, Py_ssize_t count, Py_ssize_t k,
-                                 Py_ssize_t n) noexcept nogil:
+cdef inline void dot_run_of_rows(const int8_t* w, const Run* run, int64_t* sums, Py_ssize_t count,
+                                 Py_ssize_t k, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t quarter = count // 4 if DQ_STREAMS == 4 else 0, r
     for r in range(quarter):
         dot_run_4(w + r * k, k, quarter, run, sums + r, n)

@@ -188,9 +188,9 @@ cdef inline void store_tile(int32_t* sums, dq_sums s00, dq_sums s01, dq_sums s10
     dq_sums_store(sums + 7 * DQ_LANES, s31)
 
 
-# sums (4, PANEL) = the same for four rows and one panel. They share the loads of the weights, and have the next panel
-# fetched meanwhile: with weights in the last cache or in memory that is worth a fifth. All lines of it, or
-# the hardware's prefetcher loses its way. A single row the hardware serves better alone.
+# sums (4, PANEL) = the same for four rows and one panel. They share the loads of the weights, and have the
+# next panel fetched meanwhile: with weights in the last cache or in memory that is worth a fifth. All lines
+# of it, or the hardware's prefetcher loses its way. Products with one row gain nothing by it.
 # Eight accumulators hide the latency of the multiply-adds, and fit the registers of every instruction set.
 # They have names because in an array, indexed by an unrolled loop, gcc writes them back to memory at every
 # step.
@@ -255,7 +255,8 @@ cdef inline void tile(const uint8_t* block, Py_ssize_t apart, Py_ssize_t panels,
     if DQ_TRIMMED:
         for r in range(rows):
             for p in range(panels):
-                add_rests(block + p * apart, <const CodedBlock*> (a + r * stride), sums + (r + p) * PANEL, steps)
+                add_rests(block + p * apart, <const CodedBlock*> (a + r * stride), sums + (r + p) * PANEL,
+                          steps)
 
 
 # out[c] = float32(sum[c]) * w_scales[c] * a_scale + bias[c], in that order; no bias where it is NULL.
@@ -298,12 +299,13 @@ cdef inline void tile_of_blocks(const uint8_t* panel, Py_ssize_t panels, const u
         start += n
 
 
-# Panels times m rows of activations: out[r][c] = float32(exact sum) * w_scales[c] * a_scales[r] + bias[c] for
-# c < cols, rows of out `out_stride` apart. There is one panel, and cols <= PANEL; or one row and DQ_STREAMS of
-# them.
-cdef inline void gemm_panels(const uint8_t* panel, Py_ssize_t panels, const float* w_scales, const float* bias,
-                             const uint8_t* a, const float* a_scales, float* out, Py_ssize_t out_stride,
-                             Py_ssize_t m, Py_ssize_t cols, Py_ssize_t k) noexcept nogil:
+# Panels times m rows of activations: out[r][c] = float32(exact sum) * w_scales[c] * a_scales[r] + bias[c]
+# for c < cols, rows of out `out_stride` apart. There is one panel, and cols <= PANEL; or one row and
+# DQ_STREAMS panels.
+cdef inline void gemm_panels(const uint8_t* panel, Py_ssize_t panels, const float* w_scales,
+                             const float* bias, const uint8_t* a, const float* a_scales, float* out,
+                             Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t cols,
+                             Py_ssize_t k) noexcept nogil:
     cdef int32_t sums[ROWS * PANEL]
     cdef int64_t totals[ROWS * PANEL]
     cdef Py_ssize_t stride = activation_bytes(k), r, rows

@@ -162,6 +162,24 @@ static inline int dq_quantize_step(const float* x, float lo, float hi, int32_t c
 
 #endif
 
+/* out[i] = codes[i] * scale for DQ_VALUES floats, a cache line, to which out is aligned; past the caches, as
+   above. */
+#define DQ_VALUES 16
+static inline void dq_stream_values(const int8_t* codes, float scale, float* out) {
+#if defined(__AVX512BW__)
+    const __m512 v = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)codes)));
+    _mm512_stream_ps(out, _mm512_mul_ps(v, _mm512_set1_ps(scale)));
+#elif defined(__AVX2__)
+    for (int j = 0; j < DQ_VALUES; j += 8) {
+        const __m128i eight = _mm_loadl_epi64((const __m128i*)(codes + j));
+        const __m256 v = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+        _mm256_stream_ps(out + j, _mm256_mul_ps(v, _mm256_set1_ps(scale)));
+    }
+#else
+    for (int j = 0; j < DQ_VALUES; j++) out[j] = codes[j] * scale;
+#endif
+}
+
 /* One binary16 number. Exponent and fraction move to float32's places, which leaves a value 2**112 too small
    (the biases are 15 and 127); the product with 2**112 is exact and also normalises subnormals. Infinity and
    NaN would come out as 2**16 and above, so they get float32's top exponent by hand. */

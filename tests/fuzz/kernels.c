@@ -335,6 +335,11 @@ static void quantize(void) {
         same("packed codes", codes, nibbles, bytes);
     } else {
         same("codes", codes, expected, bytes);
+        if (scale > 0) {
+            memset(codes, 77, bytes);
+            kernels->quantize_row_f32_s8(x, scale, clip, 0, 1, codes, n);
+            same("codes past the caches", codes, expected, bytes);
+        }
     }
 }
 
@@ -381,6 +386,9 @@ static void dequantize(void) {
     same_status(dq->dequantize_row_s8_f32(codes, n, scale, out), DYNQUANT_OK);
     for (int64_t i = 0; i < n; i++) expected[i] = codes[i] * scale;
     same_floats("values", out, expected, n);
+    memset(out, 77, 4 * n);
+    kernels->dequantize_row_s8_f32(codes, scale, 1, out, n);
+    same_floats("values past the caches", out, expected, n);
     same_status(dq->dequantize_row_s4_f32(packed, n, scale, out), DYNQUANT_OK);
     for (int64_t i = 0; i < n; i++) expected[i] = ((nibble_at(packed, i) ^ 8) - 8) * scale;
     same_floats("values of nibbles", out, expected, n);
