@@ -204,13 +204,20 @@ static inline void dq_widen_step(const uint16_t* x, float* out) {
 static inline uint32_t dq_between_step(const float* x, int32_t low, int32_t high, int64_t* below, int* finite) {
 #if defined(__AVX2__)
     const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF), most = _mm256_set1_epi32(0x7F7FFFFF);
-    __m256i beyond = _mm256_setzero_si256();
+    __m256i v[4], reached = _mm256_setzero_si256(), beyond = reached;
     uint32_t less = 0, outside = 0;
     for (int j = 0; j < 4; j++) {
-        const __m256i v = _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(x + 8 * j)), magnitude);
-        const __m256i lt = _mm256_cmpgt_epi32(_mm256_set1_epi32(low), v);
-        const __m256i gt = _mm256_cmpgt_epi32(v, _mm256_set1_epi32(high));
-        beyond = _mm256_or_si256(beyond, _mm256_cmpgt_epi32(v, most));
+        v[j] = _mm256_and_si256(_mm256_loadu_si256((const __m256i*)(x + 8 * j)), magnitude);
+        reached = _mm256_or_si256(reached, _mm256_cmpgt_epi32(v[j], _mm256_set1_epi32(low - 1)));
+    }
+    if (_mm256_testz_si256(reached, reached)) { /* as most steps do for percentiles close to 1 */
+        *below += DQ_BETWEEN_STEP;
+        return 0;
+    }
+    for (int j = 0; j < 4; j++) {
+        const __m256i lt = _mm256_cmpgt_epi32(_mm256_set1_epi32(low), v[j]);
+        const __m256i gt = _mm256_cmpgt_epi32(v[j], _mm256_set1_epi32(high));
+        beyond = _mm256_or_si256(beyond, _mm256_cmpgt_epi32(v[j], most));
         less |= (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(lt)) << 8 * j;
         outside |= (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_or_si256(lt, gt))) << 8 * j;
     }
