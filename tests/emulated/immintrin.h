@@ -24,6 +24,7 @@ static inline void _mm512_storeu_si512(void* out, __m512i v) { memcpy(out, &v, 6
 static inline void _mm512_stream_si512(__m512i* out, __m512i v) { memcpy(out, &v, 64); }
 static inline __m512 _mm512_loadu_ps(const void* x) { __m512 v; memcpy(&v, x, 64); return v; }
 static inline void _mm512_storeu_ps(void* out, __m512 v) { memcpy(out, &v, 64); }
+static inline void _mm512_stream_ps(void* out, __m512 v) { memcpy(out, &v, 64); }
 
 static inline __m512i _mm512_setzero_si512(void) { return (__m512i){0}; }
 static inline __m512i _mm512_set1_epi32(int32_t x) { return (__m512i){0} + x; }
@@ -49,6 +50,7 @@ static inline __m512i _mm512_castps_si512(__m512 a) { return (__m512i)a; }
 
 #define EMULATED_EACH(n) for (int i = 0; i < (n); i++)
 static inline __m512 _mm512_cvtepi32_ps(__m512i a) { __m512 r; EMULATED_EACH(16) r[i] = (float)a[i]; return r; }
+static inline __m512i _mm512_cvtepi8_epi32(__m128i a) { __m512i r; EMULATED_EACH(16) r[i] = (int8_t)a[i]; return r; }
 static inline __m512i _mm512_cvtepu8_epi32(__m128i a) { __m512i r; EMULATED_EACH(16) r[i] = a[i]; return r; }
 static inline __m128i _mm512_cvtepi32_epi8(__m512i a) { __m128i r; EMULATED_EACH(16) r[i] = (uint8_t)a[i]; return r; }
 static inline __m512i _mm512_permutexvar_epi32(__m512i at, __m512i a) {
