@@ -2,7 +2,8 @@
 
 All but one can be told so. ONNX Runtime asks the processor, and by the instruction xgetbv whether the system
 saves the registers. Where it is installed a copy is made in a temporary folder, in which each of these
-instructions, found by disassembly, is one that answers that SSE and AVX registers alone are saved.
+instructions, found by disassembly, is one that answers that SSE and AVX registers alone are saved. What newer
+processors have in AVX registers, VNNI among it, is asked for by cpuid with 7 and 1: the answer becomes 0.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ NUMKONG_KEEPS = ("serial", "haswell", "alder", "sierra")
 
 # `push 7; pop rax` leaves the bits for x87, SSE and AVX where xgetbv leaves those of all that is saved.
 XGETBV, PUSH_7_POP_RAX = b"\x0f\x01\xd0", b"\x6a\x07\x58"
+CPUID, XOR_EAX_EAX = b"\x0f\xa2", b"\x31\xc0"
+LEAF_7_1 = ("mov $0x7,%eax", "mov $0x1,%ecx")
 
 # Removed when Python ends.
 _folder: Any = None
@@ -60,19 +63,32 @@ def _patched_copy(package: Path) -> str:
 
 
 def _patch(library: Path) -> int:
-    """Replaces each xgetbv of the code in `library`; returns how many there were."""
+    """Replaces the instructions in the code of `library`; returns how many xgetbv there were."""
     code = bytearray(library.read_bytes())
     if XGETBV not in code:
         return 0
     start, offset = _text_section(library)
-    lines = _objdump("--disassemble", "--no-show-raw-insn", "--section=.text", library)
-    places = [int(line.partition(":")[0], 16) - start + offset for line in lines if "\txgetbv" in line]
-    for place in places:
-        if code[place : place + 3] != XGETBV:
-            sys.exit(f"--no-avx512 found no xgetbv in {library.name} where objdump has one")
-        code[place : place + 3] = PUSH_7_POP_RAX
+    found = 0
+    for address, old, new in _to_replace(library):
+        place = address - start + offset
+        if code[place : place + len(old)] != old:
+            sys.exit(f"--no-avx512 found other code in {library.name} than objdump")
+        code[place : place + len(new)] = new
+        found += old == XGETBV
     library.write_bytes(code)
-    return len(places)
+    return found
+
+
+def _to_replace(library: Path) -> Iterator[tuple[int, bytes, bytes]]:
+    """Address, bytes and new bytes of each instruction that asks."""
+    before = ["", ""]
+    for line in _objdump("--disassemble", "--no-show-raw-insn", "--section=.text", library):
+        address, _, instruction = (" ".join(part.split()) for part in line.partition(":"))
+        if instruction == "xgetbv":
+            yield int(address, 16), XGETBV, PUSH_7_POP_RAX
+        elif instruction == "cpuid" and sorted(before) == sorted(LEAF_7_1):
+            yield int(address, 16), CPUID, XOR_EAX_EAX
+        before = [before[1], instruction]
 
 
 def _text_section(library: Path) -> tuple[int, int]:
