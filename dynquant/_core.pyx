@@ -40,9 +40,12 @@ cdef extern from "cpu.h" nogil:
     bint dq_cpu_has_avx2()
     bint dq_cpu_has_avx512()
     bint dq_cpu_has_avx512vnni()
+    bint dq_cpu_has_amx()
+    bint dq_permit_tiles()
     enum: DQ_HAS_AVX2_BUILD
     enum: DQ_HAS_AVX512_BUILD
     enum: DQ_HAS_AVX512VNNI_BUILD
+    enum: DQ_HAS_AMX_BUILD
 
 
 cdef extern from "Python.h":
@@ -83,13 +86,18 @@ def set_table(table not None):
 def isas_built():
     """Names of the instruction sets that this build has, weakest first."""
     return (("baseline",) + ("avx2",) * DQ_HAS_AVX2_BUILD + ("avx512",) * DQ_HAS_AVX512_BUILD
-            + ("avx512vnni",) * DQ_HAS_AVX512VNNI_BUILD)
+            + ("avx512vnni",) * DQ_HAS_AVX512VNNI_BUILD + ("amx",) * DQ_HAS_AMX_BUILD)
 
 
 def isas_supported():
     """Names of the instruction sets that this CPU and operating system run, weakest first."""
     return (("baseline",) + ("avx2",) * dq_cpu_has_avx2() + ("avx512",) * dq_cpu_has_avx512()
-            + ("avx512vnni",) * dq_cpu_has_avx512vnni())
+            + ("avx512vnni",) * dq_cpu_has_avx512vnni() + ("amx",) * dq_cpu_has_amx())
+
+
+def permit_amx():
+    """Ask the operating system for the registers of AMX; returns whether it agrees."""
+    return dq_permit_tiles()
 
 
 # ---------------------------------------------------------------------------------------------------------

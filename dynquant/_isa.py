@@ -23,7 +23,9 @@ _selected = ""
 def _table(isa: str) -> object:
     # Literal imports, so that freezers see them. A module compiled for an instruction set is imported only
     # after its check: even its initialisation may use that set.
-    if isa == "avx512vnni":
+    if isa == "amx":
+        from ._isa_amx import table  # type: ignore[import-not-found, unused-ignore]
+    elif isa == "avx512vnni":
         from ._isa_avx512vnni import table  # type: ignore[import-not-found, unused-ignore]
     elif isa == "avx512":
         from ._isa_avx512 import table  # type: ignore[import-not-found, unused-ignore]
@@ -44,6 +46,8 @@ def select(isa: str | None = None) -> None:
     """
     global _selected
     built, supported = _core.isas_built(), _core.isas_supported()
+    if isa in (None, "amx") and "amx" in supported and not _core.permit_amx():
+        supported = tuple(name for name in supported if name != "amx")
     usable = [name for name in built if name in supported]
     if isa is None:
         isa = usable[-1]
@@ -64,13 +68,18 @@ def simd_info() -> SimdInfo:
     dict
         ``selected``, the name of the one in use; ``built``, the names that this build has; ``supported``,
         the names that this CPU and operating system run. The names are ``"baseline"``, ``"avx2"``
-        (x86-64-v3), ``"avx512"`` (x86-64-v4) and ``"avx512vnni"``, weakest first.
+        (x86-64-v3), ``"avx512"`` (x86-64-v4), ``"avx512vnni"`` and ``"amx"`` (AVX512-VNNI and AMX-INT8),
+        weakest first.
 
     Notes
     -----
     The best one in both lists is selected when dynquant is imported. The environment variable
     ``DYNQUANT_ISA``, set before that, selects one by name, and importing dynquant raises `IsaError` when it
     cannot be had. Results do not depend on the choice in any bit.
+
+    Linux has to permit the registers of AMX to the process; importing dynquant asks for that, unless
+    ``DYNQUANT_ISA`` names a weaker set. It refuses where the stack of a signal handler is too small for them,
+    and ``"avx512vnni"`` is selected then. Once they are permitted, it refuses to set such a stack.
     """
     return {"selected": _selected, "built": _core.isas_built(), "supported": _core.isas_supported()}
 

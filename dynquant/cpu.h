@@ -23,18 +23,29 @@ static void dq_cpuid(unsigned leaf, unsigned r[4]) { __cpuidex((int*)r, (int)lea
 static unsigned dq_saved_registers(void) { return (unsigned)_xgetbv(0); }
 #endif
 
+/* Linux lets a process use the tile registers of AMX that asks for it. Other systems are not asked. */
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define DQ_TILES_BY_PERMISSION 1
+#else
+#define DQ_TILES_BY_PERMISSION 0
+#endif
+
 #define DQ_BIT(n) (1u << (n))
 static int dq_has(unsigned value, unsigned bits) { return (value & bits) == bits; }
 
-/* 0 baseline, 1 x86-64-v3, 2 x86-64-v4, 3 with AVX512-VNNI: each has all that the ones below it have. */
+/* 0 baseline, 1 x86-64-v3, 2 x86-64-v4, 3 with AVX512-VNNI, 4 with AMX-INT8: each has all that the ones below it
+   have. */
 static int dq_cpu_level(void) {
-    enum { EAX, EBX, ECX };
+    enum { EAX, EBX, ECX, EDX };
     const unsigned fma = DQ_BIT(12), movbe = DQ_BIT(22), popcnt = DQ_BIT(23), xgetbv = DQ_BIT(27),
                    avx = DQ_BIT(28), f16c = DQ_BIT(29); /* leaf 1, ecx */
     const unsigned bmi = DQ_BIT(3), avx2 = DQ_BIT(5), bmi2 = DQ_BIT(8); /* leaf 7, ebx */
     const unsigned avx512 =
         DQ_BIT(16) | DQ_BIT(17) | DQ_BIT(28) | DQ_BIT(30) | DQ_BIT(31); /* F DQ CD BW VL: leaf 7, ebx */
-    const unsigned vnni = DQ_BIT(11); /* leaf 7, ecx */
+    const unsigned vnni = DQ_BIT(11);              /* leaf 7, ecx */
+    const unsigned amx = DQ_BIT(24) | DQ_BIT(25); /* TILE INT8: leaf 7, edx */
     const unsigned lzcnt = DQ_BIT(5); /* leaf 0x80000001, ecx */
     const unsigned ymm = 0x06;
 #if defined(__APPLE__)
@@ -42,6 +53,7 @@ static int dq_cpu_level(void) {
 #else
     const unsigned zmm = 0xE6;
 #endif
+    const unsigned tiles = 0x60000;
     unsigned r[4], wide[4];
     dq_cpuid(0, r);
     if (r[EAX] < 7) return 0;
@@ -54,16 +66,30 @@ static int dq_cpu_level(void) {
     dq_cpuid(7, wide);
     if (!dq_has(wide[EBX], bmi | avx2 | bmi2) || !dq_has(dq_saved_registers(), ymm)) return 0;
     if (!dq_has(wide[EBX], avx512) || !dq_has(dq_saved_registers(), zmm)) return 1;
-    return dq_has(wide[ECX], vnni) ? 3 : 2;
+    if (!dq_has(wide[ECX], vnni)) return 2;
+    return DQ_TILES_BY_PERMISSION && dq_has(wide[EDX], amx) && dq_has(dq_saved_registers(), tiles) ? 4 : 3;
 }
 
 #else
 static int dq_cpu_level(void) { return 0; }
 #endif
 
+/* Asks for the permission, for all threads of the process; 0 if it is refused, as it is where the stack of a
+   signal handler has no room for these registers. It costs nothing before the first use, which takes 8 KiB more
+   to save that thread. */
+static int dq_permit_tiles(void) {
+#if DQ_TILES_BY_PERMISSION && defined(__x86_64__)
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILE_DATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA) == 0;
+#else
+    return 0;
+#endif
+}
+
 static int dq_cpu_has_avx2(void) { return dq_cpu_level() >= 1; }
 static int dq_cpu_has_avx512(void) { return dq_cpu_level() >= 2; }
 static int dq_cpu_has_avx512vnni(void) { return dq_cpu_level() >= 3; }
+static int dq_cpu_has_amx(void) { return dq_cpu_level() >= 4; }
 
 #ifdef DQ_BUILT_AVX2
 #define DQ_HAS_AVX2_BUILD 1
@@ -79,6 +105,11 @@ static int dq_cpu_has_avx512vnni(void) { return dq_cpu_level() >= 3; }
 #define DQ_HAS_AVX512VNNI_BUILD 1
 #else
 #define DQ_HAS_AVX512VNNI_BUILD 0
+#endif
+#ifdef DQ_BUILT_AMX
+#define DQ_HAS_AMX_BUILD 1
+#else
+#define DQ_HAS_AMX_BUILD 0
 #endif
 
 /* Asks for large pages in memory of n bytes that is not used yet, where that is worth it. A product with one row

@@ -1,7 +1,8 @@
 """Kernels for processors that are not at hand, compiled for the one that is.
 
-Those for VNNI, with the instructions of AVX-512 replaced by plain C: what stands around the instruction, such
-as offsets, packing by fours and what is taken off the sums. And the forms for processors other than x86.
+Those for VNNI and AMX, with the instructions of AVX-512 and AMX replaced by plain C: what stands around the
+instruction, such as offsets, packing by fours and what is taken off the sums. And the forms for processors
+other than x86.
 """
 
 import importlib.util
@@ -34,9 +35,11 @@ from dynquant import (
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Macros that the compiler is told, and one that it is to forget.
+VNNI = {"__SSE2__": "1", "__AVX512BW__": "1", "__AVX512VNNI__": "1"}
 BUILDS = {
-    "vnni": ({"__SSE2__": "1", "__AVX512BW__": "1", "__AVX512VNNI__": "1"}, []),
-    "plain C": ({}, ["__SSE2__", "__AVX2__", "__AVX512BW__", "__AVX512VNNI__", "__F16C__"]),
+    "vnni": (VNNI, []),
+    "amx": (VNNI | {"__AMX_INT8__": "1"}, []),
+    "plain C": ({}, ["__SSE2__", "__AVX2__", "__AVX512BW__", "__AVX512VNNI__", "__AMX_INT8__", "__F16C__"]),
 }
 # -O1: an unrolled emulation takes long to compile. No FMA, as in the build of the package.
 SETUP = """
@@ -89,11 +92,14 @@ def emulated(table):
 
 
 def test_they_are_the_kernels_that_are_meant(emulated):
-    """Panels of 32 outputs and a byte of memory for each activation, or of 2 outputs and two bytes."""
-    panel, width = {"vnni": (32, 1), "plain C": (2, 2)}[emulated]
-    layer = _core.PackedLinear(1, 1024, 0, None, None, 0)
-    assert layer.weight_bytes == panel * 1024 + 4
-    assert layer.activation_bytes() == 1024 * width + 64
+    """Panels of 32 outputs and a byte of memory for each activation, or of 2 outputs and two bytes.
+
+    Tiles of AMX take 64 inputs at a time.
+    """
+    panel, width, inputs = {"vnni": (32, 1, 8), "amx": (32, 1, 64), "plain C": (2, 2, 4)}[emulated]
+    layer = _core.PackedLinear(1, 1024 + 1, 0, None, None, 0)
+    assert layer.weight_bytes == panel * (1024 + inputs) + 4
+    assert layer.activation_bytes() == 1024 * width + 192
 
 
 def int8_arrays(m, n, k):
@@ -109,11 +115,11 @@ def int8_arrays(m, n, k):
 def test_int8(k):
     """-128 and 127 against activations that are all 127 among them."""
     for n in (1, 33):
-        weight, scales, x = int8_arrays(6, n, k)
+        weight, scales, x = int8_arrays(38, n, k)
         rows = np.stack([reference.w8a8_matvec(weight, scales, row) for row in x])
         for row, y in zip(x, rows, strict=True):
             assert_same_bits(w8a8_matvec(weight, scales, row), y)
-        for m in (1, 2, 4, 6):
+        for m in (1, 2, 4, 6, 15, 17, 32, 38):
             assert_same_bits(w8a8_matmul(weight, scales, x[:m]), rows[:m])
         layer = QuantLinear.from_arrays({"weight_i8": weight, "weight_scales": scales})
         assert_same_bits(layer.to_arrays()["weight_i8"], weight)

@@ -135,7 +135,7 @@ def test_an_instruction_set_that_cannot_be_had(name):
 
 def test_simd_info():
     info = dynquant.simd_info()
-    order = ("baseline", "avx2", "avx512", "avx512vnni")
+    order = ("baseline", "avx2", "avx512", "avx512vnni", "amx")
     assert sorted(info) == ["built", "selected", "supported"]
     for names in (info["built"], info["supported"]):
         assert type(names) is tuple
@@ -144,6 +144,31 @@ def test_simd_info():
     assert info["selected"] in set(info["built"]) & set(info["supported"])
     info["selected"] = "nothing"
     assert dynquant.simd_info()["selected"] in ISAS
+
+
+SIGNAL_STACK = """if True:
+    import ctypes
+    class Stack(ctypes.Structure):
+        _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+    memory = ctypes.create_string_buffer(8192)
+    stack = Stack(ctypes.addressof(memory), 0, 8192)
+    def refused():
+        return ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) != 0
+"""
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="no AMX")
+def test_the_permission_for_amx():
+    """Asked for at import, but not by a weaker set; a small stack for signal handlers excludes it."""
+    selected = "; print(dynquant.simd_info()['selected'], refused())"
+    code = SIGNAL_STACK + "\nimport dynquant" + selected
+    assert run(code) == run(code, DYNQUANT_ISA="amx") == "amx True"
+    assert run(code, DYNQUANT_ISA="avx512vnni") == "avx512vnni False"
+    code = SIGNAL_STACK + "\nassert not refused(); import dynquant" + selected
+    assert run(code) == "avx512vnni False"
+    done = run(code, check=False, DYNQUANT_ISA="amx")
+    assert "DYNQUANT_ISA='amx' cannot be had" in done.stderr
+    assert "system run baseline, avx2, avx512, avx512vnni\n" in done.stderr
 
 
 @pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="Linux on x86-64")
@@ -155,6 +180,7 @@ def test_supported_agrees_with_proc_cpuinfo():
     v4 = v3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
     vnni = v4 | {"avx512_vnni"}
     needs = {"baseline": set(), "avx2": v3, "avx512": v4, "avx512vnni": vnni}
+    needs["amx"] = vnni | {"amx_tile", "amx_int8"}
     expected = tuple(name for name, needed in needs.items() if needed <= flags)
     assert dynquant.simd_info()["supported"] == expected
 

@@ -58,6 +58,18 @@ def test_sizes(n, k, isa):
         assert_same_bits(w8a8_matmul(weight, scales, x, bias), expected(weight, scales, x, bias), message)
 
 
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (32, 64), (45, 300), (70, BLOCK + 70)])
+def test_any_number_of_rows(n, k, isa):
+    """Rows are taken in tiles, of sizes that differ; what stands behind the last one is not touched."""
+    weight, scales, x, bias = layer_arrays(69, n, k)
+    y = expected(weight, scales, x, bias)
+    for m in range(1, 70) if k < BLOCK else (5, 16, 33, 40, 69):
+        memory = np.full((m + 1, n), 7, F32)
+        w8a8_matmul(weight, scales, x[:m], bias, out=memory[:m])
+        assert_same_bits(memory[:m], y[:m], f"m={m}")
+        assert (memory[m] == 7).all()
+
+
 @pytest.mark.parametrize("k", [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 3, 200_000])
 @pytest.mark.parametrize("code", [127, -128, -127])
 def test_the_largest_sums(code, k, isa):
@@ -106,8 +118,8 @@ def test_random_codes_over_several_blocks(isa):
 
 
 def test_more_rows_than_a_chunk(isa):
-    """Rows are taken in chunks of half a megabyte of activations."""
-    k = 30_000
+    """Rows are taken in chunks of a megabyte of activations."""
+    k = 60_000
     weight, scales, x, bias = layer_arrays(45, 9, k)
     row_bytes = _core.PackedLinear(9, k, 0, None, None, 0).activation_bytes()
     assert 45 * row_bytes > 2 * dynquant._matmul._CHUNK_BYTES
@@ -331,7 +343,7 @@ def test_out_may_not_overlap():
 @pytest.mark.parametrize("rows", [1, 3, 60])
 def test_out_is_untouched_after_an_error_in_the_last_row(rows):
     """With 60 rows the error lies beyond the first chunk."""
-    k = 30_000
+    k = 60_000
     x = np.ones((rows, k), F32)
     x[-1, -1] = np.inf
     out = np.full((rows, 2), 7, F32)

@@ -171,8 +171,8 @@ def test_groups_are_added_up_in_order():
 
 
 def test_more_rows_than_a_chunk(isa):
-    """Rows are taken in chunks of half a megabyte of activations."""
-    k = 30_000
+    """Rows are taken in chunks of a megabyte of activations."""
+    k = 60_000
     for size in (128, None):
         row_bytes = _core.PackedLinear(9, k, size or k, None, None, 0).activation_bytes()
         assert 45 * row_bytes > 2 * _matmul._CHUNK_BYTES
@@ -512,14 +512,14 @@ def test_many_threads_on_one_layer(bits):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("rows", [1, 3, 1000])
+@pytest.mark.parametrize("rows", [1, 3, 3000])
 @pytest.mark.parametrize("smooth", [False, True])
 def test_a_rotation_beyond_float32(smooth, rows, bits):
-    """Sums of 512 that overflow; with 1000 rows beyond the first chunk."""
+    """Sums of 512 that overflow; with 3000 rows beyond the first chunk."""
     k = 512
     factors = {"smooth": np.full(k, 0.25, F32)} if smooth else {}
     layer = QuantLinear.from_float(np.ones((3, k), F32), bits=bits, hadamard=True, **factors)
-    if rows == 1000:
+    if rows == 3000:
         assert rows * layer._layer.activation_bytes() > _matmul._CHUNK_BYTES
     x, out = np.ones((rows, k), F32), np.full((rows, 3), 7, F32)
     x[-1] = F32(2e37)
@@ -543,7 +543,7 @@ def test_a_rotation_beyond_float32(smooth, rows, bits):
 @pytest.mark.parametrize("rows", [1, 3, 60])
 def test_out_is_untouched_after_an_error_in_the_last_row(rows):
     """With 60 rows the error lies beyond the first chunk."""
-    k = 30_000
+    k = 60_000
     x = np.ones((rows, k), F32)
     x[-1, -1] = np.nan
     out = np.full((rows, 2), 7, F32)

@@ -49,6 +49,12 @@ cdef extern from "kernels/simd.h" nogil:
     dq_weights dq_weights_load(const uint8_t* w)
     dq_sums dq_sums_step(dq_sums acc, dq_weights w, dq_spread_act a)
     uint32_t dq_activations_step(int8_t* a, int32_t* excess)
+    enum: DQ_STEPS
+    enum: DQ_TILE_ROWS
+    void dq_tiles_begin(int rows)
+    void dq_tiles_end()
+    void dq_tiles(const uint8_t* w, const uint8_t* a, Py_ssize_t stride, int rows, int32_t* sums,
+                  Py_ssize_t steps)
     enum: DQ_CODES
     enum: DQ_CODES_RUN
     ctypedef struct dq_part:
@@ -90,6 +96,7 @@ cdef enum:
     AHEAD = 384
     PANEL = 2 * DQ_LANES
     ROWS = 4
+    TILE = DQ_TILE_ROWS // 2
     RUN_OF_VECTORS = 8 * DQ_LANES
 
 

@@ -9,9 +9,11 @@
 # for each DQ_DEPTH k, and where DQ_TRIMMED is 1 the rests, each in a step of its own: trim.pxi says why.
 
 
+# As long as a cache line, so that codes begin at one.
 cdef struct CodedBlock:
     int32_t excess  # to be taken off each sum
     int32_t rests
+    int32_t unused[14]
 
 
 # Four bytes of activations that are to be multiplied with the weights of one step once more.
@@ -20,9 +22,9 @@ cdef struct Rest:
     int8_t codes[4]
 
 
-# An even number, for tile_1 takes two at a time.
+# A multiple of DQ_STEPS, an even number: tile_1 takes two at a time.
 cdef inline Py_ssize_t steps_of(Py_ssize_t k) noexcept nogil:
-    return (k + 2 * DQ_DEPTH - 1) // (2 * DQ_DEPTH) * 2
+    return (k + DQ_STEPS * DQ_DEPTH - 1) // (DQ_STEPS * DQ_DEPTH) * DQ_STEPS
 
 
 cdef Py_ssize_t panel_bytes(Py_ssize_t k) noexcept nogil:
@@ -127,7 +129,8 @@ cdef void pack_activation_s8(int8_t* codes, uint8_t* a, Py_ssize_t start, Py_ssi
         i += DQ_ACTIVATIONS_STEP
     block.excess += excess
     if DQ_DEPTH == 4:
-        memcpy(codes_of(block) + at, codes, 4 * steps_of(n))
+        memcpy(codes_of(block) + at, codes, n)
+        memset(codes_of(block) + at + n, 0, 4 * steps_of(at + n) - at - n)
     else:
         for i in range(DQ_DEPTH * steps_of(n)):
             wide[i] = codes[i]
@@ -238,9 +241,9 @@ cdef inline void add_rests(const uint8_t* block, const CodedBlock* a, int32_t* s
     dq_sums_store(sums + DQ_LANES, s1)
 
 
-# sums (rows, PANEL) for one panel and rows <= 4 rows of a, `stride` bytes apart, or (panels, PANEL) for 1 or
-# DQ_STREAMS panels, `apart` bytes apart, and one row. Two and three rows take the tile of four, with the last
-# row repeated.
+# sums (rows, PANEL) for one panel and rows <= DQ_TILE_ROWS rows of a, `stride` bytes apart; or for one row
+# (panels, PANEL), panels being 1 or DQ_STREAMS, `apart` bytes apart. Two and three rows take the tile of
+# four, with the last row repeated.
 cdef inline void tile(const uint8_t* block, Py_ssize_t apart, Py_ssize_t panels, const uint8_t* a,
                       Py_ssize_t stride, Py_ssize_t rows, int32_t* sums, Py_ssize_t steps) noexcept nogil:
     cdef const uint8_t* codes = codes_of(<CodedBlock*> a)
@@ -249,6 +252,8 @@ cdef inline void tile(const uint8_t* block, Py_ssize_t apart, Py_ssize_t panels,
         tile_of_panels(block, apart, codes, sums, steps)
     elif rows == 1:
         tile_1(block, codes, sums, steps)
+    elif rows > ROWS:
+        dq_tiles(block, codes, stride, rows, sums, steps)
     else:
         tile_4(block, codes, codes + stride, codes + (rows - 1 if rows < 3 else 2) * stride,
                codes + (rows - 1) * stride, sums, steps)
@@ -270,24 +275,27 @@ cdef inline void finish_row(const int64_t* sums, const float* w_scales, float a_
             out[c] += bias[c]
 
 
-# finish_row for sums that fit int32 with the excess taken off, which is nearly always; it vectorises.
+# finish_row for sums that fit int32 with the excess taken off, which is nearly always; cols <= ROWS * PANEL.
+# It vectorises: values, which overlap nothing, need no look at where out lies.
 cdef inline void finish_row_s32(const int32_t* sums, int32_t excess, const float* w_scales, float a_scale,
                                 const float* bias, float* out, Py_ssize_t cols) noexcept nogil:
+    cdef float values[ROWS * PANEL]
     cdef Py_ssize_t c
     for c in range(cols):
-        out[c] = <float> (sums[c] - excess) * w_scales[c] * a_scale
+        values[c] = <float> (sums[c] - excess) * w_scales[c] * a_scale
     if bias != NULL:
         for c in range(cols):
-            out[c] += bias[c]
+            values[c] += bias[c]
+    memcpy(out, values, cols * sizeof(float))
 
 
 # totals (panels or rows, PANEL) = tile over all blocks of k, each summed in int32 and added up in int64.
 cdef inline void tile_of_blocks(const uint8_t* panel, Py_ssize_t panels, const uint8_t* a, Py_ssize_t stride,
                                 Py_ssize_t rows, int64_t* totals, Py_ssize_t k) noexcept nogil:
-    cdef int32_t sums[ROWS * PANEL]
+    cdef int32_t sums[DQ_TILE_ROWS * PANEL]
     cdef Py_ssize_t start = 0, n, i, r
     cdef int32_t excess
-    memset(totals, 0, ROWS * PANEL * sizeof(int64_t))
+    memset(totals, 0, DQ_TILE_ROWS * PANEL * sizeof(int64_t))
     while start < k:
         n = block_k(start, k)
         tile(panel + start * PANEL, panel_bytes(k), panels, a, stride, rows, sums, steps_of(n))
@@ -299,6 +307,15 @@ cdef inline void tile_of_blocks(const uint8_t* panel, Py_ssize_t panels, const u
         start += n
 
 
+# How many of m rows are taken together when so many are done: more than are left where those are too few for
+# the tiles of the product, which are TILE rows high; some rows are then computed again.
+cdef inline Py_ssize_t rows_of_tile(Py_ssize_t done, Py_ssize_t m) noexcept nogil:
+    cdef Py_ssize_t left = m - done
+    if ROWS < left < TILE <= m:
+        return TILE
+    return left if left < DQ_TILE_ROWS else DQ_TILE_ROWS
+
+
 # Panels times m rows of activations: out[r][c] = float32(exact sum) * w_scales[c] * a_scales[r] + bias[c]
 # for c < cols, rows of out `out_stride` apart. There is one panel, and cols <= PANEL; or one row and
 # DQ_STREAMS panels.
@@ -306,24 +323,33 @@ cdef inline void gemm_panels(const uint8_t* panel, Py_ssize_t panels, const floa
                              const float* bias, const uint8_t* a, const float* a_scales, float* out,
                              Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t cols,
                              Py_ssize_t k) noexcept nogil:
-    cdef int32_t sums[ROWS * PANEL]
-    cdef int64_t totals[ROWS * PANEL]
-    cdef Py_ssize_t stride = activation_bytes(k), r, rows
-    while m > 0:
-        rows = m if m < ROWS else ROWS
+    cdef int32_t sums[DQ_TILE_ROWS * PANEL]
+    cdef int64_t totals[DQ_TILE_ROWS * PANEL]
+    cdef Py_ssize_t stride = activation_bytes(k), done = 0, r, rows
+    cdef const uint8_t* row
+    cdef const float* row_scales
+    cdef float* row_out
+    cdef int32_t excess
+    while done < m:
+        rows = rows_of_tile(done, m)
+        if done + rows > m:
+            done = m - rows
+        row, row_scales, row_out = a + done * stride, a_scales + done, out + done * out_stride
         if k <= GEMM_BLOCK:
-            tile(panel, panel_bytes(k), panels, a, stride, rows, sums, steps_of(k))
+            tile(panel, panel_bytes(k), panels, row, stride, rows, sums, steps_of(k))
             for r in range(rows):
-                finish_row_s32(sums + r * PANEL, (<const CodedBlock*> (a + r * stride)).excess, w_scales,
-                               a_scales[r], bias, out + r * out_stride, cols)
+                excess = (<const CodedBlock*> (row + r * stride)).excess
+                if cols == PANEL:  # as a constant it takes half the time
+                    finish_row_s32(sums + r * PANEL, excess, w_scales, row_scales[r], bias,
+                                   row_out + r * out_stride, PANEL)
+                else:
+                    finish_row_s32(sums + r * PANEL, excess, w_scales, row_scales[r], bias,
+                                   row_out + r * out_stride, cols)
         else:
-            tile_of_blocks(panel, panels, a, stride, rows, totals, k)
+            tile_of_blocks(panel, panels, row, stride, rows, totals, k)
             for r in range(rows):
-                finish_row(totals + r * PANEL, w_scales, a_scales[r], bias, out + r * out_stride, cols)
-        a += rows * stride
-        a_scales += rows
-        out += rows * out_stride
-        m -= rows
+                finish_row(totals + r * PANEL, w_scales, row_scales[r], bias, row_out + r * out_stride, cols)
+        done += rows
 
 
 # The panels of n outputs times m rows of activations: out (m, n), rows `out_stride` apart, + bias (n,) unless
@@ -332,6 +358,8 @@ cdef void gemm_s8s8_f32(const uint8_t* panels, const float* w_scales, const floa
                         const float* a_scales, float* out, Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n,
                         Py_ssize_t k) noexcept nogil:
     cdef Py_ssize_t count, cols
+    if m > ROWS:
+        dq_tiles_begin(m if m < TILE else TILE)
     while n > 0:
         count = DQ_STREAMS if m == 1 and n > (DQ_STREAMS - 1) * PANEL else 1
         cols = n if n < count * PANEL else count * PANEL
@@ -342,3 +370,5 @@ cdef void gemm_s8s8_f32(const uint8_t* panels, const float* w_scales, const floa
             bias += cols
         out += cols
         n -= cols
+    if m > ROWS:
+        dq_tiles_end()

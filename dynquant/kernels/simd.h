@@ -9,6 +9,7 @@
 
    sums step       DQ_DEPTH products for each of DQ_LANES outputs, the step of a matrix product.
    activations step   what a sums step needs of activations.
+   tiles           many sums steps for many rows of activations.
    codes step      the same for weights of 4 bits, 8 products for each of DQ_LANES outputs; and the end of a
                    group, where sums become floats.
    rotation step   the passes of a Hadamard transform within one vector, which loops cannot shuffle.
@@ -258,9 +259,9 @@ static inline int dq_lowest_bit(uint32_t bits) {
    DQ_STREAMS, 1 or 4, is in how many places 8-bit ones are read by turns, DQ_FETCHED_FROM from how many bytes on
    4-bit ones are fetched ahead. On an AMD EPYC of family 25, model 1 (Zen 3), four places are 1.4 to 1.7 times as
    fast as one where weights come from the last cache or from memory, and fetching half as fast again; neither
-   costs anything where they are closer. On model 17 (Zen 4), which stands for all that have VNNI, one place is the
-   fastest, and fetching is worth it from memory alone. */
-#if defined(__AVX512VNNI__)
+   costs anything where they are closer. On model 17 (Zen 4), which stands for all that have VNNI and no AMX, one
+   place is the fastest, and fetching is worth it from memory alone. */
+#if defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
 #define DQ_STREAMS 1
 #define DQ_FETCHED_FROM (20 << 20)
 #else
@@ -372,9 +373,8 @@ static inline int32_t dq_acc_sum(dq_acc acc) { return acc; }
 
 /* acc[lane] += sum over DQ_DEPTH k of w[k][lane] * a[k], w in [0, 255], a in [-127, 127], exact as long as
    acc fits: the step of a matrix product. trim.pxi says what w and a stand for. Weights come DQ_LANES outputs
-   side by side, DQ_DEPTH consecutive k of an
-   output next to each other, which is what one multiply-add instruction takes; a dq_weights is DQ_LANES *
-   DQ_DEPTH bytes of them, made ready. Activations come as DQ_DEPTH consecutive k in four bytes, which dq_spread
+   side by side, DQ_DEPTH consecutive k of an output next to each other, which is what one multiply-add instruction
+   takes; a dq_weights is DQ_LANES * DQ_DEPTH bytes of them, made ready. Activations come as DQ_DEPTH consecutive k in four bytes, which dq_spread
    gives to every lane: bytes, or int16 where DQ_DEPTH is 2.
 
    Where DQ_TRIMMED is 1, products are added to each other in int16, and no pair of activations, k and k + 1 for
@@ -385,6 +385,7 @@ static inline int32_t dq_acc_sum(dq_acc acc) { return acc; }
    for pair j. */
 #define DQ_PAIR 128
 #define DQ_ACTIVATIONS_STEP 32
+
 #if defined(__AVX512BW__)
 
 typedef __m512i dq_sums;
@@ -510,6 +511,107 @@ static inline uint32_t dq_activations_step(int8_t* a, int32_t* excess) {
     return bits;
 #endif
 }
+
+/* dq_tiles: sums (rows, 2 * DQ_LANES), as those of `steps` sums steps, a multiple of DQ_STEPS, for more than 4 and at
+   most DQ_TILE_ROWS rows of a, `stride` bytes apart; there is room for DQ_TILE_ROWS. Between dq_tiles_begin and
+   dq_tiles_end.
+
+   With AMX that is a product of tiles: registers of up to 16 lines of 64 bytes. An instruction multiplies a tile of
+   activations, 16 rows of 64 k, with a tile of weights, 64 k of 16 outputs, and adds up in int32. dq_tiles_begin
+   says how many rows a tile has, 16 or fewer; dq_tiles then takes as many, or from 16 to 32, and the second tile
+   ends at the last row and shares some with the first. dq_tiles_end is for the thread that goes on, which is
+   expensive to switch while tiles are in use.
+
+   With VNNI, 16 sums hide the latency of two instructions in each cycle, which Intel's processors begin. */
+#if defined(__AMX_INT8__)
+#define DQ_STEPS 16
+#define DQ_TILE_ROWS 32
+static inline void dq_tiles_begin(int rows) {
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t bytes_of_a_row[16];
+        uint8_t rows[16];
+    } shapes = {.palette = 1};
+    /* 0..3 are sums, 4 and 5 activations, 6 and 7 weights. */
+    for (int t = 0; t < 8; t++) {
+        shapes.bytes_of_a_row[t] = 64;
+        shapes.rows[t] = (uint8_t)(t < 6 ? rows : 16);
+    }
+    __asm__ volatile("" : : "r"(&shapes) : "memory"); /* gcc takes the instruction to read 8 bytes of them */
+    _tile_loadconfig(&shapes);
+}
+static inline void dq_tiles_end(void) { _tile_release(); }
+static inline void dq_tiles(const uint8_t* w, const uint8_t* a, ptrdiff_t stride, int rows, int32_t* sums,
+                            ptrdiff_t steps) {
+    const int second = rows - 16, lines = 128; /* bytes from one step of weights to the next, and of sums */
+    _tile_zero(0);
+    _tile_zero(1);
+    if (second <= 0) {
+        for (ptrdiff_t i = 0; i < steps; i += DQ_STEPS) {
+            _tile_loadd(4, a + 4 * i, stride);
+            _tile_loadd(6, w + lines * i, lines);
+            _tile_dpbsud(0, 4, 6);
+            _tile_loadd(7, w + lines * i + 64, lines);
+            _tile_dpbsud(1, 4, 7);
+        }
+    } else {
+        _tile_zero(2);
+        _tile_zero(3);
+        for (ptrdiff_t i = 0; i < steps; i += DQ_STEPS) {
+            _tile_loadd(6, w + lines * i, lines);
+            _tile_loadd(4, a + 4 * i, stride);
+            _tile_dpbsud(0, 4, 6);
+            _tile_loadd(7, w + lines * i + 64, lines);
+            _tile_dpbsud(1, 4, 7);
+            _tile_loadd(5, a + second * stride + 4 * i, stride);
+            _tile_dpbsud(2, 5, 6);
+            _tile_dpbsud(3, 5, 7);
+        }
+        _tile_stored(2, sums + 32 * second, lines);
+        _tile_stored(3, sums + 32 * second + 16, lines);
+    }
+    _tile_stored(0, sums, lines);
+    _tile_stored(1, sums + 16, lines);
+}
+#else
+#define DQ_STEPS 2
+static inline void dq_tiles_begin(int rows) { (void)rows; }
+static inline void dq_tiles_end(void) {}
+#if defined(__AVX512VNNI__)
+#define DQ_TILE_ROWS 8
+#define DQ_EACH_ROW(of) of(0) of(1) of(2) of(3) of(4) of(5) of(6) of(7)
+/* What is past the last row is that row again. */
+#define DQ_BEGIN(r) \
+    const uint8_t* a##r = a + (r < rows ? r : rows - 1) * stride; \
+    __m512i s##r = _mm512_setzero_si512(), t##r = s##r;
+#define DQ_MULTIPLY(r) \
+    x = dq_spread(a##r + 4 * i); \
+    s##r = _mm512_dpbusd_epi32(s##r, w0, x); \
+    t##r = _mm512_dpbusd_epi32(t##r, w1, x);
+#define DQ_STORE(r) \
+    _mm512_storeu_si512(sums + 32 * r, s##r); \
+    _mm512_storeu_si512(sums + 32 * r + 16, t##r);
+static inline void dq_tiles(const uint8_t* w, const uint8_t* a, ptrdiff_t stride, int rows, int32_t* sums,
+                            ptrdiff_t steps) {
+    __m512i w0, w1, x;
+    DQ_EACH_ROW(DQ_BEGIN)
+    for (ptrdiff_t i = 0; i < steps; i++) {
+        dq_prefetch(w + 128 * steps, 128); /* of the next panel, as in tile_4 */
+        w0 = _mm512_loadu_si512(w);
+        w1 = _mm512_loadu_si512(w + 64);
+        DQ_EACH_ROW(DQ_MULTIPLY)
+        w += 128;
+    }
+    DQ_EACH_ROW(DQ_STORE)
+}
+#else
+#define DQ_TILE_ROWS 4 /* tile_4 does it all */
+static inline void dq_tiles(const uint8_t* w, const uint8_t* a, ptrdiff_t stride, int rows, int32_t* sums,
+                            ptrdiff_t steps) {
+    (void)w, (void)a, (void)stride, (void)rows, (void)sums, (void)steps;
+}
+#endif
+#endif
 
 /* part[lane] += sum over 8 k of code[k][lane] * a[k], codes in [0, 15], a in [-127, 127]: the step of a matrix
    product with 4-bit weights. Codes come DQ_LANES outputs side by side, four bytes each, two codes a byte, the

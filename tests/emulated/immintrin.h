@@ -1,6 +1,6 @@
-/* The intrinsics that dynquant/kernels/simd.h takes from AVX-512 and VNNI, in vectors of gcc and clang that any
-   processor computes. Found in place of the compiler's own header, it lets the blocks for VNNI be compiled as
-   they are, and tested, where that instruction set is not at hand. */
+/* The intrinsics that dynquant/kernels/simd.h takes from AVX-512, VNNI and AMX, in vectors of gcc and clang that
+   any processor computes. Found in place of the compiler's own header, it lets the blocks for VNNI and AMX be
+   compiled as they are, and tested, where these instruction sets are not at hand. */
 #ifndef EMULATED_IMMINTRIN_H
 #define EMULATED_IMMINTRIN_H
 
@@ -118,6 +118,46 @@ static inline __m512i _mm512_dpbusd_epi32(__m512i acc, __m512i a, __m512i b) {
     emulated_u32 sums = (emulated_u32)acc;
     EMULATED_EACH(64) sums[i / 4] += (uint32_t)(x[i] * y[i]);
     return (__m512i)sums;
+}
+
+/* The registers of AMX, as _tile_loadconfig shaped them, one set for each thread. */
+typedef struct {
+    uint8_t line[16][64];
+} emulated_tile;
+static _Thread_local emulated_tile emulated_tiles[8];
+static _Thread_local struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes_of_a_row[16];
+    uint8_t rows[16];
+} emulated_shapes;
+static inline void _tile_loadconfig(const void* shapes) {
+    memcpy(&emulated_shapes, shapes, 64);
+    memset(emulated_tiles, 0, sizeof emulated_tiles);
+}
+static inline void _tile_release(void) { memset(&emulated_shapes, 0, sizeof emulated_shapes); }
+static inline void _tile_zero(int t) { memset(&emulated_tiles[t], 0, sizeof(emulated_tile)); }
+static inline void _tile_loadd(int t, const void* from, long stride) {
+    _tile_zero(t);
+    EMULATED_EACH(emulated_shapes.rows[t]) {
+        memcpy(emulated_tiles[t].line[i], (const char*)from + i * stride, emulated_shapes.bytes_of_a_row[t]);
+    }
+}
+static inline void _tile_stored(int t, void* to, long stride) {
+    EMULATED_EACH(emulated_shapes.rows[t]) {
+        memcpy((char*)to + i * stride, emulated_tiles[t].line[i], emulated_shapes.bytes_of_a_row[t]);
+    }
+}
+/* Rows of signed bytes of a times columns of unsigned bytes of b, four to an int32; it wraps. */
+static inline void _tile_dpbsud(int sums, int a, int b) {
+    for (int r = 0; r < emulated_shapes.rows[a]; r++) {
+        uint32_t row[16];
+        memcpy(row, emulated_tiles[sums].line[r], 64);
+        for (int k = 0; k < emulated_shapes.bytes_of_a_row[a]; k++) {
+            const int32_t x = (int8_t)emulated_tiles[a].line[r][k];
+            EMULATED_EACH(16) row[i] += (uint32_t)(x * emulated_tiles[b].line[k / 4][4 * i + k % 4]);
+        }
+        memcpy(emulated_tiles[sums].line[r], row, 64);
+    }
 }
 
 #endif

@@ -602,7 +602,7 @@ static void columns(void) {
 /* 8-bit weights of up to five panels, and rows of codes that come in parts. */
 static void panels(void) {
     const int64_t k = take(1) == 255 ? 65536 + length(3000) : 1 + length(1000), each = kernels->panel_outputs;
-    const int64_t n = 1 + take(1) % (5 * each), m = 1 + take(1) % 6, stride = n + take(1) % 5;
+    const int64_t n = 1 + take(1) % (5 * each), m = 1 + take(1) % (k < 300 ? 70 : 6), stride = n + take(1) % 5;
     const int64_t width = kernels->activation_bytes(k), panel_bytes = kernels->panel_bytes(k);
     const float *scales = moderate_floats(n, take(1)), *a_scales = moderate_floats(m, 0);
     const float *bias = take(1) % 2 ? moderate_floats(n, 0) : NULL;
