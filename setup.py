@@ -43,6 +43,7 @@ if SANITIZE and "undefined" in SANITIZE:
 GNU_ISA_FLAGS = {
     "baseline": [],
     "avx2": ["-march=x86-64-v3"],
+    "avxvnni": ["-march=x86-64-v3", "-mavxvnni"],
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
     "avx512vnni": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512vnni"],
 }
@@ -51,6 +52,7 @@ GNU_ISA_FLAGS["amx"] = [*GNU_ISA_FLAGS["avx512vnni"], "-mamx-tile", "-mamx-int8"
 MSVC_ISA_FLAGS = {"baseline": [], "avx2": ["/arch:AVX2"], "avx512": ["/arch:AVX512"]}
 ISA_MACROS = {
     "avx2": "__AVX2__",
+    "avxvnni": "__AVXVNNI__",
     "avx512": "__AVX512BW__",
     "avx512vnni": "__AVX512VNNI__",
     "amx": "__AMX_INT8__",

@@ -38,11 +38,13 @@ from dynquant._table cimport WINDOW, Kernels
 cdef extern from "cpu.h" nogil:
     void dq_prefer_large_pages(void* memory, size_t n)
     bint dq_cpu_has_avx2()
+    bint dq_cpu_has_avxvnni()
     bint dq_cpu_has_avx512()
     bint dq_cpu_has_avx512vnni()
     bint dq_cpu_has_amx()
     bint dq_permit_tiles()
     enum: DQ_HAS_AVX2_BUILD
+    enum: DQ_HAS_AVXVNNI_BUILD
     enum: DQ_HAS_AVX512_BUILD
     enum: DQ_HAS_AVX512VNNI_BUILD
     enum: DQ_HAS_AMX_BUILD
@@ -85,14 +87,19 @@ def set_table(table not None):
 
 def isas_built():
     """Names of the instruction sets that this build has, weakest first."""
-    return (("baseline",) + ("avx2",) * DQ_HAS_AVX2_BUILD + ("avx512",) * DQ_HAS_AVX512_BUILD
-            + ("avx512vnni",) * DQ_HAS_AVX512VNNI_BUILD + ("amx",) * DQ_HAS_AMX_BUILD)
+    return named(DQ_HAS_AVX2_BUILD, DQ_HAS_AVXVNNI_BUILD, DQ_HAS_AVX512_BUILD, DQ_HAS_AVX512VNNI_BUILD,
+                 DQ_HAS_AMX_BUILD)
 
 
 def isas_supported():
     """Names of the instruction sets that this CPU and operating system run, weakest first."""
-    return (("baseline",) + ("avx2",) * dq_cpu_has_avx2() + ("avx512",) * dq_cpu_has_avx512()
-            + ("avx512vnni",) * dq_cpu_has_avx512vnni() + ("amx",) * dq_cpu_has_amx())
+    return named(dq_cpu_has_avx2(), dq_cpu_has_avxvnni(), dq_cpu_has_avx512(), dq_cpu_has_avx512vnni(),
+                 dq_cpu_has_amx())
+
+
+cdef tuple named(bint avx2, bint avxvnni, bint avx512, bint avx512vnni, bint amx):
+    return (("baseline",) + ("avx2",) * avx2 + ("avxvnni",) * avxvnni + ("avx512",) * avx512
+            + ("avx512vnni",) * avx512vnni + ("amx",) * amx)
 
 
 def permit_amx():

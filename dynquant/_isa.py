@@ -29,6 +29,8 @@ def _table(isa: str) -> object:
         from ._isa_avx512vnni import table  # type: ignore[import-not-found, unused-ignore]
     elif isa == "avx512":
         from ._isa_avx512 import table  # type: ignore[import-not-found, unused-ignore]
+    elif isa == "avxvnni":
+        from ._isa_avxvnni import table  # type: ignore[import-not-found, unused-ignore]
     elif isa == "avx2":
         from ._isa_avx2 import table  # type: ignore[import-not-found, unused-ignore]
     else:
@@ -68,8 +70,8 @@ def simd_info() -> SimdInfo:
     dict
         ``selected``, the name of the one in use; ``built``, the names that this build has; ``supported``,
         the names that this CPU and operating system run. The names are ``"baseline"``, ``"avx2"``
-        (x86-64-v3), ``"avx512"`` (x86-64-v4), ``"avx512vnni"`` and ``"amx"`` (AVX512-VNNI and AMX-INT8),
-        weakest first.
+        (x86-64-v3), ``"avxvnni"`` (the same with AVX-VNNI), ``"avx512"`` (x86-64-v4), ``"avx512vnni"`` and
+        ``"amx"`` (AVX512-VNNI and AMX-INT8), weakest first.
 
     Notes
     -----

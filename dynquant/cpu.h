@@ -10,7 +10,9 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #include <cpuid.h>
-static void dq_cpuid(unsigned leaf, unsigned r[4]) { __cpuid_count(leaf, 0, r[0], r[1], r[2], r[3]); }
+static void dq_cpuid(unsigned leaf, unsigned part, unsigned r[4]) {
+    __cpuid_count(leaf, part, r[0], r[1], r[2], r[3]);
+}
 static unsigned dq_saved_registers(void) {
     unsigned low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -19,7 +21,7 @@ static unsigned dq_saved_registers(void) {
 #else
 #include <immintrin.h>
 #include <intrin.h>
-static void dq_cpuid(unsigned leaf, unsigned r[4]) { __cpuidex((int*)r, (int)leaf, 0); }
+static void dq_cpuid(unsigned leaf, unsigned part, unsigned r[4]) { __cpuidex((int*)r, (int)leaf, (int)part); }
 static unsigned dq_saved_registers(void) { return (unsigned)_xgetbv(0); }
 #endif
 
@@ -55,23 +57,34 @@ static int dq_cpu_level(void) {
 #endif
     const unsigned tiles = 0x60000;
     unsigned r[4], wide[4];
-    dq_cpuid(0, r);
+    dq_cpuid(0, 0, r);
     if (r[EAX] < 7) return 0;
-    dq_cpuid(0x80000000u, r);
+    dq_cpuid(0x80000000u, 0, r);
     if (r[EAX] < 0x80000001u) return 0;
-    dq_cpuid(0x80000001u, r);
+    dq_cpuid(0x80000001u, 0, r);
     if (!dq_has(r[ECX], lzcnt)) return 0;
-    dq_cpuid(1, r);
+    dq_cpuid(1, 0, r);
     if (!dq_has(r[ECX], fma | movbe | popcnt | xgetbv | avx | f16c)) return 0;
-    dq_cpuid(7, wide);
+    dq_cpuid(7, 0, wide);
     if (!dq_has(wide[EBX], bmi | avx2 | bmi2) || !dq_has(dq_saved_registers(), ymm)) return 0;
     if (!dq_has(wide[EBX], avx512) || !dq_has(dq_saved_registers(), zmm)) return 1;
     if (!dq_has(wide[ECX], vnni)) return 2;
     return DQ_TILES_BY_PERMISSION && dq_has(wide[EDX], amx) && dq_has(dq_saved_registers(), tiles) ? 4 : 3;
 }
 
+/* VNNI in AVX registers, which processors have with AVX-512 or without. */
+static int dq_cpu_has_avxvnni(void) {
+    unsigned r[4];
+    if (dq_cpu_level() < 1) return 0;
+    dq_cpuid(7, 0, r);
+    if (r[0] < 1) return 0;
+    dq_cpuid(7, 1, r);
+    return dq_has(r[0], DQ_BIT(4));
+}
+
 #else
 static int dq_cpu_level(void) { return 0; }
+static int dq_cpu_has_avxvnni(void) { return 0; }
 #endif
 
 /* Asks for the permission, for all threads of the process; 0 if it is refused, as it is where the stack of a
@@ -95,6 +108,11 @@ static int dq_cpu_has_amx(void) { return dq_cpu_level() >= 4; }
 #define DQ_HAS_AVX2_BUILD 1
 #else
 #define DQ_HAS_AVX2_BUILD 0
+#endif
+#ifdef DQ_BUILT_AVXVNNI
+#define DQ_HAS_AVXVNNI_BUILD 1
+#else
+#define DQ_HAS_AVXVNNI_BUILD 0
 #endif
 #ifdef DQ_BUILT_AVX512
 #define DQ_HAS_AVX512_BUILD 1

@@ -16,7 +16,7 @@ pytest.importorskip("setuptools")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="MSVC is not found by the variable CC")
 
 ROOT = pathlib.Path(__file__).parent.parent
-ISAS = {"_isa_baseline", "_isa_avx2", "_isa_avx512", "_isa_avx512vnni", "_isa_amx"}
+ISAS = {"_isa_baseline", "_isa_avx2", "_isa_avxvnni", "_isa_avx512", "_isa_avx512vnni", "_isa_amx"}
 MODULES = {"_core", "capi", *ISAS}
 
 COMPILER = """if True:
@@ -111,7 +111,7 @@ def test_an_instruction_set_that_the_compiler_refuses_is_left_out(tree):
     done, modules = tree.run("--force", REFUSED="-march=x86-64-v4")
     assert (done.returncode, done.stderr) == (0, "")
     assert "leaving out amx, avx512, avx512vnni" in done.stdout
-    assert modules == {"_core", "capi", "_isa_baseline", "_isa_avx2"}
+    assert modules == {"_core", "capi", "_isa_baseline", "_isa_avx2", "_isa_avxvnni"}
 
 
 def test_without_a_compiler(tree):

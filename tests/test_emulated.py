@@ -1,8 +1,8 @@
 """Kernels for processors that are not at hand, compiled for the one that is.
 
 Those for VNNI and AMX, with the instructions of AVX-512 and AMX replaced by plain C: what stands around the
-instruction, such as offsets, packing by fours and what is taken off the sums. And the forms for processors
-other than x86.
+instruction, such as offsets, packing by fours and what is taken off the sums. Those for VNNI in AVX registers
+have AVX2 in its place. And the forms for processors other than x86.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ import sysconfig
 import numpy as np
 import pytest
 import reference
-from common import F32, assert_same_bits, distributions
+from common import F32, ISAS, assert_same_bits, distributions
 
 from dynquant import (
     DynQuantFormat,
@@ -34,26 +34,26 @@ from dynquant import (
 )
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Macros that the compiler is told, and one that it is to forget.
-VNNI = {"__SSE2__": "1", "__AVX512BW__": "1", "__AVX512VNNI__": "1"}
+# What the compiler is told.
+MACROS = ("SSE2", "AVX2", "AVXVNNI", "AVX512BW", "AVX512VNNI", "AMX_INT8", "F16C")
+VNNI = ["-D__SSE2__", "-D__AVX512BW__", "-D__AVX512VNNI__"]
 BUILDS = {
-    "vnni": (VNNI, []),
-    "amx": (VNNI | {"__AMX_INT8__": "1"}, []),
-    "plain C": ({}, ["__SSE2__", "__AVX2__", "__AVX512BW__", "__AVX512VNNI__", "__AMX_INT8__", "__F16C__"]),
+    "avxvnni": ["-march=x86-64-v3", "-DEMULATED_AVXVNNI"],
+    "vnni": VNNI,
+    "amx": [*VNNI, "-D__AMX_INT8__"],
+    "plain C": [f"-U__{macro}__" for macro in MACROS],
 }
 # -O1: an unrolled emulation takes long to compile. No FMA, as in the build of the package.
 SETUP = """
 import json, sys
 from Cython.Build import cythonize
 from setuptools import Extension, setup
-root, defined, undefined = json.loads(sys.argv.pop(1))
+root, flags = json.loads(sys.argv.pop(1))
 extension = Extension(
     "isa_emulated",
     ["isa_emulated.pyx"],
     include_dirs=[f"{root}/tests/emulated", f"{root}/dynquant"],
-    define_macros=[*defined.items()],
-    undef_macros=undefined,
-    extra_compile_args=["-O1", "-g0", "-ffp-contract=off", "-w"],
+    extra_compile_args=["-O1", "-g0", "-ffp-contract=off", "-w", *flags],
 )
 directives = {"language_level": 3, "wraparound": False, "boundscheck": False, "cdivision": True}
 include_path = [root, f"{root}/dynquant"]
@@ -69,9 +69,11 @@ def table(request, tmp_path_factory):
     compiler = (sysconfig.get_config_var("CC") or "").split()
     if not compiler or shutil.which(compiler[0]) is None:
         pytest.skip("no C compiler of the kind that Python was built with")
+    if request.param == "avxvnni" and "avx2" not in ISAS:
+        pytest.skip("no AVX2 to emulate it by")
     folder = tmp_path_factory.mktemp("emulated")
     (folder / "isa_emulated.pyx").write_text('include "kernels/all.pxi"\n')
-    options = json.dumps([str(ROOT), *BUILDS[request.param]])
+    options = json.dumps([str(ROOT), BUILDS[request.param]])
     command = [sys.executable, "-c", SETUP, options, "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -96,7 +98,12 @@ def test_they_are_the_kernels_that_are_meant(emulated):
 
     Tiles of AMX take 64 inputs at a time.
     """
-    panel, width, inputs = {"vnni": (32, 1, 8), "amx": (32, 1, 64), "plain C": (2, 2, 4)}[emulated]
+    panel, width, inputs = {
+        "avxvnni": (16, 1, 8),
+        "vnni": (32, 1, 8),
+        "amx": (32, 1, 64),
+        "plain C": (2, 2, 4),
+    }[emulated]
     layer = _core.PackedLinear(1, 1024 + 1, 0, None, None, 0)
     assert layer.weight_bytes == panel * (1024 + inputs) + 4
     assert layer.activation_bytes() == 1024 * width + 192

@@ -135,7 +135,7 @@ def test_an_instruction_set_that_cannot_be_had(name):
 
 def test_simd_info():
     info = dynquant.simd_info()
-    order = ("baseline", "avx2", "avx512", "avx512vnni", "amx")
+    order = ("baseline", "avx2", "avxvnni", "avx512", "avx512vnni", "amx")
     assert sorted(info) == ["built", "selected", "supported"]
     for names in (info["built"], info["supported"]):
         assert type(names) is tuple
@@ -168,7 +168,7 @@ def test_the_permission_for_amx():
     assert run(code) == "avx512vnni False"
     done = run(code, check=False, DYNQUANT_ISA="amx")
     assert "DYNQUANT_ISA='amx' cannot be had" in done.stderr
-    assert "system run baseline, avx2, avx512, avx512vnni\n" in done.stderr
+    assert "system run baseline, avx2, avxvnni, avx512, avx512vnni\n" in done.stderr
 
 
 @pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="Linux on x86-64")
@@ -179,7 +179,7 @@ def test_supported_agrees_with_proc_cpuinfo():
     v3 = {"avx2", "fma", "bmi1", "bmi2", "abm", "movbe", "f16c", "popcnt"}
     v4 = v3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
     vnni = v4 | {"avx512_vnni"}
-    needs = {"baseline": set(), "avx2": v3, "avx512": v4, "avx512vnni": vnni}
+    needs = {"baseline": set(), "avx2": v3, "avxvnni": v3 | {"avx_vnni"}, "avx512": v4, "avx512vnni": vnni}
     needs["amx"] = vnni | {"amx_tile", "amx_int8"}
     expected = tuple(name for name, needed in needs.items() if needed <= flags)
     assert dynquant.simd_info()["supported"] == expected

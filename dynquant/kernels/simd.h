@@ -255,6 +255,19 @@ static inline int dq_lowest_bit(uint32_t bits) {
    to be for a sums step, below: fewer instructions, and a number that is to be taken off the sum. */
 #define DQ_RAISED 0x7F80
 
+#if defined(__AVX2__)
+/* acc + the products of four bytes of w, without a sign, and of a, in each int32. Without VNNI, of which this is
+   the form for AVX registers, pairs of products must fit int16. */
+static inline __m256i dq_multiply_add(__m256i acc, __m256i w, __m256i a) {
+#if defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(acc, w, a);
+#else
+    const __m256i pairs = _mm256_maddubs_epi16(w, a);
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
+}
+#endif
+
 /* How the weights of a product with one vector come from the caches and from memory, which processors differ in:
    DQ_STREAMS, 1 or 4, is in how many places 8-bit ones are read by turns, DQ_FETCHED_FROM from how many bytes on
    4-bit ones are fetched ahead. On an AMD EPYC of family 25, model 1 (Zen 3), four places are 1.4 to 1.7 times as
@@ -312,13 +325,11 @@ static inline dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a) {
     __asm__("" : "+x"(vw)); /* or gcc loads it twice, and the loads are what this step waits for */
 #endif
     const __m256i va = _mm256_sign_epi8(_mm256_loadu_si256((const __m256i*)a), vw);
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(vw), va);
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    return dq_multiply_add(acc, _mm256_abs_epi8(vw), va);
 }
 static inline dq_acc dq_raised_step(dq_acc acc, const int8_t* w, const int8_t* a) {
     const __m256i vw = _mm256_loadu_si256((const __m256i*)w), va = _mm256_loadu_si256((const __m256i*)a);
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_xor_si256(vw, _mm256_set1_epi16(DQ_RAISED)), va);
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    return dq_multiply_add(acc, _mm256_xor_si256(vw, _mm256_set1_epi16(DQ_RAISED)), va);
 }
 static inline int32_t dq_acc_sum(dq_acc acc) {
     __m128i s = _mm_add_epi32(_mm256_castsi256_si128(acc), _mm256_extracti128_si256(acc, 1));
@@ -422,7 +433,11 @@ typedef __m256i dq_weights;
 typedef __m256i dq_spread_act;
 #define DQ_LANES 8
 #define DQ_DEPTH 4
+#if defined(__AVXVNNI__)
+#define DQ_TRIMMED 0
+#else
 #define DQ_TRIMMED 1
+#endif
 static inline dq_sums dq_sums_zero(void) { return _mm256_setzero_si256(); }
 static inline dq_sums dq_sums_load(const int32_t* s) { return _mm256_loadu_si256((const __m256i*)s); }
 static inline void dq_sums_store(int32_t* out, dq_sums s) { _mm256_storeu_si256((__m256i*)out, s); }
@@ -433,8 +448,7 @@ static inline dq_spread_act dq_spread(const uint8_t* a) {
 }
 static inline dq_weights dq_weights_load(const uint8_t* w) { return _mm256_loadu_si256((const __m256i*)w); }
 static inline dq_sums dq_sums_step(dq_sums acc, dq_weights w, dq_spread_act a) {
-    const __m256i pairs = _mm256_maddubs_epi16(w, a);
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    return dq_multiply_add(acc, w, a);
 }
 
 #elif defined(DQ_SSE2)
@@ -684,12 +698,19 @@ typedef __m256 dq_floats;
 typedef struct {
     __m256i even, odd;
 } dq_codes;
-#define DQ_CODES_RUN 4
 static inline dq_codes dq_codes_load(const uint8_t* w) {
     const __m256i v = _mm256_loadu_si256((const __m256i*)w), low = _mm256_set1_epi8(0x0F);
     return (dq_codes){_mm256_and_si256(v, low), _mm256_and_si256(_mm256_srli_epi16(v, 4), low)};
 }
 static inline dq_part dq_part_zero(void) { return _mm256_setzero_si256(); }
+#if defined(__AVXVNNI__)
+#define DQ_CODES_RUN (1 << 20)
+static inline dq_part dq_codes_step(dq_part part, dq_codes w, dq_spread_act even, dq_spread_act odd) {
+    return dq_multiply_add(dq_multiply_add(part, w.even, even), w.odd, odd);
+}
+static inline dq_sums dq_part_add(dq_sums s, dq_part part) { return _mm256_add_epi32(s, part); }
+#else
+#define DQ_CODES_RUN 4
 static inline dq_part dq_codes_step(dq_part part, dq_codes w, dq_spread_act even, dq_spread_act odd) {
     /* int16 lanes, as above. */
     part = _mm256_add_epi16(part, _mm256_maddubs_epi16(w.even, even));
@@ -698,6 +719,7 @@ static inline dq_part dq_codes_step(dq_part part, dq_codes w, dq_spread_act even
 static inline dq_sums dq_part_add(dq_sums s, dq_part part) {
     return _mm256_add_epi32(s, _mm256_madd_epi16(part, _mm256_set1_epi16(1)));
 }
+#endif
 static inline dq_floats dq_floats_load(const float* x) { return _mm256_loadu_ps(x); }
 static inline void dq_floats_store(float* out, dq_floats x) { _mm256_storeu_ps(out, x); }
 static inline dq_floats dq_zero_points_load(const uint8_t* z) {

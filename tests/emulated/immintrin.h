@@ -1,8 +1,25 @@
 /* The intrinsics that dynquant/kernels/simd.h takes from AVX-512, VNNI and AMX, in vectors of gcc and clang that
    any processor computes. Found in place of the compiler's own header, it lets the blocks for VNNI and AMX be
-   compiled as they are, and tested, where these instruction sets are not at hand. */
+   compiled as they are, and tested, where these instruction sets are not at hand. For VNNI in AVX registers it is
+   the compiler's own header that is found, with that one instruction replaced by those of AVX2. */
 #ifndef EMULATED_IMMINTRIN_H
 #define EMULATED_IMMINTRIN_H
+
+#if defined(EMULATED_AVXVNNI)
+#include_next <immintrin.h>
+#define __AVXVNNI__ 1
+#define _mm256_dpbusd_avx_epi32 emulated_dpbusd
+
+/* As int16, every second byte at a time. */
+static inline __m256i emulated_dpbusd(__m256i acc, __m256i a, __m256i b) {
+    const __m256i low = _mm256_set1_epi16(0xFF);
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(a, low),
+                                           _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
+    return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+}
+
+#else
 
 #include <stdint.h>
 #include <string.h>
@@ -160,4 +177,5 @@ static inline void _tile_dpbsud(int sums, int a, int b) {
     }
 }
 
+#endif
 #endif
