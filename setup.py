@@ -55,7 +55,7 @@ ISA_MACROS = {
     "avxvnni": "__AVXVNNI__",
     "avx512": "__AVX512BW__",
     "avx512vnni": "__AVX512VNNI__",
-    "amx": "__AMX_INT8__",
+    "amx": "DQ_AMX",
 }
 
 # Not the stable ABI: measured beside these modules, it adds 8 % to dynamic_quantize_int8 of 64 floats and
@@ -124,7 +124,7 @@ class BuildKernels(build_ext):
         """Whether the compiler takes the flags for this target, and then the vector steps."""
         # gcc for Windows does not align the stack for wide registers, and crashes where it spills one.
         usable = f"defined({ISA_MACROS[isa]}) && !defined(__MINGW32__)"
-        return not self.refusal(f'#if !({usable})\n#error\n#endif\n#include "dynquant/kernels/simd.h"', flags)
+        return not self.refusal(f'#include "dynquant/kernels/simd.h"\n#if !({usable})\n#error\n#endif', flags)
 
     def refusal(self, code, flags=()):
         """Why `code` does not compile; empty if it does."""

@@ -29,6 +29,10 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__AMX_INT8__) || defined(__AMXINT8__) /* clang's older name */
+#define DQ_AMX
+#endif
+
 /* No product and sum in one rounding, in this whole source: what -ffp-contract=off says to gcc. */
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
@@ -274,7 +278,7 @@ static inline __m256i dq_multiply_add(__m256i acc, __m256i w, __m256i a) {
    fast as one where weights come from the last cache or from memory, and fetching half as fast again; neither
    costs anything where they are closer. On model 17 (Zen 4), which stands for all that have VNNI and no AMX, one
    place is the fastest, and fetching is worth it from memory alone. */
-#if defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
+#if defined(__AVX512VNNI__) && !defined(DQ_AMX)
 #define DQ_STREAMS 1
 #define DQ_FETCHED_FROM (20 << 20)
 #else
@@ -537,7 +541,7 @@ static inline uint32_t dq_activations_step(int8_t* a, int32_t* excess) {
    expensive to switch while tiles are in use.
 
    With VNNI, 16 sums hide the latency of two instructions in each cycle, which Intel's processors begin. */
-#if defined(__AMX_INT8__)
+#if defined(DQ_AMX)
 #define DQ_STEPS 16
 #define DQ_TILE_ROWS 32
 static inline void dq_tiles_begin(int rows) {
