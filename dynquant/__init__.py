@@ -1,5 +1,13 @@
 """Dynamic int8 and int4 quantisation on the CPU: exact, NumPy in, NumPy out."""
 
+try:
+    from . import _core  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"dynquant finds no compiled modules that it can load in {__path__[0]}; if that is a checkout, start "
+        "Python in another folder to import what is installed, or run `python setup.py build_ext --inplace`"
+    ) from error
+
 from ._calibrate import Calibrator, CalibStats
 from ._embed import get_include
 from ._hadamard import hadamard_transform

@@ -120,6 +120,8 @@ def _int8_scale(magnitude: np.float32) -> float:
 
 
 def _checked_parts(batches: Iterable[ArrayLike]) -> list[_core.FloatRows]:
+    if isinstance(batches, memoryview):  # iterates over one axis only
+        batches = as_array(batches, "batches")
     try:
         iterator = iter(batches)
     except TypeError as error:

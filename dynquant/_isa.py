@@ -18,6 +18,7 @@ class SimdInfo(TypedDict):
 
 
 _selected = ""
+_supported: tuple[str, ...] = ()
 
 
 def _table(isa: str) -> object:
@@ -46,9 +47,10 @@ def select(isa: str | None = None) -> None:
     IsaError
         If `isa` is not the name of one that this build has and this CPU and operating system run.
     """
-    global _selected
+    global _selected, _supported
     built, supported = _core.isas_built(), _core.isas_supported()
-    if isa in (None, "amx") and "amx" in supported and not _core.permit_amx():
+    refused = isa in (None, "amx") and "amx" in supported and not _core.permit_amx()
+    if refused:
         supported = tuple(name for name in supported if name != "amx")
     usable = [name for name in built if name in supported]
     if isa is None:
@@ -57,9 +59,11 @@ def select(isa: str | None = None) -> None:
         raise IsaError(
             f"{_VARIABLE}={isa!r} cannot be had: this build has {', '.join(built)}; "
             f"this CPU and operating system run {', '.join(supported)}"
+            + "; Linux refuses AMX, as where the stack of a signal handler is too small for it"
+            * refused
         )
     _core.set_table(_table(isa))
-    _selected = isa
+    _selected, _supported = isa, supported
 
 
 def simd_info() -> SimdInfo:
@@ -80,10 +84,11 @@ def simd_info() -> SimdInfo:
     cannot be had. Results do not depend on the choice in any bit.
 
     Linux has to permit the registers of AMX to the process; importing dynquant asks for that, unless
-    ``DYNQUANT_ISA`` names a weaker set. It refuses where the stack of a signal handler is too small for them,
-    and ``"avx512vnni"`` is selected then. Once they are permitted, it refuses to set such a stack.
+    ``DYNQUANT_ISA`` names a weaker set. It refuses where the alternate stack of a signal handler is smaller
+    than ``getauxval(AT_MINSIGSTKSZ)``, some 12 KB; ``"amx"`` is not among the supported ones then. Once they
+    are permitted, ``sigaltstack`` fails with ENOMEM for such a stack.
     """
-    return {"selected": _selected, "built": _core.isas_built(), "supported": _core.isas_supported()}
+    return {"selected": _selected, "built": _core.isas_built(), "supported": _supported}
 
 
 select(os.environ.get(_VARIABLE) or None)

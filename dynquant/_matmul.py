@@ -8,7 +8,7 @@ import numpy as np
 
 from . import _core
 from ._quantize import quantize_named
-from ._tensor import DynQuantFormat, DynQuantTensor, MaxAbs
+from ._tensor import DynQuantFormat, DynQuantTensor, MaxAbs, check_arrays
 from ._threads import over_rows
 from ._validate import (
     F32,
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 _MAX_ABS = MaxAbs()
 
 # Bytes of activations that are quantised before the weights are read for them: they stay in a core's own
-# cache, and scratch is bounded however many rows there are.
+# cache, and scratch is bounded however many rows there are. Of long rows as many as a product takes at once.
 _CHUNK_BYTES = 1 << 20
+_CHUNK_ROWS = 32
 
 
 def w8a8_matvec(
@@ -291,6 +292,7 @@ def check_weight(weight: Any, *, int8: bool) -> None:
         raise ParameterError(f"weight: expected {kinds}, got {weight!r}")
     if len(weight.shape) != 2:
         raise ShapeMismatchError("(out_features, in_features)", weight.shape, "weight")
+    check_arrays(weight)
     check_finite(as_floats(weight.scales, "weight.scales"), "weight.scales")
 
 
@@ -360,7 +362,7 @@ def multiply(
     """Rows of `x` times packed weights with n outputs, a chunk of rows at a time."""
     m, k = x.shape
     y = np.empty((m, n), F32) if out is None else out
-    most = max(4, _CHUNK_BYTES // layer.activation_bytes())
+    most = max(_CHUNK_ROWS, _CHUNK_BYTES // layer.activation_bytes())
     if m > most:
         _multiply_chunks(layer, smooth, x, y, _chunk_rows(m, most), out is not None, threads, name)
         return y
@@ -406,6 +408,6 @@ def _raise_bad_row(x: NDArray[Any], smooth: NDArray[np.float32] | None, name: st
 
 
 def _chunk_rows(m: int, most: int) -> int:
-    """Rows of a chunk of m: as few chunks as `most` allows, nearly equal, in whole tiles of four rows."""
-    chunks = -(-m // (most // 4 * 4))
-    return -(-m // (4 * chunks)) * 4
+    """Rows of a chunk of m: as few chunks as `most` allows, nearly equal, in whole tiles of _CHUNK_ROWS."""
+    chunks = -(-m // (most // _CHUNK_ROWS * _CHUNK_ROWS))
+    return -(-m // (_CHUNK_ROWS * chunks)) * _CHUNK_ROWS

@@ -148,7 +148,7 @@ def search_alpha(
 def _configs(alphas: Iterable[float] | None, epsilon: float) -> list[SmoothQuantConfig]:
     try:
         values = list(_ALPHAS if alphas is None else alphas)
-    except TypeError as error:
+    except (TypeError, NotImplementedError) as error:  # the latter from a memoryview of more than one axis
         raise ParameterError(f"alphas: expected an iterable of numbers, got {alphas!r}") from error
     if not values:
         raise EmptyInputError("alphas: expected at least one number, got none")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 import numpy as np
 
 from . import _core
-from ._validate import F32, I8, U8, as_count, as_flag, as_number, checked_out
+from ._validate import F32, I8, U8, as_array, as_count, as_flag, as_number, checked_out
 from .errors import DTypeError, InvalidPercentileError, ParameterError, ShapeMismatchError
 
 if TYPE_CHECKING:
@@ -206,14 +206,7 @@ class DynQuantTensor:
         object.__setattr__(self, "shape", _as_shape(self.shape))
         if self.format.granularity != "per_tensor" and not self.shape:
             raise ShapeMismatchError("(..., k)", self.shape, "shape")
-        check_field(self.data, "data", self.format.data_shape(self.shape), self.format.data_dtype)
-        check_field(self.scales, "scales", self.format.scales_shape(self.shape), F32)
-        if self.zero_points is not None:
-            if not self.format.packed:
-                raise ParameterError(f"zero_points: expected None unless codes are packed, got {self.format}")
-            check_field(self.zero_points, "zero_points", self.scales.shape, U8)
-            if self.zero_points.max(initial=0) > 15:
-                raise ParameterError(f"zero_points: expected numbers up to 15, got {self.zero_points.max()}")
+        check_arrays(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.data, self.scales, self.zero_points, self.shape, self.format)
@@ -285,17 +278,30 @@ def tensor_of_checked(
 def _as_shape(shape: Any) -> tuple[int, ...]:
     try:
         lengths = tuple(operator.index(length) for length in shape)
-    except TypeError as error:
+    except (TypeError, NotImplementedError) as error:  # the latter from a memoryview of more than one axis
         raise ParameterError(f"shape: expected a tuple of ints, got {shape!r}") from error
     if any(length < 0 for length in lengths):
         raise ParameterError(f"shape: expected lengths >= 0, got {shape!r}")
     return lengths
 
 
+def check_arrays(tensor: DynQuantTensor) -> None:
+    """Raise unless the arrays fit shape and format, as they do until someone changes them in place."""
+    check_field(tensor.data, "data", tensor.format.data_shape(tensor.shape), tensor.format.data_dtype)
+    check_field(tensor.scales, "scales", tensor.format.scales_shape(tensor.shape), F32)
+    if tensor.zero_points is not None:
+        if not tensor.format.packed:
+            raise ParameterError(f"zero_points: expected None unless codes are packed, got {tensor.format}")
+        check_field(tensor.zero_points, "zero_points", tensor.scales.shape, U8)
+        if tensor.zero_points.max(initial=0) > 15:
+            raise ParameterError(f"zero_points: expected numbers up to 15, got {tensor.zero_points.max()}")
+
+
 def check_field(array: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     if not isinstance(array, np.ndarray) or array.dtype != dtype:
         got = f"dtype {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
         raise DTypeError(f"{name}: expected an ndarray of {dtype}, got {got}")
+    as_array(array, name)  # refuses a mask
     if array.shape != shape:
         raise ShapeMismatchError(shape, array.shape, name)
 

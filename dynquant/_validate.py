@@ -90,7 +90,9 @@ def raise_non_finite(array: NDArray[Any], name: str) -> NoReturn:
         if not finite.all():
             index = start + int(np.argmin(finite))
             raise NonFiniteError(index, float(flat[index]), name)
-    raise AssertionError("every element is finite")
+    raise ParameterError(
+        f"{name}: expected an array that nobody changes meanwhile; NaN or infinity came and went"
+    )
 
 
 def check_finite(array: NDArray[Any], name: str) -> None:

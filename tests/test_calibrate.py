@@ -85,7 +85,16 @@ def test_by_hand(x, stats, isa):
 def test_iterables():
     x = np.arange(12, dtype=F32).reshape(3, 4)
     expected = CalibStats.collect([x])
-    for batches in (x, list(x), iter(x), (row for row in x), x.tolist(), {0: x}.values(), [x[:2], [], x[2:]]):
+    for batches in (
+        x,
+        memoryview(x),
+        list(x),
+        iter(x),
+        (row for row in x),
+        x.tolist(),
+        {0: x}.values(),
+        [x[:2], [], x[2:]],
+    ):
         assert CalibStats.collect(batches) == expected
 
 

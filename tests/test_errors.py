@@ -474,6 +474,12 @@ BAD_CALLS = [
     ),
     # Calibration
     *each([None, 5.0, 3], DTypeError, "batches: expected an iterable", CalibStats.collect),
+    *each(
+        [3, memoryview(np.ones((1, 2)))],
+        ParameterError,
+        "alphas: expected an iterable",
+        lambda alphas: search_alpha(X, X, alphas=alphas),
+    ),
     *each([[], (), iter([]), [[]], [X[:0], []], X[:0]], EmptyInputError, "batches:", CalibStats.collect),
     *each([["a"], "ab", [X, None]], DTypeError, "batches[", CalibStats.collect),
     *each([0, -1, 1.0, "2", True, [1]], ParameterError, "channels: expected an int >= 1", Calibrator),

@@ -168,7 +168,9 @@ def test_the_permission_for_amx():
     assert run(code) == "avx512vnni False"
     done = run(code, check=False, DYNQUANT_ISA="amx")
     assert "DYNQUANT_ISA='amx' cannot be had" in done.stderr
-    assert "system run baseline, avx2, avxvnni, avx512, avx512vnni\n" in done.stderr
+    assert "system run baseline, avx2, avxvnni, avx512, avx512vnni; Linux refuses AMX" in done.stderr
+    code += "; print(dynquant.simd_info()['supported'][-1])"
+    assert run(code) == "avx512vnni False\navx512vnni"
 
 
 @pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="Linux on x86-64")

@@ -13,16 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynquant import (
+    DTypeError,
     DynamicScaleMode,
+    DynQuantError,
     DynQuantFormat,
     DynQuantTensor,
     MaxAbs,
     ParameterError,
     Percentile,
+    QuantLinear,
     dynamic_quantize,
     dynamic_quantize_int4,
     dynamic_quantize_int8,
     quantize_weights,
+    w4a8_matmul,
+    w4a8_matvec,
 )
 
 NAMED = {
@@ -343,11 +348,51 @@ def test_packed_is_a_bool(packed):
         (None, DynQuantFormat.INT8_PER_TENSOR, "shape"),
         ((3.0,), DynQuantFormat.INT8_PER_TENSOR, "shape"),
         ((-3,), DynQuantFormat.INT8_PER_TENSOR, "shape"),
+        (memoryview(np.ones((1, 3))), DynQuantFormat.INT8_PER_TENSOR, "shape"),
     ],
 )
 def test_a_tensor_of_wrong_shape_or_format(shape, fmt, name):
     with pytest.raises(ParameterError, match=name):
         DynQuantTensor(np.zeros(3, np.int8), np.zeros(1, np.float32), None, shape, fmt)
+
+
+@pytest.mark.parametrize("field", ["data", "scales", "zero_points"])
+def test_masked_fields(field):
+    fmt = DynQuantFormat(4, "per_group", 4, True)
+    fields = {
+        "data": np.zeros((2, 4), np.uint8),
+        "scales": np.ones((2, 2), F32),
+        "zero_points": np.zeros((2, 2), np.uint8),
+    }
+    fields[field] = np.ma.masked_array(fields[field])
+    with pytest.raises(DTypeError, match=f"{field}: expected an array without a mask"):
+        DynQuantTensor(**fields, shape=(2, 8), format=fmt)
+
+
+def test_arrays_changed_in_place_after_construction():
+    """Products look again: these arrays are the caller's."""
+    x, fields = np.ones((1, 8), F32), {}
+
+    def weight():
+        fields.update(
+            data=np.zeros((2, 4), np.uint8),
+            scales=np.ones((2, 2), F32),
+            zero_points=np.zeros((2, 2), np.uint8),
+        )
+        return DynQuantTensor(**fields, shape=(2, 8), format=DynQuantFormat(4, "per_group", 4, True))
+
+    changes = {
+        "data": lambda: setattr(fields["data"], "shape", (8,)),
+        "scales": lambda: setattr(fields["scales"], "shape", (4, 1)),
+        "zero_points": lambda: fields["zero_points"].fill(16),
+    }
+    for name, change in changes.items():
+        for call in (lambda w: w4a8_matmul(w, x), lambda w: w4a8_matvec(w, x[0]), QuantLinear):
+            tensor = weight()
+            change()
+            with pytest.raises(ValueError, match=name) as caught:
+                call(tensor)
+            assert isinstance(caught.value, DynQuantError)
 
 
 def test_a_tensor_is_frozen_and_can_be_referred_to_weakly():
