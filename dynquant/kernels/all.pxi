@@ -51,6 +51,7 @@ cdef extern from "kernels/simd.h" nogil:
     uint32_t dq_activations_step(int8_t* a, int32_t* excess)
     enum: DQ_STEPS
     enum: DQ_TILE_ROWS
+    enum: DQ_TILES_FROM
     void dq_tiles_begin(int rows)
     void dq_tiles_end()
     void dq_tiles(const uint8_t* w, const uint8_t* a, Py_ssize_t stride, int rows, int32_t* sums,

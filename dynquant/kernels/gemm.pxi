@@ -252,7 +252,7 @@ cdef inline void tile(const uint8_t* block, Py_ssize_t apart, Py_ssize_t panels,
         tile_of_panels(block, apart, codes, sums, steps)
     elif rows == 1:
         tile_1(block, codes, sums, steps)
-    elif rows > ROWS:
+    elif rows >= DQ_TILES_FROM:
         dq_tiles(block, codes, stride, rows, sums, steps)
     else:
         tile_4(block, codes, codes + stride, codes + (rows - 1 if rows < 3 else 2) * stride,
@@ -311,7 +311,7 @@ cdef inline void tile_of_blocks(const uint8_t* panel, Py_ssize_t panels, const u
 # the tiles of the product, which are TILE rows high; some rows are then computed again.
 cdef inline Py_ssize_t rows_of_tile(Py_ssize_t done, Py_ssize_t m) noexcept nogil:
     cdef Py_ssize_t left = m - done
-    if ROWS < left < TILE <= m:
+    if DQ_TILES_FROM <= left < TILE <= m:
         return TILE
     return left if left < DQ_TILE_ROWS else DQ_TILE_ROWS
 
@@ -358,7 +358,7 @@ cdef void gemm_s8s8_f32(const uint8_t* panels, const float* w_scales, const floa
                         const float* a_scales, float* out, Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n,
                         Py_ssize_t k) noexcept nogil:
     cdef Py_ssize_t count, cols
-    if m > ROWS:
+    if m >= DQ_TILES_FROM:
         dq_tiles_begin(m if m < TILE else TILE)
     while n > 0:
         count = DQ_STREAMS if m == 1 and n > (DQ_STREAMS - 1) * PANEL else 1
@@ -370,5 +370,5 @@ cdef void gemm_s8s8_f32(const uint8_t* panels, const float* w_scales, const floa
             bias += cols
         out += cols
         n -= cols
-    if m > ROWS:
+    if m >= DQ_TILES_FROM:
         dq_tiles_end()

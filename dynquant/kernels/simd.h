@@ -530,8 +530,8 @@ static inline uint32_t dq_activations_step(int8_t* a, int32_t* excess) {
 #endif
 }
 
-/* dq_tiles: sums (rows, 2 * DQ_LANES), as those of `steps` sums steps, a multiple of DQ_STEPS, for more than 4 and at
-   most DQ_TILE_ROWS rows of a, `stride` bytes apart; there is room for DQ_TILE_ROWS. Between dq_tiles_begin and
+/* dq_tiles: sums (rows, 2 * DQ_LANES), as those of `steps` sums steps, a multiple of DQ_STEPS, for DQ_TILES_FROM to
+   DQ_TILE_ROWS rows of a, `stride` bytes apart; there is room for DQ_TILE_ROWS. Between dq_tiles_begin and
    dq_tiles_end.
 
    With AMX that is a product of tiles: registers of up to 16 lines of 64 bytes. An instruction multiplies a tile of
@@ -544,6 +544,7 @@ static inline uint32_t dq_activations_step(int8_t* a, int32_t* excess) {
 #if defined(DQ_AMX)
 #define DQ_STEPS 16
 #define DQ_TILE_ROWS 32
+#define DQ_TILES_FROM 2
 static inline void dq_tiles_begin(int rows) {
     struct {
         uint8_t palette, start_row, reserved[14];
@@ -593,6 +594,7 @@ static inline void dq_tiles(const uint8_t* w, const uint8_t* a, ptrdiff_t stride
 }
 #else
 #define DQ_STEPS 2
+#define DQ_TILES_FROM 5
 static inline void dq_tiles_begin(int rows) { (void)rows; }
 static inline void dq_tiles_end(void) {}
 #if defined(__AVX512VNNI__)
