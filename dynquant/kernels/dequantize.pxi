@@ -1,7 +1,7 @@
 # Codes to floats, and nibbles to codes.
 
 
-# out[i] = codes[i] * scale, one rounding. Long rows begin with what lies before the next line of the cache, for
+# out[i] = codes[i] * scale, one rounding. Long rows begin with what lies before the next line of the cache:
 # vectors that straddle two lines are written at two thirds of the speed. With `stream` they go past the
 # caches, and codes are fetched ahead: in memory that is twice as fast, for what is written need not be read
 # before.
