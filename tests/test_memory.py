@@ -157,8 +157,8 @@ def test_weights_and_layers(x):
 
 @pytest.mark.parametrize("name", leaks.EVERY)
 def test_no_leak(name):
-    """`make leaks` makes fifty times as many calls."""
-    assert not leaks.is_leak(*leaks.growth(leaks.EVERY[name], 2000))
+    """`make leaks` makes fifty times as many calls. A leak comes again; caches fill up once."""
+    assert not all(leaks.is_leak(*leaks.growth(leaks.EVERY[name], 2000)) for _ in range(2))
 
 
 def functions_of(cls):
