@@ -29,7 +29,7 @@ _MAX_ABS = MaxAbs()
 
 # Bytes of activations that are quantised before the weights are read for them: they stay in a core's own
 # cache, and scratch is bounded however many rows there are. Of long rows as many as a product takes at once.
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 15 << 16
 _CHUNK_ROWS = 32
 
 
