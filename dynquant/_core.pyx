@@ -67,7 +67,7 @@ cdef enum:
     KEPT = 8192
     SAMPLE = 2048
     SAMPLED = 1 << 16
-    RUN = 256 * BLOCK
+    RUN = 16 * BLOCK
     STREAM = 1 << 23
     FETCHED_AHEAD = 1 << 13
     MAX_STEPS = 8
@@ -568,8 +568,9 @@ cdef void code_run(const Floats* x, const QuantRow* row, Py_ssize_t start, Py_ss
         start += n
 
 
-# Codes of one row, its last run of four megabytes first: what the pass for the scale read last is still in
-# cache. Shorter runs would undo the hardware's prefetching.
+# Codes of one row, its last run of 256 KiB first: what the pass for the scale read last is still in a core's
+# own cache, and what this one reads last is there for the next. Shorter runs would undo the hardware's
+# prefetching.
 cdef void code_row(const Floats* x, const QuantRow* row, int32_t clip) noexcept nogil:
     cdef Py_ssize_t start = x.n - x.n % RUN
     while start >= 0:

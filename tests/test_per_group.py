@@ -26,7 +26,7 @@ from dynquant import (
 )
 
 # A block of the kernels is 4096 floats, a run 2**18; from 2**23 on codes are written past the caches.
-BLOCK, RUN, STREAM = 4096, 1 << 20, 1 << 23
+BLOCK, RUN, STREAM = 4096, 1 << 16, 1 << 23
 KINDS = {"int8": (8, False), "int4": (4, False), "packed": (4, True)}
 
 each_kind = pytest.mark.parametrize("kind", KINDS)

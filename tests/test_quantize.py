@@ -33,7 +33,7 @@ FORMATS = {
 }
 PERCENTILES = (None, 1e-6, 0.001, 0.07, 0.25, 0.5, 0.99, 0.999, 1.0)
 # A block of the kernels is 4096 floats and a run 2**18.
-BLOCK, RUN = 4096, 1 << 20
+BLOCK, RUN = 4096, 1 << 16
 
 
 def mode_of(p):
