@@ -75,8 +75,9 @@ class CalibStats:
         Parameters
         ----------
         batches : iterable of array_like of floats, each of any shape
-            Empty batches are passed over. All are held until the call returns, because an exact percentile
-            needs every value; what comes from an iterator that may fill one buffer again and again is copied.
+            An array of numbers is one batch. Empty batches are passed over. All are held until the call
+            returns, because an exact percentile needs every value; what comes from an iterator that may fill
+            one buffer again and again is copied.
 
         Returns
         -------
@@ -122,6 +123,8 @@ def _int8_scale(magnitude: np.float32) -> float:
 def _checked_parts(batches: Iterable[ArrayLike]) -> list[_core.FloatRows]:
     if isinstance(batches, memoryview):  # iterates over one axis only
         batches = as_array(batches, "batches")
+    if isinstance(batches, np.ndarray) and batches.ndim and batches.dtype != object:
+        batches = [batches]
     try:
         iterator = iter(batches)
     except TypeError as error:

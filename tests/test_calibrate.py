@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dynquant import CalibStats
+from dynquant import CalibStats, NonFiniteError
 
 
 def check(batches, message=""):
@@ -94,8 +94,21 @@ def test_iterables():
         x.tolist(),
         {0: x}.values(),
         [x[:2], [], x[2:]],
+        np.array([*x, None], object)[:-1],
     ):
         assert CalibStats.collect(batches) == expected
+
+
+def test_an_array_is_one_batch():
+    """It is not walked along its axis, which here would never end."""
+    x = np.random.default_rng(0).standard_normal(10_000).astype(F32)
+    assert CalibStats.collect(x) == CalibStats.collect([x])
+    with pytest.raises(MemoryError):
+        CalibStats.collect(np.broadcast_to(F32(1), (2**46,)))
+    x[7_000] = np.nan
+    with pytest.raises(NonFiniteError) as caught:
+        CalibStats.collect(x)
+    assert (caught.value.argument, caught.value.index) == ("batches[0]", 7_000)
 
 
 def test_stats_are_a_value():
