@@ -1054,7 +1054,7 @@ cdef void code_activation(const Floats* x, float scale, uint8_t* a) noexcept nog
         start += n
 
 
-# The same in the form that gemm_panel_u4s8_f32 takes; codes (x.n,) is scratch.
+# The same in the form that gemm_u4s8_f32 takes; codes (x.n,) is scratch.
 cdef void code_group_activation(const Floats* x, float scale, Py_ssize_t group, int8_t* codes,
                                 uint8_t* a) noexcept nogil:
     cdef QuantRow q
@@ -1253,16 +1253,16 @@ cdef void multiply_group_panels(const uint8_t* panels, const float* scales, cons
                                 const float* bias, const uint8_t* a, const float* a_scales, float* out,
                                 Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group,
                                 Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    cdef Py_ssize_t each = panel_scales(k, group), width = kernels.group_panel_bytes(k, group), p, c
+    cdef Py_ssize_t each = panel_scales(k, group), width = kernels.group_panel_bytes(k, group)
+    cdef Py_ssize_t c = first * kernels.panel_outputs
+    cdef Py_ssize_t last = end * kernels.panel_outputs if end < panels_of(n) else n
     # With three streams to follow, the hardware's prefetcher is too slow for main memory.
     cdef Py_ssize_t ahead = FETCHED_AHEAD if panels_of(n) * width >= kernels.fetched_from else 0
-    cdef const float* shift = NULL
-    for p in range(first, end if end < panels_of(n) else panels_of(n)):
-        c = p * kernels.panel_outputs
+    if c < last:
         if bias != NULL:
-            shift = bias + c
-        kernels.gemm_panel_u4s8_f32(panels + p * width, scales + p * each, zero_points + p * each, shift, a,
-                                    a_scales, out + c, n, m, outputs_of(n, c), k, group, ahead)
+            bias += c
+        kernels.gemm_u4s8_f32(panels + first * width, scales + first * each, zero_points + first * each, bias,
+                              a, a_scales, out + c, n, m, last - c, k, group, ahead)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -67,10 +67,10 @@ ctypedef struct Kernels:
                             Py_ssize_t group) noexcept nogil
     void (*pack_group_activation_s8)(const int8_t* codes, uint8_t* a, Py_ssize_t k,
                                      Py_ssize_t group) noexcept nogil
-    void (*gemm_panel_u4s8_f32)(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
-                                const float* bias, const uint8_t* a, const float* a_scales,
-                                float* out, Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t cols,
-                                Py_ssize_t k, Py_ssize_t group, Py_ssize_t ahead) noexcept nogil
+    void (*gemm_u4s8_f32)(const uint8_t* panels, const float* scales, const uint8_t* zero_points,
+                          const float* bias, const uint8_t* a, const float* a_scales, float* out,
+                          Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group,
+                          Py_ssize_t ahead) noexcept nogil
     # stats.pxi
     void (*min_max_row_f32)(const float* x, float* least, float* most, Py_ssize_t n) noexcept nogil
     double (*sum_row_f32_f64)(const float* x, Py_ssize_t n) noexcept nogil

@@ -227,7 +227,7 @@ def test_matvec(extreme):
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_w4a8(symmetric):
-    """pack_panel_u4, gemm_panel_u4s8: every number of outputs up to two panels and more, rows of 1 to 5."""
+    """pack_panel_u4, gemm_u4s8: every number of outputs up to two panels and more, rows of 1 to 5."""
     rng = np.random.default_rng(10)
     data = rng.integers(0, 256, (70, 26), dtype=np.uint8)
     scales, zero_points = (

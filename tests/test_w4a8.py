@@ -95,6 +95,18 @@ def test_sizes(k, size, symmetric, isa):
 
 @each_symmetry
 @pytest.mark.parametrize(
+    ("k", "size"),
+    [(160, 32), (288, 96), (320, 64), (640, 128), (800, 288), (576, 512), (1024, None), (64, 8)],
+)
+def test_any_number_of_rows(k, size, symmetric, isa):
+    """With AMX, groups of whole tiles go in tiles: two groups at a time, one, or a part of one."""
+    weight, x, bias, _, with_bias = case(140, 40, k, size, symmetric)
+    for m in [*range(1, 71), *range(126, 131), 140]:
+        assert_same_bits(w4a8_matmul(weight, x[-m:], bias), with_bias[-m:], f"m={m}")
+
+
+@each_symmetry
+@pytest.mark.parametrize(
     ("n", "k", "size"),
     [(40, 1001, 100), (3, 4096, 4096), (35, 9000, None), (33, 20_011, 32), (5, 3 * EXACT + 29, EXACT)],
 )

@@ -52,10 +52,12 @@ cdef extern from "kernels/simd.h" nogil:
     enum: DQ_STEPS
     enum: DQ_TILE_ROWS
     enum: DQ_TILES_FROM
-    void dq_tiles_begin(int rows)
+    void dq_tiles_begin(int rows, int deep)
     void dq_tiles_end()
     void dq_tiles(const uint8_t* w, const uint8_t* a, Py_ssize_t stride, int rows, int32_t* sums,
-                  Py_ssize_t steps)
+                  Py_ssize_t steps, int deep, bint add)
+    enum: DQ_GROUP_TILES_FROM
+    void dq_unpack_units(const uint8_t* w, uint8_t* steps, Py_ssize_t units)
     enum: DQ_CODES
     enum: DQ_CODES_RUN
     ctypedef struct dq_part:
@@ -99,6 +101,9 @@ cdef enum:
     ROWS = 4
     TILE = DQ_TILE_ROWS // 2
     RUN_OF_VECTORS = 8 * DQ_LANES
+    BATCH = 2
+    UNITS = 32
+    BATCH_ROWS = 4 * DQ_TILE_ROWS
 
 
 include "convert.pxi"
@@ -149,7 +154,7 @@ kernels.group_activation_bytes = group_activation_bytes
 kernels.pack_panel_u4 = pack_panel_u4
 kernels.unpack_panel_u4 = unpack_panel_u4
 kernels.pack_group_activation_s8 = pack_group_activation_s8
-kernels.gemm_panel_u4s8_f32 = gemm_panel_u4s8_f32
+kernels.gemm_u4s8_f32 = gemm_u4s8_f32
 kernels.min_max_row_f32 = min_max_row_f32
 kernels.sum_row_f32_f64 = sum_row_f32_f64
 kernels.square_deviation_row_f32_f64 = square_deviation_row_f32_f64

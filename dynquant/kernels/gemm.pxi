@@ -253,7 +253,7 @@ cdef inline void tile(const uint8_t* block, Py_ssize_t apart, Py_ssize_t panels,
     elif rows == 1:
         tile_1(block, codes, sums, steps)
     elif rows >= DQ_TILES_FROM:
-        dq_tiles(block, codes, stride, rows, sums, steps)
+        dq_tiles(block, codes, stride, rows, sums, steps, DQ_STEPS, False)
     else:
         tile_4(block, codes, codes + stride, codes + (rows - 1 if rows < 3 else 2) * stride,
                codes + (rows - 1) * stride, sums, steps)
@@ -359,7 +359,7 @@ cdef void gemm_s8s8_f32(const uint8_t* panels, const float* w_scales, const floa
                         Py_ssize_t k) noexcept nogil:
     cdef Py_ssize_t count, cols
     if m >= DQ_TILES_FROM:
-        dq_tiles_begin(m if m < TILE else TILE)
+        dq_tiles_begin(m if m < TILE else TILE, DQ_STEPS)
     while n > 0:
         count = DQ_STREAMS if m == 1 and n > (DQ_STREAMS - 1) * PANEL else 1
         cols = n if n < count * PANEL else count * PANEL

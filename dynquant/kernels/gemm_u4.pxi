@@ -301,6 +301,106 @@ cdef inline void short_groups_4(const uint8_t* panel, const float* scales, const
         zero_points += PANEL
 
 
+# How many steps the tiles of a product have, all of which its groups fill; 0 for a product without tiles.
+cdef inline int deep_tiles(Py_ssize_t m, Py_ssize_t k, Py_ssize_t group) noexcept nogil:
+    if DQ_GROUP_TILES_FROM == 0 or m < DQ_GROUP_TILES_FROM or group > EXACT:
+        return 0
+    if (k | group) % (16 * 4) == 0:
+        return 16
+    return 8 if (k | group) % (8 * 4) == 0 else 0
+
+
+# Rows are shared out to tiles evenly, so that none gets fewer than it has: the first row of part i.
+cdef inline Py_ssize_t part_start(Py_ssize_t rows, Py_ssize_t i) noexcept nogil:
+    return rows * i // parts_of(rows)
+
+
+cdef inline Py_ssize_t parts_of(Py_ssize_t rows) noexcept nogil:
+    return (rows + DQ_TILE_ROWS - 1) // DQ_TILE_ROWS
+
+
+# acc (PANEL,) += `count` groups of one row, in ascending order; sums are those of add_group_tiles.
+cdef inline void add_groups(float* acc, const int32_t* sums, const float* scales, const float* zero_points,
+                            const float* a_sums, Py_ssize_t count) noexcept nogil:
+    cdef dq_floats acc0 = dq_floats_load(acc), acc1 = dq_floats_load(acc + DQ_LANES)
+    cdef Py_ssize_t g
+    for g in range(count):
+        acc0 = dq_group_add(acc0, dq_sums_load(sums), dq_floats_load(zero_points), a_sums[g],
+                            dq_floats_load(scales))
+        acc1 = dq_group_add(acc1, dq_sums_load(sums + DQ_LANES), dq_floats_load(zero_points + DQ_LANES),
+                            a_sums[g], dq_floats_load(scales + DQ_LANES))
+        sums += DQ_TILE_ROWS * PANEL
+        scales += PANEL
+        zero_points += PANEL
+    dq_floats_store(acc, acc0)
+    dq_floats_store(acc + DQ_LANES, acc1)
+
+
+# acc (rows, PANEL) += `count` groups of `units` units each, at most UNITS together.
+cdef inline void add_group_tiles(const uint8_t* panel, const float* scales, const float* zero_points,
+                                 const uint8_t* a, const uint8_t* a_sums, Py_ssize_t stride, Py_ssize_t rows,
+                                 float* acc, Py_ssize_t units, Py_ssize_t count, int deep) noexcept nogil:
+    cdef uint8_t steps[UNITS * 8 * PANEL]
+    cdef int32_t sums[BATCH * DQ_TILE_ROWS * PANEL]
+    cdef Py_ssize_t i, g, r, start, end
+    dq_unpack_units(panel, steps, count * units)
+    for i in range(parts_of(rows)):
+        start, end = part_start(rows, i), part_start(rows, i + 1)
+        for g in range(count):
+            dq_tiles(steps + g * units * 8 * PANEL, a + start * stride + g * units * DQ_CODES, stride,
+                     end - start, sums + g * DQ_TILE_ROWS * PANEL, 2 * units, deep, False)
+        for r in range(start, end):
+            add_groups(acc + r * PANEL, sums + (r - start) * PANEL, scales, zero_points,
+                       <const float*> (a_sums + r * stride), count)
+
+
+# The same for one group of more than UNITS units.
+cdef inline void add_long_group_tiles(const uint8_t* panel, const float* scales, const float* zero_points,
+                                      const uint8_t* a, const uint8_t* a_sums, Py_ssize_t stride,
+                                      Py_ssize_t rows, float* acc, Py_ssize_t units, int deep) noexcept nogil:
+    cdef uint8_t steps[UNITS * 8 * PANEL]
+    cdef int32_t sums[BATCH_ROWS * PANEL]
+    cdef Py_ssize_t done = 0, n, i, r, start
+    while done < units:
+        n = units - done if units - done < UNITS else UNITS
+        dq_unpack_units(panel + 4 * PANEL * done, steps, n)
+        for i in range(parts_of(rows)):
+            start = part_start(rows, i)
+            dq_tiles(steps, a + start * stride + done * DQ_CODES, stride, part_start(rows, i + 1) - start,
+                     sums + start * PANEL, 2 * n, deep, done > 0)
+        done += n
+    for r in range(rows):
+        add_groups(acc + r * PANEL, sums + r * PANEL, scales, zero_points,
+                   <const float*> (a_sums + r * stride), 1)
+
+
+# acc (rows, PANEL) = the same by tiles, for DQ_GROUP_TILES_FROM <= rows <= BATCH_ROWS rows of a. Codes are
+# unpacked once for all of them, and BATCH short groups together: what was just written is slow to load as a
+# tile. More of them would not leave room in L1 for the rest.
+cdef inline void short_groups_tiles(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
+                                    const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows, float* acc,
+                                    Py_ssize_t k, Py_ssize_t group, int deep) noexcept nogil:
+    cdef float zeros[BATCH * PANEL]
+    cdef const uint8_t* a_sums = a + DQ_CODES * units_of_row(k, group)
+    cdef Py_ssize_t start = 0, units, count, i
+    memset(acc, 0, rows * PANEL * sizeof(float))
+    while start < k:
+        units = units_of(group_len(start, k, group))
+        count = BATCH if BATCH * units <= UNITS and BATCH * group <= k - start else 1
+        for i in range(count * PANEL):
+            zeros[i] = zero_points[i]
+        if units <= UNITS:
+            add_group_tiles(panel, scales, zeros, a, a_sums, stride, rows, acc, units, count, deep)
+        else:
+            add_long_group_tiles(panel, scales, zeros, a, a_sums, stride, rows, acc, units, deep)
+        panel += 4 * PANEL * units * count
+        a += DQ_CODES * units * count
+        a_sums += count * <Py_ssize_t> sizeof(float)
+        scales += PANEL * count
+        zero_points += PANEL * count
+        start += group * count
+
+
 # The same for groups of more than EXACT k, one row at a time. A sum over EXACT k is exact as a float: it is
 # taken as an integer from there, and its group's sum is rounded to a float once.
 cdef inline void long_groups(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
@@ -335,32 +435,66 @@ cdef inline void long_groups(const uint8_t* panel, const float* scales, const ui
         start += n
 
 
-# One panel times m rows of activations: out[r][c] = acc * a_scales[r] + bias[c] for c < cols <= PANEL, rows
-# of out `out_stride` apart, where acc is the float32 sum over the groups, in ascending order and from 0, of
-# float32(exact sum of (code - zero_point) * a) * scale. A single row has codes fetched from `ahead` bytes on,
-# unless that is 0.
-cdef void gemm_panel_u4s8_f32(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
-                              const float* bias, const uint8_t* a, const float* a_scales, float* out,
-                              Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t cols, Py_ssize_t k,
-                              Py_ssize_t group, Py_ssize_t ahead) noexcept nogil:
-    cdef float acc[ROWS * PANEL]
-    cdef Py_ssize_t stride = group_activation_bytes(k, group), r, c, rows
+# out[r][c] = acc[r][c] * a_scales[r] + bias[c] for c < cols.
+cdef inline void finish_rows(const float* acc, const float* a_scales, const float* bias, float* out,
+                             Py_ssize_t out_stride, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil:
+    cdef Py_ssize_t r, c
+    for r in range(rows):
+        for c in range(cols):
+            out[r * out_stride + c] = acc[r * PANEL + c] * a_scales[r]
+        if bias != NULL:
+            for c in range(cols):
+                out[r * out_stride + c] += bias[c]
+
+
+# One panel times m rows of activations, cols <= PANEL; by tiles of `deep` steps, unless that is 0.
+cdef inline void gemm_group_panel(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
+                                  const float* bias, const uint8_t* a, const float* a_scales, float* out,
+                                  Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t cols, Py_ssize_t k,
+                                  Py_ssize_t group, Py_ssize_t ahead, int deep) noexcept nogil:
+    cdef float acc[BATCH_ROWS * PANEL]
+    cdef Py_ssize_t stride = group_activation_bytes(k, group), rows
     while m > 0:
         rows = 1
-        if group > EXACT:
+        if deep:
+            rows = m // ((m + BATCH_ROWS - 1) // BATCH_ROWS)
+            short_groups_tiles(panel, scales, zero_points, a, stride, rows, acc, k, group, deep)
+        elif group > EXACT:
             long_groups(panel, scales, zero_points, a, acc, k, group)
         elif m == 1:
             short_groups_1(panel, scales, zero_points, a, acc, k, group, ahead)
         else:
             rows = m if m < ROWS else ROWS
             short_groups_4(panel, scales, zero_points, a, stride, rows, acc, k, group)
-        for r in range(rows):
-            for c in range(cols):
-                out[r * out_stride + c] = acc[r * PANEL + c] * a_scales[r]
-            if bias != NULL:
-                for c in range(cols):
-                    out[r * out_stride + c] += bias[c]
+        finish_rows(acc, a_scales, bias, out, out_stride, rows, cols)
         a += rows * stride
         a_scales += rows
         out += rows * out_stride
         m -= rows
+
+
+# The panels of n outputs times m rows of activations: out[r][c] = acc * a_scales[r] + bias[c], rows of out
+# `out_stride` apart, where acc is the float32 sum over the groups, in ascending order and from 0, of
+# float32(exact sum of (code - zero_point) * a) * scale. No bias where it is NULL. A single row has codes
+# fetched from `ahead` bytes on, unless that is 0.
+cdef void gemm_u4s8_f32(const uint8_t* panels, const float* scales, const uint8_t* zero_points,
+                        const float* bias, const uint8_t* a, const float* a_scales, float* out,
+                        Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group,
+                        Py_ssize_t ahead) noexcept nogil:
+    cdef Py_ssize_t each = groups_of(k, group) * PANEL, cols
+    cdef int deep = deep_tiles(m, k, group)
+    if deep:
+        dq_tiles_begin(m if m < TILE else TILE, deep)
+    while n > 0:
+        cols = n if n < PANEL else PANEL
+        gemm_group_panel(panels, scales, zero_points, bias, a, a_scales, out, out_stride, m, cols, k, group,
+                         ahead, deep)
+        panels += group_panel_bytes(k, group)
+        scales += each
+        zero_points += each
+        if bias != NULL:
+            bias += cols
+        out += cols
+        n -= cols
+    if deep:
+        dq_tiles_end()

@@ -530,22 +530,26 @@ static inline uint32_t dq_activations_step(int8_t* a, int32_t* excess) {
 #endif
 }
 
-/* dq_tiles: sums (rows, 2 * DQ_LANES), as those of `steps` sums steps, a multiple of DQ_STEPS, for DQ_TILES_FROM to
-   DQ_TILE_ROWS rows of a, `stride` bytes apart; there is room for DQ_TILE_ROWS. Between dq_tiles_begin and
-   dq_tiles_end.
+/* dq_tiles: sums (rows, 2 * DQ_LANES), as those of `steps` sums steps, a multiple of `deep`, for DQ_TILES_FROM to
+   DQ_TILE_ROWS rows of a, `stride` bytes apart; with `add` they are added to sums. There is room for DQ_TILE_ROWS.
+   Between dq_tiles_begin and dq_tiles_end. `deep` is DQ_STEPS, or with AMX a number of steps up to that.
 
    With AMX that is a product of tiles: registers of up to 16 lines of 64 bytes. An instruction multiplies a tile of
    activations, 16 rows of 64 k, with a tile of weights, 64 k of 16 outputs, and adds up in int32. dq_tiles_begin
-   says how many rows a tile has, 16 or fewer; dq_tiles then takes as many, or from 16 to 32, and the second tile
-   ends at the last row and shares some with the first. dq_tiles_end is for the thread that goes on, which is
-   expensive to switch while tiles are in use.
+   says how many rows a tile has, 16 or fewer, and how many steps of 4 k, `deep`; dq_tiles then takes as many rows, or
+   from 16 to 32, and the second tile ends at the last row and shares some with the first. dq_tiles_end is for the
+   thread that goes on, which is expensive to switch while tiles are in use.
 
-   With VNNI, 16 sums hide the latency of two instructions in each cycle, which Intel's processors begin. */
+   With VNNI, 16 sums hide the latency of two instructions in each cycle, which Intel's processors begin; `add` is
+   not for these.
+
+   dq_unpack_units: the steps, two for each, of units of 2 * DQ_LANES outputs of 4-bit codes, for dq_tiles with AMX;
+   products of DQ_GROUP_TILES_FROM rows and more go that way, none if it is 0. */
 #if defined(DQ_AMX)
 #define DQ_STEPS 16
 #define DQ_TILE_ROWS 32
 #define DQ_TILES_FROM 2
-static inline void dq_tiles_begin(int rows) {
+static inline void dq_tiles_begin(int rows, int deep) {
     struct {
         uint8_t palette, start_row, reserved[14];
         uint16_t bytes_of_a_row[16];
@@ -553,20 +557,25 @@ static inline void dq_tiles_begin(int rows) {
     } shapes = {.palette = 1};
     /* 0..3 are sums, 4 and 5 activations, 6 and 7 weights. */
     for (int t = 0; t < 8; t++) {
-        shapes.bytes_of_a_row[t] = 64;
-        shapes.rows[t] = (uint8_t)(t < 6 ? rows : 16);
+        shapes.bytes_of_a_row[t] = (uint16_t)(t == 4 || t == 5 ? 4 * deep : 64);
+        shapes.rows[t] = (uint8_t)(t < 6 ? rows : deep);
     }
     __asm__ volatile("" : : "r"(&shapes) : "memory"); /* gcc takes the instruction to read 8 bytes of them */
     _tile_loadconfig(&shapes);
 }
 static inline void dq_tiles_end(void) { _tile_release(); }
+#define dq_tile_begin(t, add, sums) \
+    do { \
+        if (add) _tile_loadd(t, sums, 128); \
+        else _tile_zero(t); \
+    } while (0)
 static inline void dq_tiles(const uint8_t* w, const uint8_t* a, ptrdiff_t stride, int rows, int32_t* sums,
-                            ptrdiff_t steps) {
+                            ptrdiff_t steps, int deep, int add) {
     const int second = rows - 16, lines = 128; /* bytes from one step of weights to the next, and of sums */
-    _tile_zero(0);
-    _tile_zero(1);
+    dq_tile_begin(0, add, sums);
+    dq_tile_begin(1, add, sums + 16);
     if (second <= 0) {
-        for (ptrdiff_t i = 0; i < steps; i += DQ_STEPS) {
+        for (ptrdiff_t i = 0; i < steps; i += deep) {
             _tile_loadd(4, a + 4 * i, stride);
             _tile_loadd(6, w + lines * i, lines);
             _tile_dpbsud(0, 4, 6);
@@ -574,9 +583,9 @@ static inline void dq_tiles(const uint8_t* w, const uint8_t* a, ptrdiff_t stride
             _tile_dpbsud(1, 4, 7);
         }
     } else {
-        _tile_zero(2);
-        _tile_zero(3);
-        for (ptrdiff_t i = 0; i < steps; i += DQ_STEPS) {
+        dq_tile_begin(2, add, sums + 32 * second);
+        dq_tile_begin(3, add, sums + 32 * second + 16);
+        for (ptrdiff_t i = 0; i < steps; i += deep) {
             _tile_loadd(6, w + lines * i, lines);
             _tile_loadd(4, a + 4 * i, stride);
             _tile_dpbsud(0, 4, 6);
@@ -592,10 +601,24 @@ static inline void dq_tiles(const uint8_t* w, const uint8_t* a, ptrdiff_t stride
     _tile_stored(0, sums, lines);
     _tile_stored(1, sums + 16, lines);
 }
+#define DQ_GROUP_TILES_FROM 5
+static inline void dq_unpack_units(const uint8_t* w, uint8_t* steps, ptrdiff_t units) {
+    const __m512i low = _mm512_set1_epi8(0x0F);
+    for (ptrdiff_t i = 0; i < units; i++)
+        for (int half = 0; half < 128; half += 64) {
+            const __m512i v = _mm512_loadu_si512(w + 128 * i + half);
+            _mm512_storeu_si512(steps + 256 * i + half, _mm512_and_si512(v, low));
+            _mm512_storeu_si512(steps + 256 * i + 128 + half, _mm512_and_si512(_mm512_srli_epi16(v, 4), low));
+        }
+}
 #else
 #define DQ_STEPS 2
 #define DQ_TILES_FROM 5
-static inline void dq_tiles_begin(int rows) { (void)rows; }
+#define DQ_GROUP_TILES_FROM 0
+static inline void dq_unpack_units(const uint8_t* w, uint8_t* steps, ptrdiff_t units) {
+    (void)w, (void)steps, (void)units;
+}
+static inline void dq_tiles_begin(int rows, int deep) { (void)rows, (void)deep; }
 static inline void dq_tiles_end(void) {}
 #if defined(__AVX512VNNI__)
 #define DQ_TILE_ROWS 8
@@ -612,7 +635,8 @@ static inline void dq_tiles_end(void) {}
     _mm512_storeu_si512(sums + 32 * r, s##r); \
     _mm512_storeu_si512(sums + 32 * r + 16, t##r);
 static inline void dq_tiles(const uint8_t* w, const uint8_t* a, ptrdiff_t stride, int rows, int32_t* sums,
-                            ptrdiff_t steps) {
+                            ptrdiff_t steps, int deep, int add) {
+    (void)deep, (void)add;
     __m512i w0, w1, x;
     DQ_EACH_ROW(DQ_BEGIN)
     for (ptrdiff_t i = 0; i < steps; i++) {
@@ -627,8 +651,8 @@ static inline void dq_tiles(const uint8_t* w, const uint8_t* a, ptrdiff_t stride
 #else
 #define DQ_TILE_ROWS 4 /* tile_4 does it all */
 static inline void dq_tiles(const uint8_t* w, const uint8_t* a, ptrdiff_t stride, int rows, int32_t* sums,
-                            ptrdiff_t steps) {
-    (void)w, (void)a, (void)stride, (void)rows, (void)sums, (void)steps;
+                            ptrdiff_t steps, int deep, int add) {
+    (void)w, (void)a, (void)stride, (void)rows, (void)sums, (void)steps, (void)deep, (void)add;
 }
 #endif
 #endif

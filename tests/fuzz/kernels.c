@@ -680,8 +680,11 @@ static void matmul4(void) {
 /* 4-bit weights: (rows, ceil(k / 2)) nibbles, a scale and perhaps a zero point for each group. */
 static void groups(void) {
     const int long_groups = take(1) == 255;
-    const int64_t k = long_groups ? 8193 + length(20000) : 1 + length(700), rows = 1 + take(1) % kernels->panel_outputs;
-    const int64_t m = 1 + take(1) % 6, group = long_groups ? 8193 + take(2) % (k - 8192) : 1 + take(2) % k;
+    /* Groups of whole tiles of AMX, with as many rows as these have, or any. */
+    const int64_t unit = long_groups || take(1) % 2 ? 1 : 32, any_k = 1 + length(700), at_most = any_k < 300 ? 70 : 6;
+    const int64_t k = long_groups ? 8193 + length(20000) : (any_k + unit - 1) / unit * unit;
+    const int64_t group = long_groups ? 8193 + take(2) % (k - 8192) : (1 + take(2) % (k / unit)) * unit;
+    const int64_t m = 1 + take(1) % (unit > 1 ? at_most : 6), rows = 1 + take(1) % kernels->panel_outputs;
     const int64_t count = (k + group - 1) / group, bytes = (k + 1) / 2, all = kernels->panel_outputs;
     const int symmetric = take(1) % 2;
     const float *scales = moderate_floats(rows * count, take(1)), *a_scales = moderate_floats(m, 0);
@@ -705,8 +708,8 @@ static void groups(void) {
     same_floats("scales", scales_back, scales, rows * count);
     if (!symmetric) same("zero points", zeros_back, zeros, rows * count);
     for (int64_t r = 0; r < m; r++) kernels->pack_group_activation_s8(codes + r * k, a + r * width, k, group);
-    kernels->gemm_panel_u4s8_f32(panel, panel_scales, panel_zeros, bias, a, a_scales, out, stride, m, rows, k, group,
-                                 take(1) % 2 * 8192);
+    kernels->gemm_u4s8_f32(panel, panel_scales, panel_zeros, bias, a, a_scales, out, stride, m, rows, k, group,
+                           take(1) % 2 * 8192);
     for (int64_t r = 0; r < m; r++)
         for (int64_t c = 0; c < rows; c++) {
             float total = total_of(w + c * bytes, scales + c * count, symmetric ? NULL : zeros + c * count,
