@@ -14,7 +14,7 @@ LEAK_CALLS ?= 100000
 CLANG ?= clang
 
 # Python is not instrumented: a sanitizer's library must be there before it. Python itself leaks on purpose.
-SANITIZED := PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+SANITIZED := PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
 library = $$($(CC) -print-file-name=$(1).so)
 # Without meaning there: how much memory and time is taken, an allocator replaced, another processor emulated.
 UNSANITIZED := $(addprefix --deselect tests/test_,memory.py allocation.py old_cpus.py \

@@ -330,22 +330,27 @@ cdef int32_t ranked_bits_of_block(const Floats* x, Py_ssize_t rank) noexcept nog
 
 # The same for one part of many floats. A sample says between which magnitudes the one at `rank` should be,
 # and a pass over x keeps those that are; where they are more than there is room for, they give the next
-# sample. One pass or two are enough as a rule, near the speed of memory. What this cannot find, because of
-# how values are repeated or ordered, ranked_bits does.
+# sample. One pass or two are enough as a rule, near the speed of memory. Where a sample cannot raise the lower
+# bound, many values may be equal to it: the next pass leaves these out, and so tells whether the one at `rank`
+# is among them. What is not found so, because of how values are ordered, ranked_bits finds.
 cdef int32_t ranked_bits_by_sample(const Floats* x, Py_ssize_t rank) noexcept nogil:
     cdef int32_t kept[KEPT]
     cdef int32_t sample[SAMPLE]
-    cdef int32_t low, high
+    cdef int32_t low = -1, high = NON_FINITE - 1, equal
     cdef int64_t below = 0
     cdef int finite = 1
     cdef Py_ssize_t found = x.n, i
     for i in range(SAMPLE):
         sample[i] = bits_at(x, i * (x.n // SAMPLE))
-    for _ in range(3):
+    for _ in range(4):
+        equal = low
         bracket(sample, <double> (rank - below) / found, &low, &high)
+        low += low == equal
         found = keep_between(x, low, high, kept, &below, &finite)
         if not finite:
             return NON_FINITE
+        if rank < below and low == equal + 1:
+            return equal
         if not below <= rank < below + found:
             break
         if low == high:
@@ -375,14 +380,16 @@ cdef inline int32_t ranked_of(const int32_t* bits, Py_ssize_t n, Py_ssize_t rank
     return ranked_bits_of_block(&x, rank)
 
 
-# Bounds that should hold the magnitude at `place`, from 0 to 1, of what was sampled: four standard deviations
-# and a bit to either side.
+# Narrows the bounds to where the magnitude at `place`, from 0 to 1, of what was sampled should be: four
+# standard deviations and a bit to either side.
 cdef void bracket(const int32_t* sample, double place, int32_t* low, int32_t* high) noexcept nogil:
     cdef double middle = place * SAMPLE
     cdef Py_ssize_t margin = <Py_ssize_t> (4 * sqrt(middle * (1 - place if place < 1 else 0))) + 4
     cdef Py_ssize_t first = <Py_ssize_t> middle - margin, last = <Py_ssize_t> middle + margin
-    low[0] = ranked_of(sample, SAMPLE, first) if first > 0 else 0
-    high[0] = ranked_of(sample, SAMPLE, last) if last < SAMPLE else NON_FINITE - 1
+    if first > 0:
+        low[0] = max(low[0], ranked_of(sample, SAMPLE, first))
+    if last < SAMPLE:
+        high[0] = min(high[0], ranked_of(sample, SAMPLE, last))
 
 
 cdef Py_ssize_t keep_between(const Floats* x, int32_t low, int32_t high, int32_t* kept, int64_t* below,
@@ -432,7 +439,7 @@ cpdef Py_ssize_t percentile_rank(double p, Py_ssize_t n) noexcept nogil:
 # Returns False, with scale untouched, if the row is not finite.
 cdef bint scale_of(const Floats* x, float clip, Py_ssize_t rank, float* scale) noexcept nogil:
     cdef int32_t bits
-    if rank < 0:
+    if rank < 0 or rank == x.n - 1:
         bits = amax_bits(x)
     elif x.n <= BLOCK:
         bits = ranked_bits_of_block(x, rank)

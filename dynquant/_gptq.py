@@ -64,9 +64,17 @@ class SecondMoments:
     def __init__(self, batches: Iterable[NDArray[np.float32]], k: int) -> None:
         self.used, self.held_out = np.zeros((k, k)), np.zeros((k, k))
         self.rows = [0, 0]
+        # Small batches are gathered: a product costs k * k additions more, for however few rows.
+        block, filled = np.empty((_ROWS, k)), 0
         for batch in batches:
-            for first in range(0, len(batch), _ROWS):
-                self._add(batch[first : first + _ROWS].astype(np.float64))
+            for part in np.split(batch, range(_ROWS - filled, len(batch), _ROWS)):
+                block[filled : filled + len(part)] = part
+                filled += len(part)
+                if filled == _ROWS:
+                    self._add(block)
+                    filled = 0
+        if filled:
+            self._add(block[:filled])
         if not any(self.rows):
             raise EmptyInputError("calibration: expected at least one row, got none")
 

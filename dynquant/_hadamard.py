@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import _core
-from ._validate import F32, as_floats, check_finite, checked_out, float_rows
+from ._validate import F32, as_count, as_floats, check_finite, checked_out, float_rows
 from .errors import ParameterError, ShapeMismatchError
 
 if TYPE_CHECKING:
@@ -89,10 +89,7 @@ def _block_size(block_size: int | None, n: int) -> int:
     """`block_size`, checked, or the one for n."""
     if block_size is None:
         return hadamard_block(n)
-    try:
-        block = operator.index(block_size)
-    except TypeError as error:
-        raise ParameterError(f"block_size: expected an int, got {block_size!r}") from error
-    if block < 1 or block & (block - 1) or n % block:
+    block = as_count(block_size, "block_size")
+    if block & (block - 1) or n % block or block > sys.maxsize:
         raise ParameterError(f"block_size: expected a power of two that divides {n}, got {block_size!r}")
     return block

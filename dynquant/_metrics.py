@@ -69,7 +69,8 @@ def error_metrics(
 
     Notes
     -----
-    Differences, squares and sums are float64; a tensor is never dequantised whole.
+    Both sides are taken as float32; differences, squares and sums are float64. A tensor is never dequantised
+    whole.
 
     Examples
     --------

@@ -25,8 +25,8 @@ _ALPHAS = tuple(i / 20 for i in range(21))
 # What is worked on at once: bytes of quantised weights over all candidates, and floats of inputs and outputs.
 _LAYER_BYTES = 1 << 24
 _ROW_FLOATS = 1 << 19
-# Outputs are taken in whole panels of the kernels, which are of 16 at most.
-_OUTPUTS = 16
+# Outputs are taken in whole panels of the kernels, which are of 32 at most.
+_OUTPUTS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +107,9 @@ def search_alpha(
     -----
     For each candidate `QuantLinear` is built and called, and the squares of what its output is away from the
     product in float64 are added up. Layers are built for some outputs at a time and called on some rows at a
-    time: about 25 MiB of scratch, and 8 bytes for each candidate and token. The float64 product is NumPy's,
-    on as many threads as NumPy is set to.
+    time: about 25 MiB of scratch, or 32 bytes for each input and candidate and 400 for each input if that is
+    more; and 8 bytes for each candidate and token. The float64 product is NumPy's, on as many threads as
+    NumPy is set to.
 
     Channels that were never active have factor 1 in either mode.
 

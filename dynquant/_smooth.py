@@ -246,7 +246,7 @@ def smooth_activations(
     Returns
     -------
     ndarray of float32
-        `out` if it was given.
+        `out` if it was given. A quotient beyond float32 is infinite.
 
     Raises
     ------
@@ -280,7 +280,7 @@ def smooth_weights(
     -------
     ndarray of float32
         `out` if it was given. With activations divided by the same factors the layer's output stays what it
-        was, up to rounding.
+        was, up to rounding. A product beyond float32 is infinite.
 
     Raises
     ------

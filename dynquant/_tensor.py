@@ -33,7 +33,7 @@ class Percentile:
     ----------
     p : float
         0 < p <= 1. Of ``n`` magnitudes in ascending order the one at index ``max(ceil(p * n) - 1, 0)`` is
-        taken (nearest rank).
+        taken (nearest rank); up to 2**24 magnitudes the product is one of float32.
 
     Raises
     ------
@@ -238,7 +238,8 @@ class DynQuantTensor:
         Returns
         -------
         ndarray of float32, shape `shape`
-            `out` if it was given.
+            `out` if it was given. The product is rounded once: the largest floats of all, coded as 127, may
+            come out as infinity.
 
         Raises
         ------

@@ -242,6 +242,12 @@ def as_path(value: Any) -> str:
     path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else value
     if not isinstance(path, str):
         raise ParameterError(f"path: expected a str or os.PathLike, got {value!r}")
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise ParameterError(f"path: expected a name that a file can have, got {value!r}") from error
+    if b"\0" in encoded:
+        raise ParameterError(f"path: expected a name that a file can have, got {value!r}")
     return path
 
 

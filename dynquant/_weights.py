@@ -46,7 +46,7 @@ def quantize_weights(
         nothing.
     search : bool
         Choose each range by the least squared error among the whole one and its 31/32 ... 10/32, instead of
-        the whole one. Takes 45 to 75 times as long.
+        the whole one. Takes 25 to 80 times as long.
     calibration : array_like of floats, (rows, in_features), optional
         Inputs that the layer has had; or a list, tuple or iterator of such arrays, which are read one after
         the other. Codes are then chosen so that their errors cancel in the output on such inputs.

@@ -1,5 +1,6 @@
 """CalibStats.collect against float64 and a full sort."""
 
+import array
 import dataclasses
 import pickle
 
@@ -99,12 +100,25 @@ def test_iterables():
         assert CalibStats.collect(batches) == expected
 
 
+class Exporter:
+    """Other libraries' arrays: nothing of it can be iterated."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __array__(self, dtype=None, copy=None):
+        return self.x
+
+
 def test_an_array_is_one_batch():
     """It is not walked along its axis, which here would never end."""
     x = np.random.default_rng(0).standard_normal(10_000).astype(F32)
     assert CalibStats.collect(x) == CalibStats.collect([x])
     with pytest.raises(MemoryError):
         CalibStats.collect(np.broadcast_to(F32(1), (2**46,)))
+    for same in (array.array("f", x), x.tolist(), tuple(x.tolist()), Exporter(x)):
+        assert CalibStats.collect(same) == CalibStats.collect([x])
+    assert CalibStats.collect([1.0, [2.0, 3.0], 4]) == CalibStats.collect([[1.0, 2.0, 3.0, 4.0]])
     x[7_000] = np.nan
     with pytest.raises(NonFiniteError) as caught:
         CalibStats.collect(x)

@@ -1,5 +1,6 @@
 """Every way to call wrongly: what is raised, what it says, and that nothing was changed."""
 
+import array
 import builtins
 import copy
 import dataclasses
@@ -473,7 +474,7 @@ BAD_CALLS = [
         )
     ),
     # Calibration
-    *each([None, 5.0, 3], DTypeError, "batches: expected an iterable", CalibStats.collect),
+    *each([None, 5.0, 3, b"a", np.array(5.0)], DTypeError, "batches: expected an iterable", CalibStats.collect),
     *each(
         [3, memoryview(np.ones((1, 2)))],
         ParameterError,
@@ -482,6 +483,8 @@ BAD_CALLS = [
     ),
     *each([[], (), iter([]), [[]], [X[:0], []], X[:0]], EmptyInputError, "batches:", CalibStats.collect),
     *each([["a"], "ab", [X, None]], DTypeError, "batches[", CalibStats.collect),
+    *each([array.array("i", [1]), X.astype(int), [True], [10**400]], DTypeError, "batches[0]:",
+          CalibStats.collect),
     *each([0, -1, 1.0, "2", True, [1]], ParameterError, "channels: expected an int >= 1", Calibrator),
     *each([2**61, 10**30], ParameterError, "channels: expected an int <=", Calibrator),
     *each([None, X, CalibStats.collect([X])], ParameterError, "other: expected a Calibrator", SEEN.merge),
@@ -499,6 +502,8 @@ BAD_CALLS = [
     Bad(ParameterError, "channels:", Calibrator().channel_percentile, (0.5,)),
     *each([None, 3, b"x", [1]], ParameterError, "path: expected a str or os.PathLike", SEEN.save),
     *each([None, 3, b"x", [1]], ParameterError, "path: expected a str or os.PathLike", Calibrator.load),
+    *each(["a\0b", "\ud800"], ParameterError, "path: expected a name that a file can have", SEEN.save),
+    *each(["a\0b", "\ud800"], ParameterError, "path: expected a name that a file can have", Calibrator.load),
     *each([__file__, os.devnull], ParameterError, "path: expected an archive of", Calibrator.load),
     # Integer products
     *each([WEIGHT.tolist(), WEIGHT.astype(np.int16), WEIGHT.astype(np.uint8), X, None, "w"], DTypeError,

@@ -19,6 +19,7 @@ from dynquant import (
     smooth_activations,
     smooth_weights,
 )
+from dynquant._gptq import SecondMoments
 
 F32 = np.float32
 
@@ -127,12 +128,19 @@ def batches_of(x, lengths):
 @pytest.mark.parametrize("lengths", [[64], [1] * 64, [3, 40, 21], [8, 56]])
 @pytest.mark.parametrize("kind", [list, tuple, iter, lambda batches: (b for b in batches)])
 def test_batches_are_one_array(lengths, kind):
-    # Small integers: their products add up exactly in any order.
-    x = np.random.default_rng(0).integers(-3, 4, (64, 20)).astype(F32)
-    w = weights(6, 20)
+    x, w = correlated(64, 20), weights(6, 20)
     whole = quantize_weights(w, bits=4, group_size=8, calibration=x)
     parts = quantize_weights(w, bits=4, group_size=8, calibration=kind(batches_of(x, lengths)))
     assert_same_bits(parts.data, whole.data)
+
+
+@pytest.mark.parametrize("lengths", [[1] * 2500, [1023, 2, 1024, 451], [1500, 1000], [5] * 500])
+def test_batches_are_added_up_together(lengths):
+    x = correlated(2500, 20)
+    whole, parts = SecondMoments([x], 20), SecondMoments(iter(batches_of(x, lengths)), 20)
+    assert whole.rows == parts.rows
+    assert_same_bits(parts.used, whole.used)
+    assert_same_bits(parts.held_out, whole.held_out)
 
 
 @pytest.mark.parametrize(

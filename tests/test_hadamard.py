@@ -90,10 +90,16 @@ def test_out_and_in_place():
     assert_same_bits(x, y)
 
 
-@pytest.mark.parametrize("block_size", [0, -2, 3, 6, 16, 2.0, "8"])
+@pytest.mark.parametrize("block_size", [0, -2, 3, 6, 16, 2.0, "8", True, 2**70])
 def test_bad_block_sizes(block_size):
     with pytest.raises(ParameterError, match="block_size"):
         hadamard_transform(np.ones(24, F32), block_size=block_size)
+
+
+def test_a_block_that_divides_0():
+    assert hadamard_transform(np.empty((3, 0), F32), block_size=4).shape == (3, 0)
+    with pytest.raises(ParameterError, match="block_size"):
+        hadamard_transform(np.empty((3, 0), F32), block_size=2**70)
 
 
 def test_errors_change_nothing():

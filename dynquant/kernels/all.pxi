@@ -41,6 +41,7 @@ cdef extern from "kernels/simd.h" nogil:
     enum: DQ_BETWEEN_STEP
     uint32_t dq_between_step(const float* x, int32_t low, int32_t high, int64_t* below, int* finite)
     int dq_lowest_bit(uint32_t bits)
+    int dq_count_bits(uint32_t bits)
     void dq_prefetch(const void* bytes, size_t n)
     dq_sums dq_sums_zero()
     dq_sums dq_sums_load(const int32_t* s)

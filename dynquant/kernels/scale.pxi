@@ -73,6 +73,9 @@ cdef Py_ssize_t keep_between_f32(const float* x, int32_t low, int32_t high, int3
     cdef int32_t b
     while i + DQ_BETWEEN_STEP <= n:
         inside = dq_between_step(x + i, low, high, below, finite)
+        if found >= room:
+            found += dq_count_bits(inside)
+            inside = 0
         while inside:
             if found < room:
                 kept[found] = dq_bits(x[i + dq_lowest_bit(inside)]) & 0x7FFFFFFF

@@ -252,6 +252,17 @@ static inline int dq_lowest_bit(uint32_t bits) {
 #endif
 }
 
+/* How many bits are set. */
+static inline int dq_count_bits(uint32_t bits) {
+#if defined(__AVX2__)
+    return _mm_popcnt_u32(bits);
+#else
+    int count = 0;
+    for (; bits; bits &= bits - 1) count++;
+    return count;
+#endif
+}
+
 /* acc += w[i] * a[i] over DQ_DOT_STEP elements, w in [-128, 127], a in [-127, 127]; exact as long as every
    lane's sum fits int32. dq_acc_sum adds up the lanes, whose total must fit too.
 
