@@ -330,9 +330,9 @@ cdef int32_t ranked_bits_of_block(const Floats* x, Py_ssize_t rank) noexcept nog
 
 # The same for one part of many floats. A sample says between which magnitudes the one at `rank` should be,
 # and a pass over x keeps those that are; where they are more than there is room for, they give the next
-# sample. One pass or two are enough as a rule, near the speed of memory. Where a sample cannot raise the lower
-# bound, many values may be equal to it: the next pass leaves these out, and so tells whether the one at `rank`
-# is among them. What is not found so, because of how values are ordered, ranked_bits finds.
+# sample. One pass or two are enough as a rule, near the speed of memory. Where a sample cannot raise the
+# lower bound, many values may be equal to it: the next pass leaves these out, and so tells whether the one at
+# `rank` is among them. What is not found so, because of how values are ordered, ranked_bits finds.
 cdef int32_t ranked_bits_by_sample(const Floats* x, Py_ssize_t rank) noexcept nogil:
     cdef int32_t kept[KEPT]
     cdef int32_t sample[SAMPLE]
