@@ -55,7 +55,8 @@ typedef struct dynquant_api {
     int (*amax_f32)(const float *x, int64_t n, float *amax);
 
     /* *magnitude = the one at index max(ceil(p * n) - 1, 0) of the |x[i]| in ascending order (nearest rank,
-       exact), 0 < p <= 1; 0 for n = 0. Linear time, whatever the values are. */
+       exact; up to n = 2**24 the product is one of float32), 0 < p <= 1; 0 for n = 0. Linear time, whatever the
+       values are. */
     int (*percentile_f32)(const float *x, int64_t n, double p, float *magnitude);
 
     /* *scale = the largest magnitude / clip, one division; 0 when all is zero or the quotient underflows.
