@@ -332,8 +332,8 @@ cdef int32_t ranked_bits_of_block(const Floats* x, Py_ssize_t rank) noexcept nog
 # and a pass over x keeps those that are; where they are more than there is room for, they give the next
 # sample. One pass or two are enough as a rule, near the speed of memory. Where a sample cannot raise the
 # lower bound, many values may be equal to it: the next pass leaves these out, and so tells whether the one at
-# `rank` is among them. -1 where it is not found so, because of how values are ordered: not left to ranked_bits
-# from here, since the scratch of both is more than a small stack has.
+# `rank` is among them. -1 where it is not found so, because of how values are ordered: ranked_bits is not
+# called from here, since the scratch of both is more than a small stack has.
 cdef int32_t ranked_bits_by_sample(const Floats* x, Py_ssize_t rank) noexcept nogil:
     cdef int32_t kept[KEPT]
     cdef int32_t sample[SAMPLE]
