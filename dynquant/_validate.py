@@ -243,11 +243,11 @@ def as_path(value: Any) -> str:
     if not isinstance(path, str):
         raise ParameterError(f"path: expected a str or os.PathLike, got {value!r}")
     try:
-        encoded = os.fsencode(path)
-    except UnicodeEncodeError as error:
-        raise ParameterError(f"path: expected a name that a file can have, got {value!r}") from error
-    if b"\0" in encoded:
-        raise ParameterError(f"path: expected a name that a file can have, got {value!r}")
+        if b"\0" in os.fsencode(path):
+            raise ValueError("a null character")
+    except ValueError as error:
+        message = f"path: expected a name that a file can have, got {value!r} ({error})"
+        raise ParameterError(message) from error
     return path
 
 
