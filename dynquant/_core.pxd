@@ -28,7 +28,8 @@ cpdef Py_ssize_t percentile_rank(double p, Py_ssize_t n) noexcept nogil
 cdef bint scale_of(const Floats* x, float clip, Py_ssize_t rank, float* scale) noexcept nogil
 cdef void code_row(const Floats* x, const QuantRow* row, int32_t clip) noexcept nogil
 cdef void value_row(const QuantRow* row, bint stream, float* out, Py_ssize_t n) noexcept nogil
-cdef void scale_columns_of_row(const Floats* x, const float* factors, bint divide, float* out) noexcept nogil
+cdef bint scale_columns_of_rows(const Floats* x, const float* factors, bint divide, float* out, Py_ssize_t m,
+                                Py_ssize_t k) noexcept nogil
 cdef Py_ssize_t panels_of(Py_ssize_t n) noexcept nogil
 cdef void pack_panels(const int8_t* w, Py_ssize_t n, uint8_t* panels, Py_ssize_t k) noexcept nogil
 cdef void code_activation(const Floats* x, float scale, uint8_t* a) noexcept nogil

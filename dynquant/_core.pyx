@@ -28,7 +28,7 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_RawFree, PyMem_RawMallo
 from cpython.object cimport PyObject, PyObject_GenericSetAttr
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.pyport cimport PY_SSIZE_T_MAX
-from libc.math cimport ceil, pow, sqrt
+from libc.math cimport INFINITY, ceil, pow, sqrt
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
 
@@ -63,6 +63,7 @@ cdef enum:
     F16 = 1
     BF16 = 2
     NON_FINITE = 0x7F800000
+    MOST_DIVIDED = 0x5F800000
     BLOCK = 4096
     KEPT = 8192
     SAMPLE = 2048
@@ -937,20 +938,44 @@ cdef void scale_columns_of_row(const Floats* x, const float* factors, bint divid
         start += n
 
 
-def scale_columns(FloatRows x not None, const float[::1] factors not None, bint divide,
-                  float[:, ::1] out not None):
-    """out = x / factors or x * factors, row by row; out may be x itself.
-
-    The last row is first, because the facade's search for NaN has just read it.
-    """
-    cdef Py_ssize_t r
+# out = x / factors or x * factors for m rows of k, factors above 0; out may be x itself. Returns whether x is
+# finite; where it is not, nothing is done. The last rows are first, because the search for NaN has just read them.
+cdef bint scale_columns_of_rows(const Floats* x, const float* factors, bint divide, float* out, Py_ssize_t m,
+                                Py_ssize_t k) noexcept nogil:
+    cdef int32_t bits = amax_bits(x)
+    cdef bint by_fours = divide and x.kind == F32 and quotients_are_normal(bits, factors, k)
     cdef Floats row
-    if x.k == 0:
-        return
+    if bits >= NON_FINITE:
+        return False
+    while m >= 4 and by_fours:
+        m -= 4
+        row = part_of(x, m * k, 4 * k)
+        kernels.divide_4_rows_f32(<const float*> row.data, factors, out + m * k, k, k)
+    while m > 0:
+        m -= 1
+        row = part_of(x, m * k, k)
+        scale_columns_of_row(&row, factors, divide, out + m * k)
+    return True
+
+
+# Whether divide_4_rows_f32 may take magnitudes up to the one of bits `most`, and these factors.
+cdef bint quotients_are_normal(int32_t most, const float* factors, Py_ssize_t k) noexcept nogil:
+    cdef float low = INFINITY, high = 0
+    kernels.min_max_row_f32(factors, &low, &high, k)
+    return most <= MOST_DIVIDED and low >= <float> 8.673617379884035e-19 and high <= <float> 1152921504606846976.0
+
+
+def scale_columns(FloatRows x not None, factors not None, bint divide, out not None):
+    """out = x / factors or x * factors, row by row; out may be x itself. Returns whether x is finite."""
+    cdef Floats flat = x.flat()
+    cdef Memory f = Memory(factors, PyBUF_SIMPLE)
+    cdef Memory o = Memory(out)
+    cdef bint finite
+    check_size(f.view.len, x.k * <Py_ssize_t> sizeof(float))
+    check_size(o.view.len, flat.n * <Py_ssize_t> sizeof(float))
     with nogil:
-        for r in range(x.m - 1, -1, -1):
-            row = x.row(r)
-            scale_columns_of_row(&row, &factors[0], divide, &out[r, 0])
+        finite = scale_columns_of_rows(&flat, <const float*> f.view.buf, divide, <float*> o.view.buf, x.m, x.k)
+    return finite
 
 
 # Rotate every run of `block` elements of x (n,), in place; block divides n.
@@ -975,6 +1000,14 @@ def all_finite(FloatRows x not None):
     with nogil:
         bits = amax_bits(&flat)
     return bits < NON_FINITE
+
+
+def all_positive(x not None):
+    """Whether every element of a float32 vector, all of which are finite, is above 0."""
+    cdef Memory v = Memory(x, PyBUF_SIMPLE)
+    cdef float least = INFINITY, most = 0
+    kernels.min_max_row_f32(<const float*> v.view.buf, &least, &most, v.view.len // <Py_ssize_t> sizeof(float))
+    return least > 0
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from . import _core
 from ._gptq import calibration_batches
 from ._hadamard import hadamard_block, rotate_named
 from ._matmul import by_group, check_weight, multiply, packed_linear
-from ._smooth import smooth_activations, smooth_weights
+from ._smooth import as_factors, smooth_activations, smooth_weights
 from ._tensor import DynQuantFormat, DynQuantTensor, check_field
 from ._validate import (
     F32,
@@ -104,7 +104,7 @@ class QuantLinear:
         self._format = weight.format
         self._symmetric = weight.zero_points is None
         self._bias = None if bias is None else as_finite_vector(bias, "bias", self._n).copy()
-        self._smooth = None if smooth is None else _as_factors(self._k, smooth).copy()
+        self._smooth = None if smooth is None else as_factors(smooth, "smooth", self._k).copy()
         self._hadamard = as_flag(hadamard, "hadamard")
         block = _rotation(self._k) if self._hadamard else 0
         self._layer = packed_linear(weight, self._bias, self._smooth, block)
@@ -174,7 +174,7 @@ class QuantLinear:
         w = as_matrix(weight, "weight", "(out_features, in_features)")
         n, k = w.shape
         offset = None if bias is None else as_finite_vector(bias, "bias", n)
-        factors = None if smooth is None else _as_factors(k, smooth)
+        factors = None if smooth is None else as_factors(smooth, "smooth", k)
         check_finite(w, "weight")
         if factors is not None:
             w = smooth_weights(w, factors)
@@ -328,15 +328,6 @@ def _prepared(
 def _rotation(k: int) -> int:
     """Channels that are rotated together."""
     return min(hadamard_block(k), _MOST_ROTATED)
-
-
-def _as_factors(k: int, smooth: ArrayLike) -> NDArray[np.float32]:
-    factors = as_finite_vector(smooth, "smooth")
-    if factors.size != k:
-        raise FeatureDimMismatchError(k, factors.size, "smooth")
-    if not (factors > 0).all():
-        raise ParameterError(f"smooth: expected numbers above 0, got {factors.min()}")
-    return factors
 
 
 _COMMON_NAMES = {"weight_scales", "bias", "smooth", "hadamard"}

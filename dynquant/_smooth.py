@@ -301,24 +301,25 @@ def _scale_columns(
     array = as_floats(x, name)
     if array.ndim == 0:
         raise ShapeMismatchError("(..., in_features)", array.shape, name)
-    f = _as_factors(factors)
-    if f.size != array.shape[-1]:
-        raise FeatureDimMismatchError(array.shape[-1], f.size)
+    f = as_factors(factors, "factors", array.shape[-1])
     if out is None:
         out = np.empty(array.shape, F32)
     else:
         own = x if isinstance(x, np.ndarray) else array
         checked_out(out, array.shape, F32, f, factors, in_place=own)
-    check_finite(array, name)
     m, k = out.size // max(f.size, 1), f.size
-    _core.scale_columns(float_rows(array, m, k), f, divide, out.reshape(m, k))
+    if not _core.scale_columns(float_rows(array, m, k), f, divide, out):
+        raise_non_finite(array, name)
     return out
 
 
-def _as_factors(factors: Any) -> NDArray[np.float32]:
-    f = as_finite_vector(factors, "factors")
-    if not (f > 0).all():
-        raise ParameterError(f"factors: expected numbers above 0, got {f.min()}")
+def as_factors(x: Any, name: str, k: int | None = None) -> NDArray[np.float32]:
+    """`x` as a vector of smoothing factors, for `k` channels if that is given."""
+    f = as_finite_vector(x, name)
+    if k not in (None, f.size):
+        raise FeatureDimMismatchError(k, f.size, name)
+    if not _core.all_positive(f):
+        raise ParameterError(f"{name}: expected numbers above 0, got {f.min()}")
     return f
 
 
@@ -367,7 +368,7 @@ def fold_smooth_factors(
     >>> gamma.tolist(), beta.tolist()
     ([0.5, 2.0], [0.0, 6.0])
     """
-    f = _as_factors(factors)
+    f = as_factors(factors, "factors")
     return _folded(gamma, f, "gamma"), None if beta is None else _folded(beta, f, "beta")
 
 

@@ -153,7 +153,8 @@ def checked_out(
     It may not share memory with `inputs`, arguments and what they were converted to; with `in_place`, an
     array, only by being the very same elements.
     """
-    if type(out) is ndarray and in_place is None and out.dtype is dtype and fits(out, shape, inputs):
+    apart_from = inputs if in_place is None or in_place is out else (*inputs, in_place)
+    if type(out) is ndarray and out.dtype is dtype and fits(out, shape, apart_from):
         return out  # as nearly always; what follows takes as long as quantising a thousand floats
     if type(out) is not ndarray and (
         not isinstance(out, ndarray) or hasattr(out, "mask") or isinstance(out, np.matrix)

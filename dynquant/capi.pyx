@@ -27,7 +27,7 @@ from dynquant._core cimport (
     pack_panels,
     panels_of,
     percentile_rank,
-    scale_columns_of_row,
+    scale_columns_of_rows,
     scale_of,
     value_row,
 )
@@ -355,21 +355,19 @@ cdef int dynquant_w8a8_matmul(const void* packed, const float* w_scales, const f
 
 cdef inline int scale_rows(const float* x, const float* factors, int64_t m, int64_t k, bint divide,
                            float* out) noexcept nogil:
-    cdef Py_ssize_t r, j
+    cdef Py_ssize_t j
     cdef bint above = True
-    cdef Floats row
+    cdef Floats rows
     if not is_shape(m, k):
         return DYNQUANT_BAD_ARGUMENT
-    if not (all_finite(factors, k) and all_finite(x, m * k)):
+    if not all_finite(factors, k):
         return DYNQUANT_NON_FINITE
     for j in range(k):
         above &= factors[j] > 0
     if not above:
-        return DYNQUANT_BAD_ARGUMENT
-    for r in range(m - 1, -1, -1):  # the last row first: the search for NaN has just read it
-        row = floats(x + r * k, k)
-        scale_columns_of_row(&row, factors, divide, out + r * k)
-    return DYNQUANT_OK
+        return DYNQUANT_BAD_ARGUMENT if all_finite(x, m * k) else DYNQUANT_NON_FINITE
+    rows = floats(x, m * k)
+    return DYNQUANT_OK if scale_columns_of_rows(&rows, factors, divide, out, m, k) else DYNQUANT_NON_FINITE
 
 
 cdef int dynquant_divide_rows_f32(const float* x, const float* factors, int64_t m, int64_t k,

@@ -28,6 +28,7 @@ from dynquant import (
     dynamic_quantize,
     hadamard_transform,
     simd_info,
+    smooth_activations,
     w4a8_matmul,
     w8a8_matmul,
     w8a8_matvec,
@@ -166,6 +167,13 @@ def test_quantize(n):
                 codes, scales = reference.quantize(x, fmt.clip, p)
                 assert_same_bits(q.data, codes, name)
                 assert_same_bits(q.scales, scales, name)
+
+
+def test_division_by_factors():
+    rng = np.random.default_rng(1)
+    x = np.stack(list(distributions(333, rng).values()))
+    factors = rng.uniform(0.01, 100, 333).astype(F32)
+    assert_same_bits(smooth_activations(x, factors), reference.smooth_activations(x, factors))
 
 
 def test_float16_and_rotation():

@@ -44,7 +44,7 @@ class Arena:
     GUARD = 64
 
     def __init__(self):
-        self.memory = memory(4 * len(LENGTHS) * (LONGEST + 4 * self.GUARD), 0)
+        self.memory = memory(4 * len(LENGTHS) * (5 * LONGEST + 4 * self.GUARD), 0)
         self.memory[:] = 0xA5
         self.used = 0
 
@@ -175,17 +175,19 @@ def test_calibrator(dtype):
 
 @pytest.mark.parametrize("smooth", [smooth_activations, smooth_weights], ids=lambda smooth: smooth.__name__)
 @pytest.mark.parametrize("in_place", [False, True])
-def test_smoothing(smooth, in_place):
-    """divide_row and multiply_row."""
+@pytest.mark.parametrize("rows", [1, 5])
+def test_smoothing(smooth, rows, in_place):
+    """divide_row, its form for four rows, and multiply_row."""
     rng = np.random.default_rng(6)
-    x, factors = floats(rng, LONGEST), rng.uniform(0.01, 9, LONGEST).astype(F32)
+    x, factors = floats(rng, rows * LONGEST), rng.uniform(0.01, 9, LONGEST).astype(F32)
 
     def calls(arena, offset):
         view, columns = array_at(offset, x), array_at(60 - offset, factors)
         for n in LENGTHS:
-            out = arena.slot(n, offset if in_place else 60 - offset, F32)
-            out[:] = view[:n]
-            yield smooth(out if in_place else view[:n], columns[:n], out=out).size
+            matrix = view[: rows * n].reshape(rows, n)
+            out = arena.slot(rows * n, offset if in_place else 60 - offset, F32).reshape(rows, n)
+            out[:] = matrix
+            yield smooth(out if in_place else matrix, columns[:n], out=out).size
 
     compare(calls, range(0, 64, 4))
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import reference
-from common import F32, assert_same_bits, distributions, real_layer
+from common import F32, ISAS, assert_same_bits, distributions, real_layer, using
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -355,6 +355,73 @@ def test_extreme_quotients(smooth, isa):
     for factor in (1e-45, 1e-38, 2.0**-126, 0.3, 3.0, 1e38, 3e38):
         factors = np.full(x.size, factor, F32)
         assert_same_bits(smooth(x, factors), SMOOTH[smooth](x, factors), f"{factor}")
+
+
+def near_ties(odd, shift):
+    """Dividends, in rows, for the divisors ``b = odd << shift``; all are integers of 24 bits.
+
+    They are all those whose quotients lie within 8 / (2**25 * b) of a tie of two floats, but at one: with a tie at
+    t / 2**24 or t / 2**25, for an odd t, a * 2**24 - b * t or a * 2**25 - b * t is between -8 and 8. For each such
+    difference one t modulo a power of two leaves an integer a. Where there is none, b stands for it.
+    """
+    b, inverse = odd << shift, odd.copy()
+    for _ in range(5):  # each doubles the low bits in which odd * inverse is 1
+        inverse = inverse * (2 - odd * inverse) & 0xFFFFFFFF
+    for bits in (24, 25):
+        modulus = 1 << (bits - shift)
+        for difference in range(-8 >> shift, (8 >> shift) + 1):
+            t = inverse * -difference % modulus
+            for t in t + np.arange(1 << 24, 1 << 25, modulus)[:, None] if modulus < 1 << 25 else [t]:
+                a = (b * t + (difference << shift)) >> bits
+                inside = (t >= 1 << 24) & (t % 2 == 1) & (a >= 1 << 23) & (a < 1 << 24)
+                yield np.where(inside, a, b)
+
+
+@pytest.mark.parametrize("shift", range(4))
+def test_every_quotient_next_to_a_tie(shift):
+    """Where a quotient found by multiplying would be rounded to the wrong side, if it were anywhere."""
+    run, tried = 1 << 15, 0
+    for first in range((1 << 23) >> shift, (1 << 24) >> shift, run):
+        odd = np.arange(first + 1, first + run, 2)
+        b = (odd << shift).astype(F32)
+        a = np.array(list(near_ties(odd, shift))).astype(F32)
+        tried += np.count_nonzero(a != b)
+        for isa in ISAS[1:]:
+            with using(isa):
+                assert_same_bits(smooth_activations(a, b), a / b, isa)
+    assert tried > 1000
+
+
+@pytest.mark.parametrize("exponents", [(0, 1), (-60, 60), (-62, -58), (58, 62)])
+def test_quotients_of_every_size(exponents, isa):
+    """Close to a tie as well; zeros of both signs, and numbers too small for the quickest way, are strewn in."""
+    rng = np.random.default_rng(8)
+    k = 50_000
+    powers = rng.integers(*exponents, k)
+    fractions = rng.integers(0, 1 << 23, k)
+    fractions[::10] = (1 << 23) - rng.integers(1, 9, k // 10)
+    factors = ((1 + fractions * 2.0**-23) * 2.0**powers).astype(F32)
+    for rows in (4, 9):
+        ties = 1 + (rng.integers(0, 1 << 23, (rows, k)) + 0.5) * 2.0**-23
+        x = (ties * factors * 2.0 ** (rng.integers(-62, 62, (rows, k)) - powers)).astype(F32)
+        x = (x.view(np.int32) + rng.integers(-1, 2, x.shape, dtype=np.int32)).view(F32)
+        x[rng.random(x.shape) < 0.5] *= -1
+        x[rng.random(x.shape) < 0.02] = 0
+        x[rng.random(x.shape) < 0.02] = -0.0
+        x[rng.random(x.shape) < 0.001] *= F32(2.0**-70)
+        assert_same_bits(smooth_activations(x, factors), reference.smooth_activations(x, factors))
+        x[2, k // 2] = F32(2.0**65)
+        assert_same_bits(smooth_activations(x, factors), reference.smooth_activations(x, factors))
+
+
+@pytest.mark.parametrize("size", [2.0**-149, 2.0**-130, 2.0**-102, 2.0**-65, 2.0**-64, 2.0**64, 2.0**65, 2.0**127])
+def test_quotients_of_one_size(size, isa):
+    rng = np.random.default_rng(7)
+    factors = (rng.uniform(1, 2, 256) * 2.0 ** rng.integers(-59, 59, 256)).astype(F32)
+    factors[:2] = 2.0**-60, 2.0**60
+    x = np.minimum(rng.uniform(1, 2, (4, 256)) * size, np.finfo(F32).max).astype(F32)
+    x[:, ::7] = -x[:, ::7]
+    assert_same_bits(smooth_activations(x, factors), reference.smooth_activations(x, factors))
 
 
 @each_product

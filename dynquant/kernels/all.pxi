@@ -24,6 +24,8 @@ cdef extern from "kernels/simd.h" nogil:
     void dq_stream_end()
     enum: DQ_VALUES
     void dq_stream_values(const int8_t* codes, float scale, float* out)
+    enum: DQ_QUOTIENTS
+    int dq_quotients(const float* x, const float* factors, float* out, Py_ssize_t stride)
     float dq_widen(uint16_t h)
     void dq_widen_step(const uint16_t* x, float* out)
     enum: DQ_LANES
@@ -139,6 +141,7 @@ kernels.shift_row_u4_s8 = shift_row_u4_s8
 kernels.column_amax_row_f32 = column_amax_row_f32
 kernels.column_amax_4_rows_f32 = column_amax_4_rows_f32
 kernels.divide_row_f32 = divide_row_f32
+kernels.divide_4_rows_f32 = divide_4_rows_f32
 kernels.multiply_row_f32 = multiply_row_f32
 kernels.dot_s8s8_s64 = dot_s8s8_s64
 kernels.matvec_s8s8_f32 = matvec_s8s8_f32

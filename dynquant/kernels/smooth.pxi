@@ -39,6 +39,25 @@ cdef void divide_row_f32(const float* x, const float* factors, float* out, Py_ss
             out[i] = x[i] / factors[i]
 
 
+# The same for four rows, `stride` apart in both, which share what takes the place of a division. Factors and
+# |x| are as dq_quotients asks.
+cdef void divide_4_rows_f32(const float* x, const float* factors, float* out, Py_ssize_t stride,
+                            Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i = 0
+    while DQ_QUOTIENTS and i + DQ_QUOTIENTS <= n:
+        if dq_quotients(x + i, factors + i, out + i, stride):
+            divide_rows(x + i, factors + i, out + i, stride, DQ_QUOTIENTS)
+        i += DQ_QUOTIENTS
+    divide_rows(x + i, factors + i, out + i, stride, n - i)
+
+
+cdef inline void divide_rows(const float* x, const float* factors, float* out, Py_ssize_t stride,
+                             Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t r
+    for r in range(4):
+        divide_row_f32(x + stride * r, factors, out + stride * r, n)
+
+
 # out[j] = x[j] * factors[j], as divide_row_f32.
 cdef void multiply_row_f32(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i

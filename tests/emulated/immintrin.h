@@ -21,6 +21,7 @@ static inline __m256i emulated_dpbusd(__m256i acc, __m256i a, __m256i b) {
 
 #else
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -60,12 +61,20 @@ static inline __m512i _mm512_srli_epi16(__m512i a, int n) { return (__m512i)((em
 static inline __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
 static inline __m512 _mm512_sub_ps(__m512 a, __m512 b) { return a - b; }
 static inline __m512 _mm512_mul_ps(__m512 a, __m512 b) { return a * b; }
-/* Rounded twice, which simd.h allows wherever it asks for these. */
-static inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) { return a * b + c; }
-static inline __m512 _mm512_fnmadd_ps(__m512 a, __m512 b, __m512 c) { return c - a * b; }
+static inline __m512 _mm512_div_ps(__m512 a, __m512 b) { return a / b; }
 static inline __m512i _mm512_castps_si512(__m512 a) { return (__m512i)a; }
 
 #define EMULATED_EACH(n) for (int i = 0; i < (n); i++)
+/* Rounded twice, which simd.h allows wherever it asks for this one. */
+static inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) { return a * b + c; }
+static inline __m512 _mm512_fmsub_ps(__m512 a, __m512 b, __m512 c) {
+    EMULATED_EACH(16) a[i] = fmaf(a[i], b[i], -c[i]);
+    return a;
+}
+static inline __m512 _mm512_fnmadd_ps(__m512 a, __m512 b, __m512 c) {
+    EMULATED_EACH(16) a[i] = fmaf(-a[i], b[i], c[i]);
+    return a;
+}
 static inline __m512 _mm512_cvtepi32_ps(__m512i a) { __m512 r; EMULATED_EACH(16) r[i] = (float)a[i]; return r; }
 static inline __m512i _mm512_cvtepi8_epi32(__m128i a) { __m512i r; EMULATED_EACH(16) r[i] = (int8_t)a[i]; return r; }
 static inline __m512i _mm512_cvtepu8_epi32(__m128i a) { __m512i r; EMULATED_EACH(16) r[i] = a[i]; return r; }
@@ -99,6 +108,15 @@ static inline __m512i _mm512_ternarylogic_epi32(__m512i a, __m512i b, __m512i c,
     __m512i r = {0};
     EMULATED_EACH(8) if (table >> i & 1) r |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
     return r;
+}
+static inline __m512i _mm512_min_epu32(__m512i a, __m512i b) {
+    EMULATED_EACH(16) a[i] = (uint32_t)a[i] < (uint32_t)b[i] ? a[i] : b[i];
+    return a;
+}
+static inline int _mm512_cmplt_epu32_mask(__m512i a, __m512i b) {
+    int mask = 0;
+    EMULATED_EACH(16) mask |= ((uint32_t)a[i] < (uint32_t)b[i]) << i;
+    return mask;
 }
 static inline int32_t _mm512_reduce_add_epi32(__m512i a) {
     uint32_t sum = 0;
