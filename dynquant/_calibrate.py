@@ -22,7 +22,7 @@ from ._validate import (
     float_rows,
     raise_non_finite,
 )
-from .errors import DTypeError, EmptyInputError, ParameterError, ShapeMismatchError
+from .errors import DTypeError, EmptyInputError, ParameterError, ShapeMismatchError, shown
 
 if TYPE_CHECKING:
     import os
@@ -247,7 +247,7 @@ class Calibrator:
     def __init__(self, channels: int | None = None) -> None:
         self._channels = None if channels is None else as_count(channels, "channels")
         if self._channels is not None and self._channels > _MOST_CHANNELS:
-            raise ParameterError(f"channels: expected an int <= {_MOST_CHANNELS}, got {channels!r}")
+            raise ParameterError(f"channels: expected an int <= {_MOST_CHANNELS}, got {shown(channels)}")
         self._count = 0
         self._extremes = np.array([np.inf, -np.inf], F32)
         self._sums = np.zeros(4)
@@ -639,7 +639,7 @@ class Calibrator:
 
 
 def _raise_state(path: str, found: str) -> NoReturn:
-    raise ParameterError(f"path: expected the state of a Calibrator, got {path!r} with {found}")
+    raise ParameterError(f"path: expected the state of a Calibrator, got {shown(path)} with {found}")
 
 
 def _exact_sum(counts: NDArray[np.int64]) -> int:

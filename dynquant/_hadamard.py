@@ -9,7 +9,7 @@ import numpy as np
 
 from . import _core
 from ._validate import F32, as_count, as_floats, check_finite, checked_out, float_rows
-from .errors import ParameterError, ShapeMismatchError
+from .errors import ParameterError, ShapeMismatchError, shown
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -91,5 +91,5 @@ def _block_size(block_size: int | None, n: int) -> int:
         return hadamard_block(n)
     block = as_count(block_size, "block_size")
     if block & (block - 1) or n % block or block > sys.maxsize:
-        raise ParameterError(f"block_size: expected a power of two that divides {n}, got {block_size!r}")
+        raise ParameterError(f"block_size: expected a power of two that divides {n}, got {shown(block_size)}")
     return block

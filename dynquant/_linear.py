@@ -33,7 +33,6 @@ from ._weights import quantize_matrix, weight_format
 from .errors import (
     DTypeError,
     EmptyInputError,
-    FeatureDimMismatchError,
     ParameterError,
     ShapeMismatchError,
 )

@@ -20,7 +20,7 @@ from ._validate import (
     checked_out,
     float_rows,
 )
-from .errors import EmptyInputError, ParameterError, ShapeMismatchError
+from .errors import EmptyInputError, ParameterError, ShapeMismatchError, shown
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -290,7 +290,7 @@ def check_weight(weight: Any, *, int8: bool) -> None:
     int4 = fmt.packed and fmt.granularity != "per_tensor"
     if not (int4 or (int8 and fmt == DynQuantFormat.INT8_PER_ROW)):
         kinds = ("int8 per row or " if int8 else "") + "packed 4-bit codes per row or per group"
-        raise ParameterError(f"weight: expected {kinds}, got {weight!r}")
+        raise ParameterError(f"weight: expected {kinds}, got {shown(weight)}")
     if len(weight.shape) != 2:
         raise ShapeMismatchError("(out_features, in_features)", weight.shape, "weight")
     check_arrays(weight)

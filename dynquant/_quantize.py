@@ -30,7 +30,7 @@ from ._validate import (
     float_rows,
     raise_non_finite,
 )
-from .errors import ParameterError, ShapeMismatchError
+from .errors import ParameterError, ShapeMismatchError, shown
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -91,7 +91,7 @@ def compute_scale(x: ArrayLike, clip_val: float, mode: DynamicScaleMode = _MAX_A
     if not _core.scale_rows(float_rows(array, 1, array.size), scale, clip, rank, rank, array.size or 1):
         raise_non_finite(array, "x")
     if not np.isfinite(scale[0]):
-        raise ParameterError(f"clip_val: expected a scale within float32, got {scale[0]} with {clip_val!r}")
+        raise ParameterError(f"clip_val: expected a scale within float32, got {scale[0]} with {clip}")
     return float(scale[0])
 
 
@@ -205,7 +205,7 @@ def dynamic_quantize(
     ([[1, -7, 3]], [1.0])
     """
     if not isinstance(format, DynQuantFormat):
-        raise ParameterError(f"format: expected a DynQuantFormat, got {format!r}")
+        raise ParameterError(f"format: expected a DynQuantFormat, got {shown(format)}")
     return quantize_named(x, packed_format(format, packed), mode, out, as_thread_count(num_threads))
 
 
@@ -263,7 +263,7 @@ def rank_of(mode: DynamicScaleMode, n: int) -> int:
         return -1
     if isinstance(mode, Percentile):
         return mode.rank(n) if n else -1
-    raise ParameterError(f"mode: expected MaxAbs() or Percentile(p), got {mode!r}")
+    raise ParameterError(f"mode: expected MaxAbs() or Percentile(p), got {shown(mode)}")
 
 
 def quantize_named(

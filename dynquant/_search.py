@@ -14,7 +14,7 @@ from ._smooth import SmoothQuantConfig, as_weights, channel_magnitudes, factors_
 from ._tensor import DynamicScaleMode, MaxAbs
 from ._validate import F32, as_flag, as_matrix
 from ._weights import weight_format
-from .errors import EmptyInputError, NonFiniteError, ParameterError
+from .errors import EmptyInputError, InvalidAlphaError, NonFiniteError, ParameterError, shown
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -150,10 +150,17 @@ def _configs(alphas: Iterable[float] | None, epsilon: float) -> list[SmoothQuant
     try:
         values = list(_ALPHAS if alphas is None else alphas)
     except (TypeError, NotImplementedError) as error:  # the latter from a memoryview of more than one axis
-        raise ParameterError(f"alphas: expected an iterable of numbers, got {alphas!r}") from error
+        raise ParameterError(f"alphas: expected an iterable of numbers, got {shown(alphas)}") from error
     if not values:
         raise EmptyInputError("alphas: expected at least one number, got none")
-    return [SmoothQuantConfig(alpha, epsilon) for alpha in values]
+    return [_config(alpha, epsilon, f"alphas[{i}]") for i, alpha in enumerate(values)]
+
+
+def _config(alpha: Any, epsilon: float, name: str) -> SmoothQuantConfig:
+    try:
+        return SmoothQuantConfig(alpha, epsilon)
+    except InvalidAlphaError as error:
+        raise InvalidAlphaError(alpha, name) from error
 
 
 def _output_errors(

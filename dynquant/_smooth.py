@@ -29,6 +29,7 @@ from .errors import (
     InvalidAlphaError,
     ParameterError,
     ShapeMismatchError,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class SmoothQuantConfig:
         if not 0 <= alpha <= 1:
             raise InvalidAlphaError(self.alpha)
         if not 1e-10 <= as_number(self.epsilon, "epsilon") < float(np.finfo(np.float32).max):
-            raise ParameterError(f"epsilon: expected a finite number >= 1e-10, got {self.epsilon!r}")
+            raise ParameterError(f"epsilon: expected a finite number >= 1e-10, got {shown(self.epsilon)}")
 
 
 _DEFAULT = SmoothQuantConfig()
@@ -142,7 +143,7 @@ def compute_smooth_factors(
     [2.0, 1.0]
     """
     if not isinstance(config, SmoothQuantConfig):
-        raise ParameterError(f"config: expected a SmoothQuantConfig, got {config!r}")
+        raise ParameterError(f"config: expected a SmoothQuantConfig, got {shown(config)}")
     a = as_floats(activations, "activations")
     if a.ndim == 1:
         act_amax = _as_magnitudes(a, mode)
@@ -192,7 +193,7 @@ def channel_magnitudes(matrix: NDArray[Any], mode: DynamicScaleMode) -> NDArray[
 
 def _as_magnitudes(vector: NDArray[Any], mode: DynamicScaleMode) -> NDArray[np.float32]:
     if not isinstance(mode, MaxAbs):
-        raise ParameterError(f"mode: expected MaxAbs() for magnitudes of one axis, got {mode!r}")
+        raise ParameterError(f"mode: expected MaxAbs() for magnitudes of one axis, got {shown(mode)}")
     if vector.size == 0:
         raise EmptyInputError("activations: expected at least one element, got shape (0,)")
     magnitudes = as_finite_vector(vector, "activations")

@@ -14,7 +14,7 @@ import numpy as np
 
 from . import _core
 from ._validate import F32, I8, U8, as_array, as_count, as_flag, as_number, checked_out
-from .errors import DTypeError, InvalidPercentileError, ParameterError, ShapeMismatchError
+from .errors import DTypeError, InvalidPercentileError, ParameterError, ShapeMismatchError, shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -96,20 +96,21 @@ class DynQuantFormat:
     def __post_init__(self) -> None:
         integral = isinstance(self.bits, numbers.Integral) and not isinstance(self.bits, bool)
         if not integral or self.bits not in (4, 8):
-            raise ParameterError(f"bits: expected 4 or 8, got {self.bits!r}")
+            raise ParameterError(f"bits: expected 4 or 8, got {shown(self.bits)}")
         object.__setattr__(self, "bits", int(self.bits))
         object.__setattr__(self, "packed", as_flag(self.packed, "packed"))
         named = type(self.granularity) is str
         if not named or self.granularity not in ("per_tensor", "per_row", "per_group"):
             raise ParameterError(
-                f"granularity: expected 'per_tensor', 'per_row' or 'per_group', got {self.granularity!r}"
+                f"granularity: expected 'per_tensor', 'per_row' or 'per_group', got {shown(self.granularity)}"
             )
         if self.granularity == "per_group":
             object.__setattr__(self, "group_size", as_count(self.group_size, "group_size"))
         elif self.group_size is not None:
-            raise ParameterError(f"group_size: expected None {self.granularity}, got {self.group_size!r}")
+            got = shown(self.group_size)
+            raise ParameterError(f"group_size: expected None {self.granularity}, got {got}")
         if self.packed and self.bits != 4:
-            raise ParameterError(f"packed: expected False for {self.bits}-bit codes, got {self.packed!r}")
+            raise ParameterError(f"packed: expected False for {self.bits}-bit codes, got {self.packed}")
 
     @classmethod
     def int8_per_group(cls, group_size: int) -> DynQuantFormat:
@@ -202,7 +203,7 @@ class DynQuantTensor:
 
     def __post_init__(self) -> None:
         if not isinstance(self.format, DynQuantFormat):
-            raise ParameterError(f"format: expected a DynQuantFormat, got {self.format!r}")
+            raise ParameterError(f"format: expected a DynQuantFormat, got {shown(self.format)}")
         object.__setattr__(self, "shape", _as_shape(self.shape))
         if self.format.granularity != "per_tensor" and not self.shape:
             raise ShapeMismatchError("(..., k)", self.shape, "shape")
@@ -280,9 +281,9 @@ def _as_shape(shape: Any) -> tuple[int, ...]:
     try:
         lengths = tuple(operator.index(length) for length in shape)
     except (TypeError, NotImplementedError) as error:  # the latter from a memoryview of more than one axis
-        raise ParameterError(f"shape: expected a tuple of ints, got {shape!r}") from error
+        raise ParameterError(f"shape: expected a tuple of ints, got {shown(shape)}") from error
     if any(length < 0 for length in lengths):
-        raise ParameterError(f"shape: expected lengths >= 0, got {shape!r}")
+        raise ParameterError(f"shape: expected lengths >= 0, got {shown(shape)}")
     return lengths
 
 

@@ -18,6 +18,7 @@ from .errors import (
     NonFiniteError,
     ParameterError,
     ShapeMismatchError,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -207,11 +208,11 @@ def _apart_or_same(out: NDArray[Any], x: NDArray[Any]) -> bool:
 def as_number(value: Any, name: str) -> float:
     """`value` as a float; NaN passes, since it fails every range check that follows."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ParameterError(f"{name}: expected a real number, got {value!r}")
+        raise ParameterError(f"{name}: expected a real number, got {shown(value)}")
     try:
         return float(value)
     except OverflowError as error:
-        raise ParameterError(f"{name}: expected a number within float64, got {value!r}") from error
+        raise ParameterError(f"{name}: expected a number within float64, got {shown(value)}") from error
 
 
 def as_thread_count(value: Any) -> int:
@@ -222,14 +223,14 @@ def as_thread_count(value: Any) -> int:
 def as_flag(value: Any, name: str) -> bool:
     """`value` as a bool; NumPy's is one too."""
     if not isinstance(value, (bool, np.bool_)):
-        raise ParameterError(f"{name}: expected a bool, got {value!r}")
+        raise ParameterError(f"{name}: expected a bool, got {shown(value)}")
     return bool(value)
 
 
 def as_count(value: Any, name: str) -> int:
     """`value` as an int, at least 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ParameterError(f"{name}: expected an int >= 1, got {value!r}")
+        raise ParameterError(f"{name}: expected an int >= 1, got {shown(value)}")
     return int(value)
 
 
@@ -242,12 +243,12 @@ def as_path(value: Any) -> str:
     """`value`, a str or os.PathLike, as a str."""
     path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else value
     if not isinstance(path, str):
-        raise ParameterError(f"path: expected a str or os.PathLike, got {value!r}")
+        raise ParameterError(f"path: expected a str or os.PathLike, got {shown(value)}")
     try:
         if b"\0" in os.fsencode(path):
             raise ValueError("a null character")
     except ValueError as error:
-        message = f"path: expected a name that a file can have, got {value!r} ({error})"
+        message = f"path: expected a name that a file can have, got {shown(value)} ({error})"
         raise ParameterError(message) from error
     return path
 
@@ -257,5 +258,5 @@ def as_clip(value: Any) -> float:
     with np.errstate(all="ignore"):
         clip = float(np.float32(as_number(value, "clip_val")))
     if not (clip > 0 and math.isfinite(clip)):
-        raise ParameterError(f"clip_val: expected a finite number above 0, got {value!r}")
+        raise ParameterError(f"clip_val: expected a finite number above 0, got {shown(value)}")
     return clip

@@ -13,7 +13,7 @@ from ._gptq import SecondMoments, calibration_batches, compensate
 from ._tensor import DynQuantFormat, DynQuantTensor, as_run, tensor_of_checked
 from ._threads import over_rows
 from ._validate import F32, U8, as_flag, as_matrix, as_thread_count, check_finite, float_rows
-from .errors import ParameterError
+from .errors import ParameterError, shown
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -108,9 +108,9 @@ def weight_format(bits: Any, group_size: Any, symmetric: Any) -> tuple[DynQuantF
         symmetric = fmt.bits == 8
     symmetric = as_flag(symmetric, "symmetric")
     if fmt.bits == 8 and group_size is not None:
-        raise ParameterError(f"group_size: expected None for 8-bit weights, got {group_size!r}")
+        raise ParameterError(f"group_size: expected None for 8-bit weights, got {shown(group_size)}")
     if fmt.bits == 8 and not symmetric:
-        raise ParameterError(f"symmetric: expected True or None for 8-bit weights, got {symmetric!r}")
+        raise ParameterError(f"symmetric: expected True or None for 8-bit weights, got {shown(symmetric)}")
     return fmt, symmetric
 
 

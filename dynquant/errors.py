@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 __all__ = [
@@ -17,6 +18,18 @@ __all__ = [
     "ParameterError",
     "ShapeMismatchError",
 ]
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200
+
+
+def shown(value: Any) -> str:
+    """`value` in a message: its repr, shortened; where that fails, as with ints of 5,000 digits, its type."""
+    try:
+        return _REPR.repr(value)
+    except Exception:
+        return object.__repr__(value)
 
 
 class DynQuantError(Exception):
@@ -77,14 +90,17 @@ class InvalidAlphaError(DynQuantError, ValueError):
     Attributes
     ----------
     alpha : float
+    argument : str
+        Name of the argument.
     """
 
-    def __init__(self, alpha: Any) -> None:
-        super().__init__(alpha)
+    def __init__(self, alpha: Any, argument: str = "alpha") -> None:
+        super().__init__(alpha, argument)
         self.alpha = alpha
+        self.argument = argument
 
     def __str__(self) -> str:
-        return f"alpha: expected a number in [0, 1], got {self.alpha!r}"
+        return f"{self.argument}: expected a number in [0, 1], got {shown(self.alpha)}"
 
 
 class InvalidPercentileError(DynQuantError, ValueError):
@@ -100,7 +116,7 @@ class InvalidPercentileError(DynQuantError, ValueError):
         self.p = p
 
     def __str__(self) -> str:
-        return f"p: expected a number in (0, 1], got {self.p!r}"
+        return f"p: expected a number in (0, 1], got {shown(self.p)}"
 
 
 class NonFiniteError(DynQuantError, ValueError):

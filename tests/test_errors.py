@@ -446,7 +446,7 @@ BAD_CALLS = [
     # Search
     *each([2.0, ROW, X[None], []], ShapeMismatchError, "activations:", lambda a: search_alpha(a, X)),
     *each([X[:0], X[:, :0]], EmptyInputError, "activations:", lambda a: search_alpha(a, X)),
-    *each(NOT_AN_ALPHA, InvalidAlphaError, "alpha: expected",
+    *each(NOT_AN_ALPHA, InvalidAlphaError, "alphas[1]: expected",
           lambda alpha: search_alpha(X, X, alphas=[0.5, alpha])),
     *each([0.5, 1], ParameterError, "alphas: expected", lambda alphas: search_alpha(X, X, alphas=alphas)),
     *each([[], (), iter([])], EmptyInputError, "alphas:", lambda alphas: search_alpha(X, X, alphas=alphas)),
@@ -625,6 +625,7 @@ INSTANCES = [
     (FeatureDimMismatchError(4, 3), "factors: expected 4 in_features, got 3"),
     (FeatureDimMismatchError(4, 3, "weights"), "weights: expected 4 in_features, got 3"),
     (InvalidAlphaError(1.5), "alpha: expected a number in [0, 1], got 1.5"),
+    (InvalidAlphaError(-1, "alphas[3]"), "alphas[3]: expected a number in [0, 1], got -1"),
     (InvalidPercentileError("x"), "p: expected a number in (0, 1], got 'x'"),
     (NonFiniteError(7, -INF), "x: expected finite values, got -inf at flat index 7"),
     (NonFiniteError(0, INF, "weights"), "weights: expected finite values, got inf at flat index 0"),
@@ -642,6 +643,26 @@ def test_text_pickle_and_copy(error, text):
     for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
         assert type(twin) is type(error)
         assert (str(twin), twin.args, vars(twin)) == (text, error.args, vars(error))
+
+
+class Unprintable:
+    def __repr__(self):
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize("value", [-(10**5000), "x" * 10**6, [0.1] * 10**6, Unprintable()], ids=type)
+def test_a_message_is_short_whatever_was_given(value):
+    for call in (
+        lambda: Percentile(value),
+        lambda: SmoothQuantConfig(value),
+        lambda: DynQuantFormat(value, "per_tensor"),
+        lambda: dynamic_quantize_int8(X, value),
+        lambda: dynamic_quantize_int8_per_row(X, num_threads=value),
+        lambda: compute_scale(X, value),
+    ):
+        with pytest.raises((ParameterError, InvalidPercentileError, InvalidAlphaError)) as error:
+            call()
+        assert len(str(error.value)) < 400
 
 
 def test_every_exception_is_of_both_kinds():
