@@ -63,7 +63,10 @@ cdef enum:
     F16 = 1
     BF16 = 2
     NON_FINITE = 0x7F800000
+    # The bits of 2**64, 2**-60 and 2**60.
     MOST_DIVIDED = 0x5F800000
+    LEAST_FACTOR = 0x21800000
+    MOST_FACTOR = 0x5D800000
     BLOCK = 4096
     KEPT = 8192
     SAMPLE = 2048
@@ -939,7 +942,7 @@ cdef void scale_columns_of_row(const Floats* x, const float* factors, bint divid
 
 
 # out = x / factors or x * factors for m rows of k, factors above 0; out may be x itself. Returns whether x is
-# finite; where it is not, nothing is done. The last rows are first, because the search for NaN has just read them.
+# finite; where it is not, nothing is done. The last rows are first: the search for NaN has just read them.
 cdef bint scale_columns_of_rows(const Floats* x, const float* factors, bint divide, float* out, Py_ssize_t m,
                                 Py_ssize_t k) noexcept nogil:
     cdef int32_t bits = amax_bits(x)
@@ -962,7 +965,7 @@ cdef bint scale_columns_of_rows(const Floats* x, const float* factors, bint divi
 cdef bint quotients_are_normal(int32_t most, const float* factors, Py_ssize_t k) noexcept nogil:
     cdef float low = INFINITY, high = 0
     kernels.min_max_row_f32(factors, &low, &high, k)
-    return most <= MOST_DIVIDED and low >= <float> 8.673617379884035e-19 and high <= <float> 1152921504606846976.0
+    return most <= MOST_DIVIDED and low >= dq_float(LEAST_FACTOR) and high <= dq_float(MOST_FACTOR)
 
 
 def scale_columns(FloatRows x not None, factors not None, bint divide, out not None):
@@ -974,7 +977,8 @@ def scale_columns(FloatRows x not None, factors not None, bint divide, out not N
     check_size(f.view.len, x.k * <Py_ssize_t> sizeof(float))
     check_size(o.view.len, flat.n * <Py_ssize_t> sizeof(float))
     with nogil:
-        finite = scale_columns_of_rows(&flat, <const float*> f.view.buf, divide, <float*> o.view.buf, x.m, x.k)
+        finite = scale_columns_of_rows(&flat, <const float*> f.view.buf, divide, <float*> o.view.buf,
+                                       x.m, x.k)
     return finite
 
 
@@ -1006,7 +1010,8 @@ def all_positive(x not None):
     """Whether every element of a float32 vector, all of which are finite, is above 0."""
     cdef Memory v = Memory(x, PyBUF_SIMPLE)
     cdef float least = INFINITY, most = 0
-    kernels.min_max_row_f32(<const float*> v.view.buf, &least, &most, v.view.len // <Py_ssize_t> sizeof(float))
+    cdef Py_ssize_t n = v.view.len // <Py_ssize_t> sizeof(float)
+    kernels.min_max_row_f32(<const float*> v.view.buf, &least, &most, n)
     return least > 0
 
 
