@@ -63,10 +63,9 @@ cdef enum:
     F16 = 1
     BF16 = 2
     NON_FINITE = 0x7F800000
-    # The bits of 2**64, 2**-60 and 2**60.
     MOST_DIVIDED = 0x5F800000
-    LEAST_FACTOR = 0x21800000
-    MOST_FACTOR = 0x5D800000
+    DIVIDED_ROWS = 32
+    COLUMNS = 1024
     BLOCK = 4096
     KEPT = 8192
     SAMPLE = 2048
@@ -926,8 +925,9 @@ def smooth_factors(const float[::1] act_amax not None, const float[::1] weight_a
             factors[j] = epsilon if numerator < epsilon else numerator
 
 
-# out = x / factors or x * factors for one row; out may be x itself.
-cdef void scale_columns_of_row(const Floats* x, const float* factors, bint divide, float* out) noexcept nogil:
+# out = x / factors or x * factors for one row; out may be x itself. Where reciprocals are given, n <= BLOCK.
+cdef void scale_columns_of_row(const Floats* x, const float* factors, const float* reciprocals, bint divide,
+                               float* out) noexcept nogil:
     cdef float scratch[BLOCK]
     cdef const float* block
     cdef Py_ssize_t start = 0, n
@@ -935,9 +935,26 @@ cdef void scale_columns_of_row(const Floats* x, const float* factors, bint divid
         n = block_len(start, x.n)
         block = block_of(x, start, n, scratch)
         if divide:
-            kernels.divide_row_f32(block, factors + start, out + start, n)
+            kernels.divide_row_f32(block, factors + start, reciprocals, out + start, n)
         else:
             kernels.multiply_row_f32(block, factors + start, out + start, n)
+        start += n
+
+
+# out = x / factors for rows of k that are many enough to make up for the factors' reciprocals.
+cdef void divide_rows(const Floats* x, const float* factors, float* out, Py_ssize_t rows,
+                      Py_ssize_t k) noexcept nogil:
+    cdef float reciprocals[COLUMNS]
+    cdef Py_ssize_t start = 0, n, r
+    cdef Floats part
+    cdef bint gains
+    while start < k:
+        n = k - start if k - start < COLUMNS else COLUMNS
+        gains = kernels.reciprocals_f32(factors + start, reciprocals, n)
+        for r in range(rows):
+            part = part_of(x, r * k + start, n)
+            scale_columns_of_row(&part, factors + start, reciprocals if gains else NULL, True,
+                                 out + r * k + start)
         start += n
 
 
@@ -946,26 +963,21 @@ cdef void scale_columns_of_row(const Floats* x, const float* factors, bint divid
 cdef bint scale_columns_of_rows(const Floats* x, const float* factors, bint divide, float* out, Py_ssize_t m,
                                 Py_ssize_t k) noexcept nogil:
     cdef int32_t bits = amax_bits(x)
-    cdef bint by_fours = divide and x.kind == F32 and quotients_are_normal(bits, factors, k)
-    cdef Floats row
+    cdef bint together = divide and m >= 4 and bits <= MOST_DIVIDED
+    cdef Py_ssize_t rows = 1
+    cdef Floats part
     if bits >= NON_FINITE:
         return False
-    while m >= 4 and by_fours:
-        m -= 4
-        row = part_of(x, m * k, 4 * k)
-        kernels.divide_4_rows_f32(<const float*> row.data, factors, out + m * k, k, k)
     while m > 0:
-        m -= 1
-        row = part_of(x, m * k, k)
-        scale_columns_of_row(&row, factors, divide, out + m * k)
+        if together:
+            rows = m if m < DIVIDED_ROWS else DIVIDED_ROWS
+        m -= rows
+        part = part_of(x, m * k, rows * k)
+        if together:
+            divide_rows(&part, factors, out + m * k, rows, k)
+        else:
+            scale_columns_of_row(&part, factors, NULL, divide, out + m * k)
     return True
-
-
-# Whether divide_4_rows_f32 may take magnitudes up to the one of bits `most`, and these factors.
-cdef bint quotients_are_normal(int32_t most, const float* factors, Py_ssize_t k) noexcept nogil:
-    cdef float low = INFINITY, high = 0
-    kernels.min_max_row_f32(factors, &low, &high, k)
-    return most <= MOST_DIVIDED and low >= dq_float(LEAST_FACTOR) and high <= dq_float(MOST_FACTOR)
 
 
 def scale_columns(FloatRows x not None, factors not None, bint divide, out not None):
@@ -1077,7 +1089,7 @@ cdef Floats prepared_row(Floats x, const float* factors, Py_ssize_t block, float
     if factors == NULL and block == 0:
         return x
     if factors != NULL:
-        scale_columns_of_row(&x, factors, True, prepared)
+        scale_columns_of_row(&x, factors, NULL, True, prepared)
     else:
         while start < x.n:
             n = block_len(start, x.n)

@@ -25,7 +25,7 @@ cdef extern from "kernels/simd.h" nogil:
     enum: DQ_VALUES
     void dq_stream_values(const int8_t* codes, float scale, float* out)
     enum: DQ_QUOTIENTS
-    int dq_quotients(const float* x, const float* factors, float* out, Py_ssize_t stride)
+    int dq_quotients(const float* x, const float* factors, const float* reciprocals, float* out)
     float dq_widen(uint16_t h)
     void dq_widen_step(const uint16_t* x, float* out)
     enum: DQ_LANES
@@ -98,6 +98,8 @@ cdef enum:
     MATVEC_STEPS = MATVEC_BLOCK // DQ_DOT_STEP + 2
     GEMM_BLOCK = 1 << 16
     EXACT = 1 << 13
+    LEAST_FACTOR = 0x21800000
+    MOST_FACTOR = 0x5D800000
     AMAX_RUN = 1 << 14
     AHEAD = 384
     PANEL = 2 * DQ_LANES
@@ -140,8 +142,8 @@ kernels.unpack_row_s4_s8 = unpack_row_s4_s8
 kernels.shift_row_u4_s8 = shift_row_u4_s8
 kernels.column_amax_row_f32 = column_amax_row_f32
 kernels.column_amax_4_rows_f32 = column_amax_4_rows_f32
+kernels.reciprocals_f32 = reciprocals_f32
 kernels.divide_row_f32 = divide_row_f32
-kernels.divide_4_rows_f32 = divide_4_rows_f32
 kernels.multiply_row_f32 = multiply_row_f32
 kernels.dot_s8s8_s64 = dot_s8s8_s64
 kernels.matvec_s8s8_f32 = matvec_s8s8_f32

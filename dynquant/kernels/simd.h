@@ -12,7 +12,7 @@
    tiles           many sums steps for many rows of activations.
    codes step      the same for weights of 4 bits, 8 products for each of DQ_LANES outputs; and the end of a
                    group, where sums become floats.
-   quotients       DQ_QUOTIENTS columns of four rows divided by the same numbers, without a division for each.
+   quotients       DQ_QUOTIENTS floats divided by numbers whose reciprocals are known, without a division.
    rotation step   the passes of a Hadamard transform within one vector, which loops cannot shuffle.
 
    Each has a form in plain C that every compiler takes, and forms for what instructions offer. A form may
@@ -186,9 +186,9 @@ static inline void dq_stream_values(const int8_t* codes, float scale, float* out
 #endif
 }
 
-/* out = x / factors, rounded as the division rounds it, for DQ_QUOTIENTS columns of four rows `stride` apart; or
-   nonzero, and nothing done, where a number is so small that this could fail. Factors lie in [2**-60, 2**60], no
-   |x| is above 2**64. 0 columns where there is no such form.
+/* out = x / factors, rounded as the division rounds it, for DQ_QUOTIENTS floats, with what 1 / factors is rounded to;
+   or nonzero, and nothing done, where an |x| is so small that this could fail. Factors lie in [2**-60, 2**60], no |x|
+   is above 2**64. DQ_QUOTIENTS is 0 where there is no such form.
 
    A quotient is corrected by its remainder, as Markstein does (IBM Journal of Research and Development 34, 1990).
    Of fractions a, b in [1, 2): y = fl(1 / b) is off by 2**-25 at most, and so q = fl(a * y) by less than 1.5 ulp.
@@ -199,44 +199,44 @@ static inline void dq_stream_values(const int8_t* codes, float scale, float* out
    sign. Twice an integer is a float's without its sign; 1 less puts 0 above all others. */
 #define DQ_LEAST_DIVIDED 0x1F800000 /* the bits of 2**-64 */
 #if defined(__AVX512BW__)
-#define DQ_QUOTIENTS 16
-static inline int dq_quotients(const float* x, const float* factors, float* out, ptrdiff_t stride) {
-    const __m512 b = _mm512_loadu_ps(factors), y = _mm512_div_ps(_mm512_set1_ps(1), b);
+#define DQ_QUOTIENTS 64
+static inline int dq_quotients(const float* x, const float* factors, const float* reciprocals, float* out) {
     __m512i least = _mm512_set1_epi32(-1);
     __m512 q[4];
-    for (int r = 0; r < 4; r++) {
-        const __m512 a = _mm512_loadu_ps(x + stride * r);
+    for (int j = 0; j < 4; j++) {
+        const __m512 a = _mm512_loadu_ps(x + 16 * j), b = _mm512_loadu_ps(factors + 16 * j);
+        const __m512 y = _mm512_loadu_ps(reciprocals + 16 * j);
         const __m512i twice = _mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(a));
         least = _mm512_min_epu32(least, _mm512_sub_epi32(twice, _mm512_set1_epi32(1)));
-        q[r] = _mm512_mul_ps(a, y);
-        q[r] = _mm512_fnmadd_ps(_mm512_fmsub_ps(b, q[r], a), y, q[r]);
+        q[j] = _mm512_mul_ps(a, y);
+        q[j] = _mm512_fnmadd_ps(_mm512_fmsub_ps(b, q[j], a), y, q[j]);
     }
     if (_mm512_cmplt_epu32_mask(least, _mm512_set1_epi32(2 * DQ_LEAST_DIVIDED - 1))) return 1;
-    for (int r = 0; r < 4; r++) _mm512_storeu_ps(out + stride * r, q[r]);
+    for (int j = 0; j < 4; j++) _mm512_storeu_ps(out + 16 * j, q[j]);
     return 0;
 }
 #elif defined(__AVX2__)
-#define DQ_QUOTIENTS 8
-static inline int dq_quotients(const float* x, const float* factors, float* out, ptrdiff_t stride) {
-    const __m256 b = _mm256_loadu_ps(factors), y = _mm256_div_ps(_mm256_set1_ps(1), b);
+#define DQ_QUOTIENTS 32
+static inline int dq_quotients(const float* x, const float* factors, const float* reciprocals, float* out) {
     __m256i least = _mm256_set1_epi32(2 * DQ_LEAST_DIVIDED - 1);
     __m256 q[4];
-    for (int r = 0; r < 4; r++) {
-        const __m256 a = _mm256_loadu_ps(x + stride * r);
+    for (int j = 0; j < 4; j++) {
+        const __m256 a = _mm256_loadu_ps(x + 8 * j), b = _mm256_loadu_ps(factors + 8 * j);
+        const __m256 y = _mm256_loadu_ps(reciprocals + 8 * j);
         const __m256i twice = _mm256_add_epi32(_mm256_castps_si256(a), _mm256_castps_si256(a));
         least = _mm256_min_epu32(least, _mm256_sub_epi32(twice, _mm256_set1_epi32(1)));
-        q[r] = _mm256_mul_ps(a, y);
-        q[r] = _mm256_fnmadd_ps(_mm256_fmsub_ps(b, q[r], a), y, q[r]);
+        q[j] = _mm256_mul_ps(a, y);
+        q[j] = _mm256_fnmadd_ps(_mm256_fmsub_ps(b, q[j], a), y, q[j]);
     }
     least = _mm256_xor_si256(least, _mm256_set1_epi32(2 * DQ_LEAST_DIVIDED - 1));
     if (!_mm256_testz_si256(least, least)) return 1;
-    for (int r = 0; r < 4; r++) _mm256_storeu_ps(out + stride * r, q[r]);
+    for (int j = 0; j < 4; j++) _mm256_storeu_ps(out + 8 * j, q[j]);
     return 0;
 }
 #else
 #define DQ_QUOTIENTS 0
-static inline int dq_quotients(const float* x, const float* factors, float* out, ptrdiff_t stride) {
-    (void)x, (void)factors, (void)out, (void)stride;
+static inline int dq_quotients(const float* x, const float* factors, const float* reciprocals, float* out) {
+    (void)x, (void)factors, (void)reciprocals, (void)out;
     return 1;
 }
 #endif

@@ -27,9 +27,32 @@ cdef void column_amax_4_rows_f32(const float* x, Py_ssize_t stride, int32_t* ama
         amax_bits[i] = b if b > amax_bits[i] else amax_bits[i]
 
 
-# out[j] = x[j] / factors[j]. out may be x itself, which has a loop of its own: between two pointers that
-# may be equal the compiler's overlap check falls back to scalar code.
-cdef void divide_row_f32(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil:
+# reciprocals[j] = 1 / factors[j]. Returns whether divide_row_f32 takes them, and gains by them: not where a
+# factor is very large or small.
+cdef bint reciprocals_f32(const float* factors, float* reciprocals, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int32_t beyond = DQ_QUOTIENTS == 0
+    for i in range(n):
+        reciprocals[i] = <float> 1.0 / factors[i]
+        beyond |= not LEAST_FACTOR <= dq_bits(factors[i]) <= MOST_FACTOR
+    return not beyond
+
+
+# out[j] = x[j] / factors[j]; the quicker way if reciprocals, as reciprocals_f32 gave them, are not NULL, and
+# then no |x| is above 2**64. out may be x itself.
+cdef void divide_row_f32(const float* x, const float* factors, const float* reciprocals, float* out,
+                         Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i = 0
+    while DQ_QUOTIENTS and reciprocals != NULL and i + DQ_QUOTIENTS <= n:
+        if dq_quotients(x + i, factors + i, reciprocals + i, out + i):
+            divide_run(x + i, factors + i, out + i, DQ_QUOTIENTS)
+        i += DQ_QUOTIENTS
+    divide_run(x + i, factors + i, out + i, n - i)
+
+
+# Where out is x itself it has a loop of its own: between two pointers that may be equal the compiler's check
+# for overlap falls back to scalar code.
+cdef inline void divide_run(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
     if x == out:
         for i in range(n):
@@ -39,26 +62,7 @@ cdef void divide_row_f32(const float* x, const float* factors, float* out, Py_ss
             out[i] = x[i] / factors[i]
 
 
-# The same for four rows, `stride` apart in both, which share what takes the place of a division. Factors and
-# |x| are as dq_quotients asks.
-cdef void divide_4_rows_f32(const float* x, const float* factors, float* out, Py_ssize_t stride,
-                            Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i = 0
-    while DQ_QUOTIENTS and i + DQ_QUOTIENTS <= n:
-        if dq_quotients(x + i, factors + i, out + i, stride):
-            divide_rows(x + i, factors + i, out + i, stride, DQ_QUOTIENTS)
-        i += DQ_QUOTIENTS
-    divide_rows(x + i, factors + i, out + i, stride, n - i)
-
-
-cdef inline void divide_rows(const float* x, const float* factors, float* out, Py_ssize_t stride,
-                             Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t r
-    for r in range(4):
-        divide_row_f32(x + stride * r, factors, out + stride * r, n)
-
-
-# out[j] = x[j] * factors[j], as divide_row_f32.
+# out[j] = x[j] * factors[j], as divide_run.
 cdef void multiply_row_f32(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
     if x == out:
