@@ -63,7 +63,7 @@ cdef enum:
     F16 = 1
     BF16 = 2
     NON_FINITE = 0x7F800000
-    MOST_DIVIDED = 0x5F800000
+    MOST_DIVIDED = 0x5F800000  # the bits of 2**64
     DIVIDED_ROWS = 32
     COLUMNS = 1024
     BLOCK = 4096
@@ -968,7 +968,7 @@ cdef bint scale_columns_of_rows(const Floats* x, const float* factors, bint divi
     cdef Floats part
     if bits >= NON_FINITE:
         return False
-    while m > 0:
+    while m > 0 and k > 0:
         if together:
             rows = m if m < DIVIDED_ROWS else DIVIDED_ROWS
         m -= rows

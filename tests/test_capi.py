@@ -383,6 +383,7 @@ def test_length_0_needs_no_memory(isa):
     call("dequantize_row_s4_f32", None, 0, 1, None)
     call("w8a8_matvec", None, None, 0, 5, np.ones(5, np.int8), 1, None)
     call("divide_rows_f32", None, None, 0, 0, None)
+    call("divide_rows_f32", None, None, 1 << 40, 0, None)
     call("multiply_rows_f32", None, np.ones(3, F32), 0, 3, None)
     assert FUNCTIONS["dot_s8s8_s64"](None, None, 0) == 0
 

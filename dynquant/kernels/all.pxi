@@ -98,8 +98,8 @@ cdef enum:
     MATVEC_STEPS = MATVEC_BLOCK // DQ_DOT_STEP + 2
     GEMM_BLOCK = 1 << 16
     EXACT = 1 << 13
-    LEAST_FACTOR = 0x21800000
-    MOST_FACTOR = 0x5D800000
+    LEAST_FACTOR = 0x21800000  # the bits of 2**-60
+    MOST_FACTOR = 0x5D800000  # of 2**60
     AMAX_RUN = 1 << 14
     AHEAD = 384
     PANEL = 2 * DQ_LANES
