@@ -22,6 +22,7 @@ __all__ = [
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 200
+_REPR.maxlevel = 1
 
 
 def shown(value: Any) -> str:

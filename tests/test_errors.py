@@ -650,7 +650,10 @@ class Unprintable:
         raise RuntimeError("no")
 
 
-@pytest.mark.parametrize("value", [-(10**5000), "x" * 10**6, [0.1] * 10**6, Unprintable()], ids=type)
+NESTED = [[["x" * 300] * 9] * 9] * 9
+
+
+@pytest.mark.parametrize("value", [-(10**5000), "x" * 10**6, [0.1] * 10**6, NESTED, Unprintable()], ids=type)
 def test_a_message_is_short_whatever_was_given(value):
     for call in (
         lambda: Percentile(value),
