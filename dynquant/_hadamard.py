@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import _core
-from ._validate import F32, as_count, as_floats, check_finite, checked_out, float_rows
+from ._validate import F32, as_count, as_floats, check_finite, checked_out, float_rows, own_memory
 from .errors import ParameterError, ShapeMismatchError, shown
 
 if TYPE_CHECKING:
@@ -66,8 +66,7 @@ def rotate_named(
         raise ShapeMismatchError("(..., n)", array.shape, name)
     block = _block_size(block_size, array.shape[-1])
     if out is not None:
-        own = x if isinstance(x, np.ndarray) else array
-        checked_out(out, array.shape, F32, in_place=own)
+        checked_out(out, array.shape, F32, in_place=own_memory(x, array))
     check_finite(array, name)
     most = float(np.finfo(F32).max) / block
     if max(map(abs, _core.min_max(float_rows(array, 1, array.size)))) > most:

@@ -21,6 +21,7 @@ from ._validate import (
     check_finite,
     checked_out,
     float_rows,
+    own_memory,
     raise_non_finite,
 )
 from .errors import (
@@ -306,8 +307,7 @@ def _scale_columns(
     if out is None:
         out = np.empty(array.shape, F32)
     else:
-        own = x if isinstance(x, np.ndarray) else array
-        checked_out(out, array.shape, F32, f, factors, in_place=own)
+        checked_out(out, array.shape, F32, f, factors, in_place=own_memory(x, array))
     m, k = out.size // max(f.size, 1), f.size
     if not _core.scale_columns(float_rows(array, m, k), f, divide, out):
         raise_non_finite(array, name)

@@ -179,6 +179,14 @@ def checked_out(
     return out
 
 
+def own_memory(x: Any, array: NDArray[Any]) -> NDArray[Any]:
+    """The memory of `x` itself, which a result may be or be apart from; or of `array`, made of it."""
+    if isinstance(x, ndarray):
+        return x
+    memory = _memory_of(x)
+    return array if memory is None else memory
+
+
 def _memory_of(x: Any) -> NDArray[Any] | None:
     """The memory that `x` has of its own, if it has any; it is not asked to make an array again."""
     if isinstance(x, ndarray):

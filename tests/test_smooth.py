@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dynquant import (
+    LayoutError,
     MaxAbs,
     Percentile,
     QuantLinear,
@@ -463,6 +464,15 @@ def test_in_place_through_another_view(smooth):
     assert_same_bits(x, expected)
     smooth(memoryview(twin), factors, out=twin)
     assert_same_bits(twin, expected)
+
+
+@each_product
+def test_a_buffer_that_is_converted_is_not_written_over(smooth):
+    memory = np.ones(16, F32)
+    x = memoryview(memory.reshape(2, 8)[:, ::2])
+    with pytest.raises(LayoutError, match="out:"):
+        smooth(x, np.full(4, 2, F32), out=memory[:8].reshape(2, 4))
+    assert (memory == 1).all()
 
 
 # Properties
