@@ -925,58 +925,66 @@ def smooth_factors(const float[::1] act_amax not None, const float[::1] weight_a
             factors[j] = epsilon if numerator < epsilon else numerator
 
 
-# out = x / factors or x * factors for one row; out may be x itself. Where reciprocals are given, n <= BLOCK.
-cdef void scale_columns_of_row(const Floats* x, const float* factors, const float* reciprocals, bint divide,
-                               float* out) noexcept nogil:
-    cdef float scratch[BLOCK]
-    cdef const float* block
-    cdef Py_ssize_t start = 0, n
-    while start < x.n:
-        n = block_len(start, x.n)
-        block = block_of(x, start, n, scratch)
-        if divide:
-            kernels.divide_row_f32(block, factors + start, reciprocals, out + start, n)
-        else:
-            kernels.multiply_row_f32(block, factors + start, out + start, n)
-        start += n
-
-
-# out = x / factors for rows of k that are many enough to make up for the factors' reciprocals.
-cdef void divide_rows(const Floats* x, const float* factors, float* out, Py_ssize_t rows,
-                      Py_ssize_t k) noexcept nogil:
+# out = x / factors or x * factors for m rows of k, some columns at a time; out may be x itself. Several rows
+# share the reciprocals of what they are divided by; no |x| of theirs is then above 2**64.
+cdef void scale_columns_of_block(const Floats* x, const float* factors, bint divide, float* out, Py_ssize_t m,
+                                 Py_ssize_t k) noexcept nogil:
+    cdef float scratch[COLUMNS]
     cdef float reciprocals[COLUMNS]
-    cdef Py_ssize_t start = 0, n, r
-    cdef Floats part
-    cdef bint gains
+    cdef const float* shared = NULL
+    cdef const float* part
+    cdef Py_ssize_t start = 0, n, r, i
     while start < k:
         n = k - start if k - start < COLUMNS else COLUMNS
-        gains = kernels.reciprocals_f32(factors + start, reciprocals, n)
-        for r in range(rows):
-            part = part_of(x, r * k + start, n)
-            scale_columns_of_row(&part, factors + start, reciprocals if gains else NULL, True,
-                                 out + r * k + start)
+        if divide and m > 1:
+            shared = reciprocals if kernels.reciprocals_f32(factors + start, reciprocals, n) else NULL
+        for r in range(m):
+            i = r * k + start
+            part = block_of(x, i, n, scratch)
+            if divide:
+                kernels.divide_row_f32(part, factors + start, shared, k, out + i, n)
+            else:
+                kernels.multiply_row_f32(part, factors + start, out + i, n)
         start += n
+
+
+# The same for any number of rows, several at a time if `together`. The last rows are first: the search for
+# NaN has just read them.
+cdef void scale_columns_of_finite(const Floats* x, const float* factors, bint divide, bint together,
+                                  float* out, Py_ssize_t m, Py_ssize_t k) noexcept nogil:
+    # Fewer than four do not make up for the reciprocals.
+    cdef Py_ssize_t most = DIVIDED_ROWS if together and m >= 4 else 1, rows
+    cdef Floats part
+    while m > 0:
+        rows = m if m < most else most
+        m -= rows
+        part = part_of(x, m * k, rows * k)
+        scale_columns_of_block(&part, factors, divide, out + m * k, rows, k)
 
 
 # out = x / factors or x * factors for m rows of k, factors above 0; out may be x itself. Returns whether x is
-# finite; where it is not, nothing is done. The last rows are first: the search for NaN has just read them.
+# finite; where it is not, nothing is done. Of short rows many are taken as one, their factors side by side.
 cdef bint scale_columns_of_rows(const Floats* x, const float* factors, bint divide, float* out, Py_ssize_t m,
                                 Py_ssize_t k) noexcept nogil:
+    cdef float side_by_side[COLUMNS]
     cdef int32_t bits = amax_bits(x)
-    cdef bint together = divide and m >= 4 and bits <= MOST_DIVIDED
-    cdef Py_ssize_t rows = 1
+    cdef bint together = not divide or bits <= MOST_DIVIDED
+    cdef Py_ssize_t many = COLUMNS // k if k else 1, rest, i
     cdef Floats part
     if bits >= NON_FINITE:
         return False
-    while m > 0 and k > 0:
-        if together:
-            rows = m if m < DIVIDED_ROWS else DIVIDED_ROWS
-        m -= rows
-        part = part_of(x, m * k, rows * k)
-        if together:
-            divide_rows(&part, factors, out + m * k, rows, k)
-        else:
-            scale_columns_of_row(&part, factors, NULL, divide, out + m * k)
+    if k == 0:
+        return True
+    many = many if many < m else m
+    if many <= 1:
+        scale_columns_of_finite(x, factors, divide, together, out, m, k)
+        return True
+    for i in range(many):
+        memcpy(side_by_side + i * k, factors, k * sizeof(float))
+    rest = m % many * k
+    scale_columns_of_finite(x, side_by_side, divide, together, out, m // many, many * k)
+    part = part_of(x, m * k - rest, rest)
+    scale_columns_of_finite(&part, side_by_side, divide, together, out + m * k - rest, 1, rest)
     return True
 
 
@@ -1089,7 +1097,7 @@ cdef Floats prepared_row(Floats x, const float* factors, Py_ssize_t block, float
     if factors == NULL and block == 0:
         return x
     if factors != NULL:
-        scale_columns_of_row(&x, factors, NULL, True, prepared)
+        scale_columns_of_block(&x, factors, True, prepared, 1, x.n)
     else:
         while start < x.n:
             n = block_len(start, x.n)

@@ -39,8 +39,8 @@ ctypedef struct Kernels:
     void (*column_amax_4_rows_f32)(const float* x, Py_ssize_t stride, int32_t* amax_bits,
                                    Py_ssize_t n) noexcept nogil
     bint (*reciprocals_f32)(const float* factors, float* reciprocals, Py_ssize_t n) noexcept nogil
-    void (*divide_row_f32)(const float* x, const float* factors, const float* reciprocals, float* out,
-                           Py_ssize_t n) noexcept nogil
+    void (*divide_row_f32)(const float* x, const float* factors, const float* reciprocals, Py_ssize_t ahead,
+                           float* out, Py_ssize_t n) noexcept nogil
     void (*multiply_row_f32)(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil
     # dot.pxi
     int64_t (*dot_s8s8_s64)(const int8_t* w, const int8_t* a, Py_ssize_t k) noexcept nogil

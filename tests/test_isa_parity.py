@@ -31,6 +31,7 @@ pytestmark = pytest.mark.skipif(len(ISAS) == 1, reason="only the baseline is bui
 
 LENGTHS = range(301)
 LONGEST = LENGTHS[-1]
+MANY_FLOATS = 5000  # of short rows as many as are taken together, several times
 INT8 = DynQuantFormat.INT8_PER_TENSOR
 INT4 = DynQuantFormat.INT4_PER_TENSOR
 PACKED = DynQuantFormat(4, "per_tensor", packed=True)
@@ -43,8 +44,8 @@ class Arena:
 
     GUARD = 64
 
-    def __init__(self):
-        self.memory = memory(4 * len(LENGTHS) * (5 * LONGEST + 4 * self.GUARD), 0)
+    def __init__(self, longest):
+        self.memory = memory(4 * len(LENGTHS) * (longest + 4 * self.GUARD), 0)
         self.memory[:] = 0xA5
         self.used = 0
 
@@ -56,12 +57,15 @@ class Arena:
         return self.memory[start : start + n_bytes].view(dtype)
 
 
-def compare(calls, offsets):
-    """`calls(arena, offset)` writes into slots of the arena and yields what else must agree."""
+def compare(calls, offsets, longest=5 * LONGEST):
+    """`calls(arena, offset)` writes into slots of the arena and yields what else must agree.
+
+    `longest`: how many floats the results of a length may have.
+    """
     for offset in offsets:
         arenas, rests = [], []
         for isa in ISAS:
-            arenas.append(Arena())
+            arenas.append(Arena(longest))
             with using(isa):
                 rests.append(list(calls(arenas[-1], offset)))
         for isa, arena, rest in zip(ISAS[1:], arenas[1:], rests[1:], strict=True):
@@ -175,21 +179,22 @@ def test_calibrator(dtype):
 
 @pytest.mark.parametrize("smooth", [smooth_activations, smooth_weights], ids=lambda smooth: smooth.__name__)
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 5, None], ids=["1", "5", "many"])
 def test_smoothing(smooth, rows, in_place):
-    """divide_row, its form for four rows, and multiply_row."""
+    """divide_row, with and without reciprocals, and multiply_row."""
     rng = np.random.default_rng(6)
-    x, factors = floats(rng, rows * LONGEST), rng.uniform(0.01, 9, LONGEST).astype(F32)
+    x, factors = floats(rng, MANY_FLOATS), rng.uniform(0.01, 9, LONGEST).astype(F32)
 
     def calls(arena, offset):
         view, columns = array_at(offset, x), array_at(60 - offset, factors)
         for n in LENGTHS:
-            matrix = view[: rows * n].reshape(rows, n)
-            out = arena.slot(rows * n, offset if in_place else 60 - offset, F32).reshape(rows, n)
+            m = rows or MANY_FLOATS // max(n, 1)
+            matrix = view[: m * n].reshape(m, n)
+            out = arena.slot(m * n, offset if in_place else 60 - offset, F32).reshape(m, n)
             out[:] = matrix
             yield smooth(out if in_place else matrix, columns[:n], out=out).size
 
-    compare(calls, range(0, 64, 4))
+    compare(calls, range(0, 64, 4), MANY_FLOATS)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 7])

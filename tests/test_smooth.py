@@ -333,6 +333,22 @@ def test_products(smooth, shape, isa):
 
 
 @each_product
+@pytest.mark.parametrize("k", [1, 2, 3, 7, 16, 33, 100, 341, 512, 513, 1023, 1024, 1025])
+@pytest.mark.parametrize("dtype", [F32, np.float16])
+def test_products_of_rows_of_every_length(smooth, k, dtype, isa):
+    """Short rows are taken together: as many as fill 1024 columns, several times, and what is left."""
+    rng = np.random.default_rng(9)
+    many = max(1024 // k, 1)
+    for m in {1, 2, many - 1, many, many + 1, 3 * many + 1, 5 * many - 1, 37 * many + 2} - {0}:
+        x = rng.standard_normal((m, k)).astype(dtype)
+        factors = rng.uniform(0.01, 100, k).astype(F32)
+        expected = SMOOTH[smooth](x, factors)
+        assert_same_bits(smooth(x, factors), expected, m)
+        if dtype is F32:
+            assert_same_bits(smooth(x, factors, out=x), expected, m)
+
+
+@each_product
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 @pytest.mark.parametrize("shape", [(3, 65), (2, 4099)])
 def test_products_of_other_floats(smooth, dtype, shape, isa):

@@ -111,6 +111,12 @@ cdef enum:
     BATCH_ROWS = 4 * DQ_TILE_ROWS
 
 
+# How many of the n floats at x come before the next line of the cache.
+cdef inline Py_ssize_t before_line(const float* x, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i = -(<Py_ssize_t> x >> 2) & 15
+    return i if i < n else n
+
+
 include "convert.pxi"
 include "scale.pxi"
 include "quantize.pxi"

@@ -9,8 +9,7 @@ cdef void dequantize_row_s8_f32(const int8_t* codes, float scale, bint stream, f
                                 Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i = 0
     if stream or n >= 16 * DQ_VALUES:
-        i = -(<Py_ssize_t> out >> 2) & (DQ_VALUES - 1)
-        i = i if i < n else n
+        i = before_line(out, n)
         dequantize_run(codes, scale, out, i)
     if stream:
         while i + DQ_VALUES <= n:

@@ -9,10 +9,8 @@
 # reads in four places by turns: the prefetchers of a core follow several streams at once, and memory answers
 # four a quarter faster than one.
 cdef int32_t amax_bits_f32(const float* x, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t head = -(<Py_ssize_t> x >> 2) & 15, run
-    cdef int32_t most
-    head = head if head < n else n
-    most = amax_of_run(x, head)
+    cdef Py_ssize_t head = before_line(x, n), run
+    cdef int32_t most = amax_of_run(x, head)
     while n - head >= 64:
         run = (n - head) // 64 * 16
         run = run if run < AMAX_RUN else AMAX_RUN

@@ -448,7 +448,7 @@ static void matmul(void) {
 }
 
 static void smooth(void) {
-    const int64_t m = length(9), k = length(300);
+    const int64_t k = length(300), m = length(take(1) % 4 ? 9 : 5000 / (k + 1));
     float *x = floats(m * k), *factors = floats(k), *expected = array_at(4 * m * k, 0);
     const int in_place = take(1) % 2, divide = take(1) % 2, whole = all_finite(x, m * k) && all_finite(factors, k);
     float *out = in_place ? x : sentinel(4 * m * k, 4);
