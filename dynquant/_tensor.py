@@ -278,9 +278,12 @@ def tensor_of_checked(
 
 
 def _as_shape(shape: Any) -> tuple[int, ...]:
+    """`shape`, a tuple, list or vector, as a tuple of ints; a set or bytes would be taken by accident."""
     try:
+        if not isinstance(shape, (tuple, list, np.ndarray)):
+            raise TypeError(type(shape).__name__)
         lengths = tuple(operator.index(length) for length in shape)
-    except (TypeError, NotImplementedError) as error:  # the latter from a memoryview of more than one axis
+    except TypeError as error:
         raise ParameterError(f"shape: expected a tuple of ints, got {shown(shape)}") from error
     if any(length < 0 for length in lengths):
         raise ParameterError(f"shape: expected lengths >= 0, got {shown(shape)}")

@@ -189,7 +189,7 @@ def own_memory(x: Any, array: NDArray[Any]) -> NDArray[Any]:
 
 def _memory_of(x: Any) -> NDArray[Any] | None:
     """The memory that `x` has of its own, if it has any; it is not asked to make an array again."""
-    if isinstance(x, ndarray):
+    if isinstance(x, ndarray) or hasattr(x, "__array_interface__"):
         return np.asarray(x)
     try:
         return np.asarray(memoryview(x))

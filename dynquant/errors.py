@@ -23,6 +23,7 @@ __all__ = [
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 200
 _REPR.maxlevel = 1
+_REPR.maxtuple = 64  # the axes that a shape of NumPy may have
 
 
 def shown(value: Any) -> str:
@@ -55,7 +56,8 @@ class ShapeMismatchError(DynQuantError, ValueError):
         self.argument = argument
 
     def __str__(self) -> str:
-        return f"{self.argument}: expected shape {self.expected}, got {self.actual}"
+        expected = self.expected if isinstance(self.expected, str) else shown(self.expected)
+        return f"{self.argument}: expected shape {expected}, got {shown(self.actual)}"
 
 
 class FeatureDimMismatchError(ShapeMismatchError):

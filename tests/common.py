@@ -16,6 +16,14 @@ ISAS = [isa for isa in _INFO["built"] if isa in _INFO["supported"]]
 BLOCK = pathlib.Path(__file__).parent.parent / "bench" / "data" / "minilm_ffn.npz"
 
 
+class Interface:
+    """What offers its memory by ``__array_interface__`` alone."""
+
+    def __init__(self, x):
+        self.x = x
+        self.__array_interface__ = x.__array_interface__
+
+
 def real_layer(name):
     """Weight, calibration tokens and evaluation tokens of a layer of the bundled block, "up" or "down"."""
     with np.load(BLOCK) as file:

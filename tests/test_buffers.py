@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import reference
-from common import F32, array_at, assert_same_bits, memory
+from common import F32, Interface, array_at, assert_same_bits, memory
 
 import dynquant
 from dynquant import (
@@ -179,12 +179,6 @@ class Arrayish:
 
     def __array__(self, dtype=None, copy=None):
         return self.x
-
-
-class Interface:
-    def __init__(self, x):
-        self.x = x
-        self.__array_interface__ = x.__array_interface__
 
 
 def read_only(x):

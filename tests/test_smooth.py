@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import reference
-from common import F32, ISAS, assert_same_bits, distributions, real_layer, using
+from common import F32, ISAS, Interface, assert_same_bits, distributions, real_layer, using
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -483,9 +483,10 @@ def test_in_place_through_another_view(smooth):
 
 
 @each_product
-def test_a_buffer_that_is_converted_is_not_written_over(smooth):
+@pytest.mark.parametrize("kind", [memoryview, Interface], ids=["buffer", "interface"])
+def test_memory_that_is_converted_is_not_written_over(smooth, kind):
     memory = np.ones(16, F32)
-    x = memoryview(memory.reshape(2, 8)[:, ::2])
+    x = kind(memory.reshape(2, 8)[:, ::2])
     with pytest.raises(LayoutError, match="out:"):
         smooth(x, np.full(4, 2, F32), out=memory[:8].reshape(2, 4))
     assert (memory == 1).all()

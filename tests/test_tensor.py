@@ -22,6 +22,7 @@ from dynquant import (
     ParameterError,
     Percentile,
     QuantLinear,
+    ShapeMismatchError,
     dynamic_quantize,
     dynamic_quantize_int4,
     dynamic_quantize_int8,
@@ -348,12 +349,28 @@ def test_packed_is_a_bool(packed):
         (None, DynQuantFormat.INT8_PER_TENSOR, "shape"),
         ((3.0,), DynQuantFormat.INT8_PER_TENSOR, "shape"),
         ((-3,), DynQuantFormat.INT8_PER_TENSOR, "shape"),
-        (memoryview(np.ones((1, 3))), DynQuantFormat.INT8_PER_TENSOR, "shape"),
+        (b"\3", DynQuantFormat.INT8_PER_TENSOR, "shape"),
+        ({3}, DynQuantFormat.INT8_PER_TENSOR, "shape"),
+        (np.ones((1, 3), int), DynQuantFormat.INT8_PER_TENSOR, "shape"),
     ],
 )
 def test_a_tensor_of_wrong_shape_or_format(shape, fmt, name):
     with pytest.raises(ParameterError, match=name):
         DynQuantTensor(np.zeros(3, np.int8), np.zeros(1, np.float32), None, shape, fmt)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, lambda lengths: (np.int64(lengths[0]), lengths[1])])
+def test_a_shape_that_is_no_tuple_of_ints_becomes_one(kind):
+    q = tensor()
+    shape = DynQuantTensor(q.data, q.scales, None, kind([3, 5]), q.format).shape
+    assert shape == (3, 5)
+    assert [type(length) for length in shape] == [int, int]
+
+
+def test_a_shape_of_any_length_gives_a_short_message():
+    with pytest.raises(ShapeMismatchError) as caught:
+        DynQuantTensor(np.zeros(3, np.int8), np.zeros(1, F32), None, (1,) * 10_000, FORMATS[0])
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("field", ["data", "scales", "zero_points"])

@@ -122,7 +122,8 @@ typedef struct dynquant_api {
     /* ---- Smoothing ---- */
 
     /* out (m, k) = x (m, k) / factors (k,), and out = x * factors. Factors are above 0, else
-       DYNQUANT_BAD_ARGUMENT. out may be x itself. A result beyond float32 is infinite. */
+       DYNQUANT_BAD_ARGUMENT; DYNQUANT_NON_FINITE in x or factors comes before that. out may be x itself. A
+       result beyond float32 is infinite. */
     int (*divide_rows_f32)(const float *x, const float *factors, int64_t m, int64_t k, float *out);
     int (*multiply_rows_f32)(const float *x, const float *factors, int64_t m, int64_t k, float *out);
 
