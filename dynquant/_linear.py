@@ -28,6 +28,7 @@ from ._validate import (
     check_finite,
     checked_out,
     float_rows,
+    held,
 )
 from ._weights import quantize_matrix, weight_format
 from .errors import (
@@ -286,6 +287,7 @@ class QuantLinear:
         DTypeError, NonFiniteError, LayoutError
             As from `w8a8_matmul`. After any of these `out` is as it was.
         """
+        x = held(x, "x")
         array = as_floats(x, "x")
         lengths = array.shape
         if not lengths or lengths[-1] != self._k:

@@ -19,6 +19,7 @@ from ._validate import (
     check_finite,
     checked_out,
     float_rows,
+    held,
 )
 from .errors import EmptyInputError, ParameterError, ShapeMismatchError, shown
 
@@ -80,13 +81,16 @@ def w8a8_matvec(
     >>> w8a8_matvec(np.array([[2, -128]], np.int8), [0.5], [127.0, 1.0]).tolist()
     [63.0]
     """
+    weight_i8 = held(weight_i8, "weight_i8")
     weight = as_int8_matrix(weight_i8, "weight_i8")
     n, k = weight.shape
+    activation = held(activation, "activation")
     vector = as_floats(activation, "activation")
     if vector.size == 0:
         raise EmptyInputError(f"activation: expected at least one element, got shape {vector.shape}")
     if vector.shape != (k,):
         raise ShapeMismatchError((k,), vector.shape, "activation")
+    weight_scales = held(weight_scales, "weight_scales")
     scales = as_finite_vector(weight_scales, "weight_scales", n)
     if out is None:
         out = np.empty(n, F32)
@@ -150,10 +154,13 @@ def w8a8_matmul(
     >>> w8a8_matmul(np.array([[2, -128]], np.int8), [0.5], [[127.0, 1.0], [0.0, 127.0]]).tolist()
     [[63.0], [-8128.0]]
     """
+    weight_i8 = held(weight_i8, "weight_i8")
     weight = as_int8_matrix(weight_i8, "weight_i8")
     n, k = weight.shape
+    weight_scales, bias = held(weight_scales, "weight_scales"), held(bias, "bias")
     scales = as_finite_vector(weight_scales, "weight_scales", n)
     offset = None if bias is None else as_finite_vector(bias, "bias", n)
+    activations = held(activations, "activations")
     x = as_floats(activations, "activations")
     if x.ndim != 2 or x.shape[1] != k:
         raise ShapeMismatchError(("tokens", k), x.shape, "activations")
@@ -200,6 +207,7 @@ def w4a8_matvec(
     [1906.0]
     """
     check_weight(weight, int8=False)
+    activation = held(activation, "activation")
     vector = as_floats(activation, "activation")
     if vector.size == 0:
         raise EmptyInputError(f"activation: expected at least one element, got shape {vector.shape}")
@@ -271,7 +279,9 @@ def w4a8_matmul(
     """
     check_weight(weight, int8=False)
     n, k = weight.shape
+    bias = held(bias, "bias")
     offset = None if bias is None else as_finite_vector(bias, "bias", n)
+    activations = held(activations, "activations")
     x = as_floats(activations, "activations")
     if x.ndim != 2 or x.shape[1] != k:
         raise ShapeMismatchError(("tokens", k), x.shape, "activations")

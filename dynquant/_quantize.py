@@ -28,6 +28,7 @@ from ._validate import (
     check_finite,
     checked_out,
     float_rows,
+    held,
     raise_non_finite,
 )
 from .errors import ParameterError, ShapeMismatchError, shown
@@ -275,6 +276,8 @@ def quantize_named(
     name: str = "x",
 ) -> DynQuantTensor:
     """`dynamic_quantize` for an argument called `name`."""
+    if out is not None:
+        x = held(x, name)
     array = as_floats(x, name)
     shape = array.shape
     scales_shape: int | tuple[int, ...]

@@ -21,7 +21,7 @@ from ._validate import (
     check_finite,
     checked_out,
     float_rows,
-    own_memory,
+    held,
     raise_non_finite,
 )
 from .errors import (
@@ -300,6 +300,7 @@ def smooth_weights(
 def _scale_columns(
     x: Any, factors: Any, out: NDArray[np.float32] | None, name: str, *, divide: bool
 ) -> NDArray[np.float32]:
+    x, factors = held(x, name), held(factors, "factors")
     array = as_floats(x, name)
     if array.ndim == 0:
         raise ShapeMismatchError("(..., in_features)", array.shape, name)
@@ -307,7 +308,7 @@ def _scale_columns(
     if out is None:
         out = np.empty(array.shape, F32)
     else:
-        checked_out(out, array.shape, F32, f, factors, in_place=own_memory(x, array))
+        checked_out(out, array.shape, F32, f, factors, in_place=x)
     m, k = out.size // max(f.size, 1), f.size
     if not _core.scale_columns(float_rows(array, m, k), f, divide, out):
         raise_non_finite(array, name)

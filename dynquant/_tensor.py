@@ -287,6 +287,10 @@ def _as_shape(shape: Any) -> tuple[int, ...]:
         raise ParameterError(f"shape: expected a tuple of ints, got {shown(shape)}") from error
     if any(length < 0 for length in lengths):
         raise ParameterError(f"shape: expected lengths >= 0, got {shown(shape)}")
+    try:
+        np.broadcast_to(F32.type(0), lengths)
+    except ValueError as error:
+        raise ParameterError(f"shape: expected that of an array, got {shown(shape)} ({error})") from error
     return lengths
 
 

@@ -49,8 +49,18 @@ def as_array(x: Any, name: str) -> NDArray[Any]:
         raise DTypeError(f"{name}: expected an array without a mask, got {type(x).__name__}; fill it first")
     try:
         return np.asarray(x)
-    except (TypeError, ValueError) as error:
+    except (MemoryError, SystemError):  # the latter from NumPy, where memory is short
+        raise
+    except Exception as error:  # what an object raises when it is asked for an array
         raise DTypeError(f"{name}: expected a float array, got {type(x).__name__} ({error})") from error
+
+
+def held(x: Any, name: str) -> Any:
+    """`x`, or the array that another object offers: the memory that `out` has to be apart from.
+
+    Lists, tuples, numbers and None have none.
+    """
+    return x if x is None or isinstance(x, (list, tuple, int, float)) else as_array(x, name)
 
 
 def as_floats(x: Any, name: str) -> NDArray[Any]:
@@ -151,8 +161,8 @@ def checked_out(
 ) -> NDArray[Any]:
     """`out`, if it can take the result.
 
-    It may not share memory with `inputs`, arguments and what they were converted to; with `in_place`, an
-    array, only by being the very same elements.
+    It may not share memory with `inputs`, arguments as `held` gives them and what they were converted to;
+    with `in_place`, one more, only by being the very same elements.
     """
     apart_from = inputs if in_place is None or in_place is out else (*inputs, in_place)
     if type(out) is ndarray and out.dtype is dtype and fits(out, shape, apart_from):
@@ -168,33 +178,11 @@ def checked_out(
         raise ShapeMismatchError(shape, out.shape, "out")
     if not out.flags.carray:
         _raise_layout(out)
-    last = None
-    for x in inputs:
-        if x is not last:  # as an argument is that needed no conversion
-            last, memory = x, x if type(x) is ndarray else _memory_of(x)
-            if memory is not None and not apart(out, memory):
-                raise LayoutError("out: expected memory apart from every input, got memory that overlaps one")
-    if in_place is not None and not _apart_or_same(out, in_place):
+    if not all(apart(out, x) for x in inputs if isinstance(x, ndarray)):
+        raise LayoutError("out: expected memory apart from every input, got memory that overlaps one")
+    if isinstance(in_place, ndarray) and not _apart_or_same(out, in_place):
         raise LayoutError("out: expected the input itself or memory apart from it, got a partial overlap")
     return out
-
-
-def own_memory(x: Any, array: NDArray[Any]) -> NDArray[Any]:
-    """The memory of `x` itself, which a result may be or be apart from; or of `array`, made of it."""
-    if isinstance(x, ndarray):
-        return x
-    memory = _memory_of(x)
-    return array if memory is None else memory
-
-
-def _memory_of(x: Any) -> NDArray[Any] | None:
-    """The memory that `x` has of its own, if it has any; it is not asked to make an array again."""
-    if isinstance(x, ndarray) or hasattr(x, "__array_interface__"):
-        return np.asarray(x)
-    try:
-        return np.asarray(memoryview(x))
-    except (TypeError, ValueError, BufferError):
-        return None
 
 
 def _raise_layout(out: NDArray[Any]) -> NoReturn:

@@ -34,8 +34,16 @@ def shown(value: Any) -> str:
         return object.__repr__(value)
 
 
+def _cut(message: str) -> str:
+    return message if len(message) <= 1000 else f"{message[:498]} ... {message[-497:]}"
+
+
 class DynQuantError(Exception):
     """Base of every exception that dynquant raises by itself."""
+
+    def __init__(self, *args: Any) -> None:
+        """A message may quote what somebody else wrote: it is cut to 1,000 characters."""
+        super().__init__(*(_cut(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ShapeMismatchError(DynQuantError, ValueError):

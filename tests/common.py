@@ -16,12 +16,30 @@ ISAS = [isa for isa in _INFO["built"] if isa in _INFO["supported"]]
 BLOCK = pathlib.Path(__file__).parent.parent / "bench" / "data" / "minilm_ffn.npz"
 
 
+class Arrayish:
+    """What offers nothing but the array protocol."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __array__(self, dtype=None, copy=None):
+        return self.x
+
+
 class Interface:
     """What offers its memory by ``__array_interface__`` alone."""
 
     def __init__(self, x):
         self.x = x
         self.__array_interface__ = x.__array_interface__
+
+
+class Struct:
+    """What offers its memory by ``__array_struct__`` alone."""
+
+    def __init__(self, x):
+        self.x = x
+        self.__array_struct__ = x.__array_struct__
 
 
 def real_layer(name):

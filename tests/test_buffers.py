@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import reference
-from common import F32, Interface, array_at, assert_same_bits, memory
+from common import F32, Arrayish, Interface, Struct, array_at, assert_same_bits, memory
 
 import dynquant
 from dynquant import (
@@ -34,6 +34,8 @@ from dynquant import (
     smooth_activations,
     smooth_weights,
     w4a8_matmul,
+    w4a8_matvec,
+    w8a8_matmul,
     w8a8_matvec,
 )
 
@@ -171,16 +173,6 @@ class Subclass(np.ndarray):
     pass
 
 
-class Arrayish:
-    """What offers nothing but the array protocol."""
-
-    def __init__(self, x):
-        self.x = x
-
-    def __array__(self, dtype=None, copy=None):
-        return self.x
-
-
 def read_only(x):
     x = x.copy()
     x.flags.writeable = False
@@ -235,6 +227,7 @@ INPUTS = {
     "list of ints": lambda x: np.maximum(np.abs(x * 10), 1).astype(int).tolist(),
     "array protocol": Arrayish,
     "array interface": Interface,
+    "array struct": Struct,
 }
 
 
@@ -622,6 +615,36 @@ def test_arrays_that_shrink_in_a_call(isa):
     for call in [*calls, lambda: QuantLinear(packed)]:
         with pytest.raises(DynQuantError):
             call()
+
+
+@pytest.mark.parametrize("dtype", [np.float64, ">f4"])
+@pytest.mark.parametrize("kind", [np.asarray, memoryview, Arrayish, Interface, Struct])
+def test_the_memory_of_what_is_converted_is_not_written_over(kind, dtype):
+    """Every argument of every function with `out`: a copy is made of it, and `out` lies where it lay."""
+    weight, layer = np.ones((32, 32), np.int8), QuantLinear.from_float(np.ones((32, 32), F32))
+    int4, ones = quantize_weights(np.ones((32, 32)), bits=4), np.ones(32)
+    rows, row = (32, 32), (32,)
+    calls = {
+        "quantize": (lambda x, out: dynamic_quantize(x, out=out), rows, rows, np.int8),
+        "activations": (lambda x, out: smooth_activations(x, ones, out=out), rows, rows, F32),
+        "factors": (lambda x, out: smooth_activations(ones, x, out=out), row, row, F32),
+        "rotate": (lambda x, out: hadamard_transform(x, out=out), rows, rows, F32),
+        "layer": (lambda x, out: layer(x, out=out), rows, rows, F32),
+        "matvec": (lambda x, out: w8a8_matvec(weight, ones, x, out=out), row, row, F32),
+        "scales of matvec": (lambda x, out: w8a8_matvec(weight, x, ones, out=out), row, row, F32),
+        "matmul": (lambda x, out: w8a8_matmul(weight, ones, x, out=out), rows, rows, F32),
+        "scales of matmul": (lambda x, out: w8a8_matmul(weight, x, [ones], out=out), row, (1, 32), F32),
+        "bias": (lambda x, out: w8a8_matmul(weight, ones, [ones], x, out=out), row, (1, 32), F32),
+        "int4 matvec": (lambda x, out: w4a8_matvec(int4, x, out=out), row, row, F32),
+        "int4 matmul": (lambda x, out: w4a8_matmul(int4, x, out=out), rows, rows, F32),
+        "int4 bias": (lambda x, out: w4a8_matmul(int4, [ones], x, out=out), row, (1, 32), F32),
+    }
+    for name, (call, shape, out_shape, out_dtype) in calls.items():
+        x = np.ones(shape, dtype)
+        out = np.frombuffer(x, out_dtype, np.prod(out_shape)).reshape(out_shape)
+        with pytest.raises(LayoutError, match="out:"):
+            call(kind(x), out)
+        assert (x == 1).all(), name
 
 
 def test_an_input_is_converted_once(isa):

@@ -668,6 +668,42 @@ def test_a_message_is_short_whatever_was_given(value):
         assert len(str(error.value)) < 400
 
 
+class Refuses:
+    def __init__(self, error):
+        self.error = error
+
+    def __array__(self, dtype=None, copy=None):
+        raise self.error
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, RuntimeError, OverflowError, AttributeError])
+def test_what_an_object_raises_when_asked_for_an_array(kind):
+    """PyTorch's tensors that require a gradient raise RuntimeError."""
+    with pytest.raises(DTypeError, match="x: expected a float array, got Refuses") as caught:
+        dynamic_quantize_int8(Refuses(kind("no gradient, please" + "!" * 10**6)))
+    assert len(str(caught.value)) <= 1000
+    assert isinstance(caught.value.__cause__, kind)
+
+
+@pytest.mark.parametrize("kind", [MemoryError, SystemError, KeyboardInterrupt])
+def test_what_is_not_about_the_argument_passes_through(kind):
+    with pytest.raises(kind):
+        dynamic_quantize_int8(Refuses(kind()))
+
+
+def test_a_dtype_of_many_fields_gives_a_short_message():
+    fields = np.zeros(3, [(f"field {i}", "f4") for i in range(5000)])
+    for call in (
+        lambda: dynamic_quantize_int8(fields),
+        lambda: dynamic_quantize_int8([1.0, 2.0, 3.0], out=fields),
+        lambda: smooth_activations(X, fields),
+    ):
+        with pytest.raises(DTypeError) as caught:
+            call()
+        assert len(str(caught.value)) <= 1000
+        assert len(repr(caught.value)) <= 1100
+
+
 def test_every_exception_is_of_both_kinds():
     tree = {e for e in vars(dynquant).values() if isinstance(e, type) and issubclass(e, DynQuantError)}
     assert tree == {DynQuantError, *BASES}

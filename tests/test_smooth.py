@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import reference
-from common import F32, ISAS, Interface, assert_same_bits, distributions, real_layer, using
+from common import F32, ISAS, Arrayish, Interface, Struct, assert_same_bits, distributions, real_layer, using
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -483,7 +483,7 @@ def test_in_place_through_another_view(smooth):
 
 
 @each_product
-@pytest.mark.parametrize("kind", [memoryview, Interface], ids=["buffer", "interface"])
+@pytest.mark.parametrize("kind", [memoryview, Arrayish, Interface, Struct])
 def test_memory_that_is_converted_is_not_written_over(smooth, kind):
     memory = np.ones(16, F32)
     x = kind(memory.reshape(2, 8)[:, ::2])
