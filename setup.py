@@ -109,7 +109,9 @@ class BuildKernels(build_ext):
             if SANITIZE:
                 extension.extra_compile_args += SANITIZER_FLAGS
                 extension.extra_link_args = [f"-fsanitize={SANITIZE}"]
-            extension.define_macros = [(f"DQ_BUILT_{isa.upper()}", "1") for isa in isas]
+            extension.define_macros = [
+                (f"DQ_BUILT_{isa.upper()}", str(int(isa in isas))) for isa in GNU_ISA_FLAGS
+            ]
         super().build_extensions()
 
     def check_compiler(self):

@@ -238,9 +238,10 @@ class Calibrator:
         "_channel_amax",
         "_channel_counts",
         "_channels",
-        "_count",
         "_counts",
         "_extremes",
+        "_size",
+        "_state",
         "_sums",
     )
 
@@ -248,12 +249,28 @@ class Calibrator:
         self._channels = None if channels is None else as_count(channels, "channels")
         if self._channels is not None and self._channels > _MOST_CHANNELS:
             raise ParameterError(f"channels: expected an int <= {_MOST_CHANNELS}, got {shown(channels)}")
-        self._count = 0
-        self._extremes = np.array([np.inf, -np.inf], F32)
-        self._sums = np.zeros(4)
-        self._counts = np.zeros(_BINS, np.int64)
-        self._channel_amax = np.zeros(self._channels or 0, F32)
-        self._channel_counts = np.zeros((self._channels or 0, _WINDOW), np.uint32)
+        self._hold(
+            np.zeros(1, np.int64),
+            np.array([np.inf, -np.inf], F32),
+            np.zeros(4),
+            np.zeros(_BINS, np.int64),
+            np.zeros(self._channels or 0, F32),
+            np.zeros((self._channels or 0, _WINDOW), np.uint32),
+        )
+
+    def _hold(
+        self,
+        size: NDArray[np.int64],
+        extremes: NDArray[np.float32],
+        sums: NDArray[np.float64],
+        counts: NDArray[np.int64],
+        channel_amax: NDArray[np.float32],
+        channel_counts: NDArray[np.uint32],
+    ) -> None:
+        self._size, self._extremes, self._sums, self._counts = size, extremes, sums, counts
+        self._channel_amax, self._channel_counts = channel_amax, channel_counts
+        amax_bits = channel_amax.view(np.int32)
+        self._state = _core.CalibratorState(size, extremes, sums, counts, amax_bits, channel_counts)
 
     @property
     def channels(self) -> int | None:
@@ -263,10 +280,10 @@ class Calibrator:
     @property
     def count(self) -> int:
         """How many elements have been seen."""
-        return self._count
+        return int(self._size[0])
 
     def __repr__(self) -> str:
-        return f"Calibrator(channels={self._channels}, count={self._count})"
+        return f"Calibrator(channels={self._channels}, count={self.count})"
 
     def update(self, batch: ArrayLike) -> None:
         """Add a batch.
@@ -295,30 +312,19 @@ class Calibrator:
             raise ShapeMismatchError(f"(..., {k})", array.shape, "batch")
         self._check_room(array.size, "batch")
         x = float_rows(array, array.size // k if k else 0, k)
-        if self._channels:
-            self._update_channels(array, x)
-        else:
-            check_finite(array, "batch")
-        _core.add_statistics(x, self._extremes, self._sums, self._counts)
-        self._extremes += F32.type(0)  # -0.0 becomes 0.0: which of them came first must not show
-        self._count += array.size
-
-    def _update_channels(self, array: NDArray[Any], x: _core.FloatRows) -> None:
         amax = self._channel_amax.copy()
-        _core.column_amax(x, amax.view(np.int32))
-        if not np.isfinite(amax).all():
+        if self._channels:
+            _core.column_amax(x, amax.view(np.int32))
+        # Where channels are kept, they show what is not finite.
+        if not (np.isfinite(amax).all() if self._channels else _core.all_finite(x)):
             raise_non_finite(array, "batch")
-        self._raise_windows(amax)
-        _core.count_channels(x, amax.view(np.int32), self._channel_counts)
-
-    def _raise_windows(self, amax: NDArray[np.float32]) -> None:
-        _core.raise_windows(self._channel_counts, self._channel_amax.view(np.int32), amax.view(np.int32))
+        self._state.update(x, amax.view(np.int32))
 
     def _check_room(self, n: int, name: str) -> None:
         most = _MOST_ROWS * self._channels if self._channels else _MOST_ELEMENTS
-        if self._count + n > most:
+        if self.count + n > most:
             raise ParameterError(
-                f"{name}: expected at most {most - self._count} more elements, which is what can be counted, "
+                f"{name}: expected at most {most - self.count} more elements, which is what can be counted, "
                 f"got {n}"
             )
 
@@ -348,19 +354,9 @@ class Calibrator:
             raise ParameterError(f"other: expected a Calibrator, got {type(other).__name__}")
         if other._channels != self._channels:
             raise ParameterError(f"other: expected channels={self._channels}, got {other._channels}")
-        self._check_room(other._count, "other")
-        self._raise_windows(np.maximum(self._channel_amax, other._channel_amax))
-        _core.add_windows(
-            self._channel_counts,
-            self._channel_amax.view(np.int32),
-            other._channel_counts,
-            other._channel_amax.view(np.int32),
-        )
-        self._extremes[0] = min(self._extremes[0], other._extremes[0])
-        self._extremes[1] = max(self._extremes[1], other._extremes[1])
-        _core.add_sums(self._sums, other._sums.copy())
-        self._counts += other._counts
-        self._count += other._count
+        self._check_room(other.count, "other")
+        amax = np.maximum(self._channel_amax, other._channel_amax)
+        self._state.merge(other._state, amax.view(np.int32))
 
     def stats(self) -> CalibStats:
         """The same summary as `CalibStats.collect` gives.
@@ -376,7 +372,7 @@ class Calibrator:
             If nothing has been seen.
         """
         p99 = np.float32(self.percentile(0.99))
-        mean, variance = _mean_and_variance(self._count, self._sums)
+        mean, variance = _mean_and_variance(self.count, self._sums)
         return CalibStats(
             min=float(self._extremes[0]),
             max=float(self._extremes[1]),
@@ -413,8 +409,8 @@ class Calibrator:
         >>> calibrator.percentile(1.0), abs(calibrator.percentile(0.5) / 500 - 1) < 2**-9
         (1000.0, True)
         """
-        rank = self._rank(p, self._count)
-        if rank == self._count - 1:
+        rank = self._rank(p, self.count)
+        if rank == self.count - 1:
             return float(self._amax())
         b = _core.bin_of_rank(self._counts, rank)
         # The lowest bin holds zeros above all, and they have to stay zero.
@@ -502,7 +498,7 @@ class Calibrator:
         """
         if self._channels is None:
             raise ParameterError("channels: expected a Calibrator made with channels, got channels=None")
-        rows = self._count // self._channels
+        rows = self.count // self._channels
         rank = self._rank(p, rows)
         if rank == rows - 1:
             return self._channel_amax.copy()
@@ -575,24 +571,22 @@ class Calibrator:
         return calibrator
 
     def _arrays(self) -> tuple[NDArray[Any], ...]:
-        header = np.array([_FORMAT_VERSION, self._count, self._channels or 0], np.int64)
+        header = np.array([_FORMAT_VERSION, self.count, self._channels or 0], np.int64)
         return header, self._extremes, self._sums, self._counts, self._channel_amax, self._channel_counts
 
     @classmethod
     def _of_arrays(cls, count: int, channels: int, *arrays: NDArray[Any]) -> Calibrator:
         calibrator = cls.__new__(cls)
-        calibrator._count, calibrator._channels = count, channels or None
-        extremes, sums, counts, channel_amax, channel_counts = (a.copy() for a in arrays)
-        calibrator._extremes, calibrator._sums, calibrator._counts = extremes, sums, counts
-        calibrator._channel_amax, calibrator._channel_counts = channel_amax, channel_counts
+        calibrator._channels = channels or None
+        calibrator._hold(np.array([count], np.int64), *(a.copy() for a in arrays))
         return calibrator
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self._of_arrays, (self._count, self._channels or 0, *self._arrays()[1:])
+        return self._of_arrays, (self.count, self._channels or 0, *self._arrays()[1:])
 
     def _check_state(self, path: str) -> None:
         """Refuse what no updates and merges lead to, as far as a look at the whole can tell."""
-        count, rows = self._count, self._count // (self._channels or 1)
+        count, rows = self.count, self.count // (self._channels or 1)
         if self._counts.min() < 0 or _exact_sum(self._counts) != count:
             _raise_state(path, f"counts that do not add up to {count}")
         if self._channels and (rows > _MOST_ROWS or rows * self._channels != count):
@@ -605,7 +599,7 @@ class Calibrator:
 
     def _check_extremes(self, path: str) -> None:
         least, most = self._extremes.tolist()
-        if self._count == 0:
+        if self.count == 0:
             if (least, most) != (math.inf, -math.inf) or self._sums.any():
                 _raise_state(path, "extremes or sums of no elements")
             return
@@ -618,7 +612,7 @@ class Calibrator:
         amax = self._channel_amax
         if not np.isfinite(amax).all() or (amax.view(np.int32) < 0).any():
             _raise_state(path, "largest magnitudes of channels that are none")
-        if not self._channels or self._count == 0:
+        if not self._channels or self.count == 0:
             if amax.any():
                 _raise_state(path, "largest magnitudes of no elements")
             return
@@ -629,8 +623,8 @@ class Calibrator:
         # 2**63 squares of float32 numbers; NaN fails the comparison.
         if not np.abs(self._sums).max() < 2.0 ** (63 + 2 * 128):
             _raise_state(path, "sums beyond every possible one")
-        if self._count:
-            mean, variance = _mean_and_variance(self._count, self._sums)
+        if self.count:
+            mean, variance = _mean_and_variance(self.count, self._sums)
             least, most = self._extremes.tolist()
             slack = 1e-9 * (most - least + abs(mean))
             above = variance - (most - least) ** 2 / 4  # Popoviciu's bound

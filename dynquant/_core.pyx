@@ -1,13 +1,15 @@
-"""Entries from Python to the row kernels, on typed memoryviews."""
+"""Entries from Python to the row kernels, on typed memoryviews and buffers."""
 
 # Design
 # ------
 # The facade has validated every argument: shapes agree, results are C-contiguous, writable and overlap no
-# input except where an entry allows it. Nothing here checks again.
+# input except where an entry allows it. Here only sizes are held against the memory itself (check_size).
+# Entries that small inputs reach take arrays as FloatRows and Memory, which are quicker to make than typed
+# memoryviews.
 #
 # An entry goes over rows and, within a row, over blocks of BLOCK floats. A block of float32 is read where it
 # lies; a block of float16 or bfloat16 is widened into a scratch array on the stack. So every row kernel sees
-# float32, and no entry allocates in proportion to its input.
+# float32, and no loop over rows allocates.
 #
 # `kernels` points to the table of the instruction set that _isa.py picked. It is set while the package is
 # imported, and then only by tests and benchmarks that compare instruction sets.
@@ -43,11 +45,11 @@ cdef extern from "cpu.h" nogil:
     bint dq_cpu_has_avx512vnni()
     bint dq_cpu_has_amx()
     bint dq_permit_tiles()
-    enum: DQ_HAS_AVX2_BUILD
-    enum: DQ_HAS_AVXVNNI_BUILD
-    enum: DQ_HAS_AVX512_BUILD
-    enum: DQ_HAS_AVX512VNNI_BUILD
-    enum: DQ_HAS_AMX_BUILD
+    enum: DQ_BUILT_AVX2
+    enum: DQ_BUILT_AVXVNNI
+    enum: DQ_BUILT_AVX512
+    enum: DQ_BUILT_AVX512VNNI
+    enum: DQ_BUILT_AMX
 
 
 cdef extern from "Python.h":
@@ -90,8 +92,7 @@ def set_table(table not None):
 
 def isas_built():
     """Names of the instruction sets that this build has, weakest first."""
-    return named(DQ_HAS_AVX2_BUILD, DQ_HAS_AVXVNNI_BUILD, DQ_HAS_AVX512_BUILD, DQ_HAS_AVX512VNNI_BUILD,
-                 DQ_HAS_AMX_BUILD)
+    return named(DQ_BUILT_AVX2, DQ_BUILT_AVXVNNI, DQ_BUILT_AVX512, DQ_BUILT_AVX512VNNI, DQ_BUILT_AMX)
 
 
 def isas_supported():
@@ -191,7 +192,7 @@ def fits(out not None, tuple shape not None, tuple inputs not None):
         if x.view.shape[i] != shape[i]:
             return False
     for i in range(len(inputs)):
-        if i and inputs[i] is inputs[i - 1]:
+        if inputs[i] is None or i and inputs[i] is inputs[i - 1]:
             continue
         if type(inputs[i]) is not type(out):
             return False
@@ -766,12 +767,12 @@ def quantize_u8(FloatRows x not None, float scale, int zero_point, uint8_t[::1] 
 # Values start .. start + n of one row, n <= BLOCK where it is packed; past the caches with `stream`.
 cdef void value_block(const QuantRow* row, Py_ssize_t start, bint stream, float* out,
                       Py_ssize_t n) noexcept nogil:
-    cdef int8_t unpacked[BLOCK]
+    cdef int8_t unpacked[BLOCK + 1]
     cdef int8_t* codes = row.codes + start
-    cdef Py_ssize_t i = start, g, end
+    cdef Py_ssize_t i = start, g, end, odd = start % 2
     if row.packed:
-        kernels.unpack_row_s4_s8(<const uint8_t*> row.codes + start // 2, unpacked, n)
-        codes = unpacked
+        kernels.unpack_row_s4_s8(<const uint8_t*> row.codes + start // 2, unpacked, n + odd)
+        codes = unpacked + odd
     while i < start + n:
         g = i // row.group
         end = group_end(i, row.group, start + n)
@@ -811,75 +812,94 @@ def dequantize_rows(const int8_t[::1] codes not None, const float[::1] scales no
             value_row(&q, stream, &out[r, 0], k)
 
 
+# Rows of k codes, as QuantRow has one.
+cdef struct Quantized:
+    const int8_t* codes
+    const float* scales
+    const uint8_t* zero_points
+    bint packed
+    Py_ssize_t group
+    Py_ssize_t k
+
+
+# The values of elements start .. start + n of all rows, n <= BLOCK, of k each.
+cdef void values_of_rows(const Quantized* q, Py_ssize_t start, float* value, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t end = start + n, stop
+    cdef QuantRow row
+    while start < end:
+        row = quant_row(q.codes, q.scales, q.zero_points, q.packed, q.group, q.k, start // q.k)
+        stop = min(end, (start // q.k + 1) * q.k)
+        value_block(&row, start % q.k, False, value, stop - start)
+        value += stop - start
+        start = stop
+
+
+cdef Quantized quantized(FloatRows x, const int8_t[::1] codes, const float[::1] scales,
+                         const uint8_t[::1] zero_points, bint packed, Py_ssize_t group) except *:
+    cdef Quantized q
+    check_codes(x.m, x.k, packed, group, codes.shape[0], scales.shape[0], zero_points)
+    q.codes, q.scales, q.zero_points = &codes[0], &scales[0], NULL
+    if zero_points is not None:
+        q.zero_points = &zero_points[0]
+    q.packed, q.group, q.k = packed, group, x.k
+    return q
+
+
 def sum_abs_error(FloatRows x not None, const int8_t[::1] codes not None, const float[::1] scales not None,
                   const uint8_t[::1] zero_points, bint packed, Py_ssize_t group):
     """Sum of |x - value| over all elements, at least one, in double; `value` as dequantize_rows has it."""
     cdef float value[BLOCK]
     cdef float scratch[BLOCK]
-    cdef Py_ssize_t r, start, n
-    cdef Floats row
-    cdef QuantRow q
+    cdef Py_ssize_t start = 0, n
+    cdef Floats flat = x.flat()
+    cdef Quantized q = quantized(x, codes, scales, zero_points, packed, group)
     cdef double total = 0
-    cdef const uint8_t* z = NULL
-    check_codes(x.m, x.k, packed, group, codes.shape[0], scales.shape[0], zero_points)
-    if zero_points is not None:
-        z = &zero_points[0]
     with nogil:
-        for r in range(x.m):
-            row = x.row(r)
-            q = quant_row(&codes[0], &scales[0], z, packed, group, x.k, r)
-            start = 0
-            while start < x.k:
-                n = block_len(start, x.k)
-                value_block(&q, start, False, value, n)
-                total += kernels.abs_error_row_f32_f64(block_of(&row, start, n, scratch), value, n)
-                start += n
+        while start < flat.n:
+            n = block_len(start, flat.n)
+            values_of_rows(&q, start, value, n)
+            total += kernels.abs_error_row_f32_f64(block_of(&flat, start, n, scratch), value, n)
+            start += n
     return total
 
 
-def error_sums(FloatRows x not None, const int8_t[::1] codes not None, const float[::1] scales not None,
-               const uint8_t[::1] zero_points, bint packed, Py_ssize_t group, bint per_row,
-               double[:, ::1] sums not None):
-    """The sums of stats.pxi for x, not empty, against the values, added to sums[r] or all to sums[0]."""
+# Adds the sums of stats.pxi for x against `values` or, where these are NULL, against those of the codes:
+# to sums[r] for the elements from r * length on.
+cdef void add_error_sums(const Floats* x, const Floats* values, const Quantized* q, Py_ssize_t length,
+                         double[:, ::1] sums) noexcept nogil:
     cdef float value[BLOCK]
     cdef float scratch[BLOCK]
-    cdef Py_ssize_t r, start, n
-    cdef Floats row
-    cdef QuantRow q
-    cdef const uint8_t* z = NULL
-    check_codes(x.m, x.k, packed, group, codes.shape[0], scales.shape[0], zero_points)
-    if zero_points is not None:
-        z = &zero_points[0]
+    cdef const float* other = value
+    cdef Py_ssize_t start = 0, end = length, n, r = 0
+    while start < x.n:
+        n = block_len(start, end)
+        if values != NULL:
+            other = block_of(values, start, n, value)
+        else:
+            values_of_rows(q, start, value, n)
+        kernels.error_sums_row_f32_f64(block_of(x, start, n, scratch), other, &sums[r, 0], n)
+        start += n
+        if start == end:
+            end += length
+            r += 1
+
+
+def error_sums(FloatRows x not None, const int8_t[::1] codes not None, const float[::1] scales not None,
+               const uint8_t[::1] zero_points, bint packed, Py_ssize_t group, Py_ssize_t length,
+               double[:, ::1] sums not None):
+    """The sums of stats.pxi for x, not empty, against values of codes: a row for each `length` elements."""
+    cdef Floats flat = x.flat()
+    cdef Quantized q = quantized(x, codes, scales, zero_points, packed, group)
     with nogil:
-        for r in range(x.m):
-            row = x.row(r)
-            q = quant_row(&codes[0], &scales[0], z, packed, group, x.k, r)
-            start = 0
-            while start < x.k:
-                n = block_len(start, x.k)
-                value_block(&q, start, False, value, n)
-                kernels.error_sums_row_f32_f64(block_of(&row, start, n, scratch), value,
-                                               &sums[r if per_row else 0, 0], n)
-                start += n
+        add_error_sums(&flat, NULL, &q, length, sums)
 
 
-def error_sums_of(FloatRows x not None, FloatRows values not None, bint per_row,
+def error_sums_of(FloatRows x not None, FloatRows values not None, Py_ssize_t length,
                   double[:, ::1] sums not None):
     """The same for x against floats."""
-    cdef float value[BLOCK]
-    cdef float scratch[BLOCK]
-    cdef Py_ssize_t r, start, n
-    cdef Floats row, value_row
+    cdef Floats flat = x.flat(), value = values.flat()
     with nogil:
-        for r in range(x.m):
-            row, value_row = x.row(r), values.row(r)
-            start = 0
-            while start < x.k:
-                n = block_len(start, x.k)
-                kernels.error_sums_row_f32_f64(block_of(&row, start, n, scratch),
-                                               block_of(&value_row, start, n, value),
-                                               &sums[r if per_row else 0, 0], n)
-                start += n
+        add_error_sums(&flat, &value, NULL, length, sums)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1382,7 +1402,8 @@ def ranked_magnitude(list batches not None, Py_ssize_t rank):
 
 
 # Adds `a` to a sum kept as two doubles: the rounding error of every addition goes to the second (two-sum,
-# Knuth), so that after a million additions the pair is still good to 2**-90 of the largest partial sum.
+# Knuth). One error is at most 2**-53 of the largest partial sum, so what the second itself rounds off in N
+# additions is at most N**2 * 2**-106 of it: 2**-66 after a million.
 cdef inline void add_to_pair(double* pair, double a) noexcept nogil:
     cdef double total = pair[0] + a
     cdef double part = total - pair[0]
@@ -1413,32 +1434,6 @@ cdef void add_block_sums(const float* x, Py_ssize_t n, double* sums) noexcept no
     add_product_to_pair(sums + 2, m, rest[1])
 
 
-def add_statistics(FloatRows x not None, float[::1] extremes not None, double[::1] sums not None,
-                   int64_t[::1] counts not None):
-    """Add all elements, which are finite, to statistics: (min, max), two pairs of sums, counts of bins."""
-    cdef float scratch[BLOCK]
-    cdef const float* block
-    cdef Py_ssize_t start = 0, n
-    cdef Floats flat
-    with nogil:
-        flat = x.flat()
-        while start < flat.n:
-            n = block_len(start, flat.n)
-            block = block_of(&flat, start, n, scratch)
-            kernels.min_max_row_f32(block, &extremes[0], &extremes[1], n)
-            add_block_sums(block, n, &sums[0])
-            kernels.count_bins_f32(block, &counts[0], n)
-            start += n
-
-
-def add_sums(double[::1] sums not None, const double[::1] other not None):
-    """Add pairs of sums, as `add_statistics` makes them, to others."""
-    cdef Py_ssize_t i
-    with nogil:
-        for i in range(sums.shape[0]):
-            add_to_pair(&sums[i & ~1], other[i])
-
-
 def bin_of_rank(const int64_t[::1] counts not None, int64_t rank):
     """The bin that holds the element at place `rank`, 0 the smallest; fewer than are counted."""
     cdef Py_ssize_t b = 0
@@ -1458,45 +1453,90 @@ cdef void add_window(const uint32_t* source, Py_ssize_t shift, uint32_t* window)
         window[place if place < WINDOW else WINDOW - 1] += source[c]
 
 
-def raise_windows(uint32_t[:, ::1] counts not None, int32_t[::1] amax_bits not None,
-                  const int32_t[::1] new_bits not None):
-    """Move the channels' windows up to new largest magnitudes, which are not below the old ones."""
-    cdef uint32_t window[WINDOW]
-    cdef Py_ssize_t j, shift
-    with nogil:
-        for j in range(counts.shape[0]):
-            shift = (new_bits[j] >> 20) - (amax_bits[j] >> 20)
-            amax_bits[j] = new_bits[j]
-            if shift:
-                memcpy(window, &counts[j, 0], sizeof(window))
-                memset(&counts[j, 0], 0, sizeof(window))
-                add_window(window, shift, &counts[j, 0])
+# Moves the window of one channel up to a new largest magnitude, which is not below the old one.
+cdef void raise_window(uint32_t* window, int32_t* amax_bits, int32_t new_bits) noexcept nogil:
+    cdef uint32_t before[WINDOW]
+    cdef Py_ssize_t shift = (new_bits >> 20) - (amax_bits[0] >> 20)
+    amax_bits[0] = new_bits
+    if shift:
+        memcpy(before, window, sizeof(before))
+        memset(window, 0, sizeof(before))
+        add_window(before, shift, window)
 
 
-def add_windows(uint32_t[:, ::1] counts not None, const int32_t[::1] amax_bits not None,
-                const uint32_t[:, ::1] other not None, const int32_t[::1] other_bits not None):
-    """Add the counts of other windows, whose largest magnitudes are nowhere above amax_bits."""
-    cdef Py_ssize_t j
-    with nogil:
-        for j in range(counts.shape[0]):
-            add_window(&other[j, 0], (amax_bits[j] >> 20) - (other_bits[j] >> 20), &counts[j, 0])
+@cython.final
+cdef class CalibratorState:
+    """Writable views of the arrays that a Calibrator keeps.
 
+    All is allocated and looked at before: once `update` or `merge` has begun to change them, nothing keeps it
+    from coming to an end.
+    """
 
-def count_channels(FloatRows x not None, const int32_t[::1] amax_bits not None,
-                   uint32_t[:, ::1] counts not None):
-    """Count the magnitudes of each column of x, nowhere above amax_bits, in that channel's window."""
-    cdef float scratch[BLOCK]
-    cdef Py_ssize_t r, start, n
-    cdef Floats row
-    with nogil:
-        for r in range(x.m):
-            row = x.row(r)
+    cdef int64_t[::1] count
+    cdef float[::1] extremes
+    cdef double[::1] sums
+    cdef int64_t[::1] bins
+    cdef int32_t[::1] amax_bits
+    cdef uint32_t[:, ::1] windows
+
+    def __cinit__(self, int64_t[::1] count not None, float[::1] extremes not None, double[::1] sums not None,
+                  int64_t[::1] bins not None, int32_t[::1] amax_bits not None,
+                  uint32_t[:, ::1] windows not None):
+        self.count, self.extremes, self.sums, self.bins = count, extremes, sums, bins
+        self.amax_bits, self.windows = amax_bits, windows
+
+    def update(self, FloatRows x not None, const int32_t[::1] new_bits not None):
+        """Add all elements, which are finite; no column's magnitude is above new_bits, nor new_bits below."""
+        cdef float scratch[BLOCK]
+        cdef Py_ssize_t r, start, n
+        cdef Floats row, flat = x.flat()
+        with nogil:
+            self.raise_windows(new_bits)
+            for r in range(x.m if self.windows.shape[0] else 0):
+                row = x.row(r)
+                start = 0
+                while start < x.k:
+                    n = block_len(start, x.k)
+                    kernels.count_windows_row_f32(block_of(&row, start, n, scratch), &new_bits[start],
+                                                  &self.windows[start, 0], n)
+                    start += n
             start = 0
-            while start < x.k:
-                n = block_len(start, x.k)
-                kernels.count_windows_row_f32(block_of(&row, start, n, scratch), &amax_bits[start],
-                                              &counts[start, 0], n)
+            while start < flat.n:
+                n = block_len(start, flat.n)
+                self.add_block(block_of(&flat, start, n, scratch), n)
                 start += n
+            # -0.0 becomes 0.0: which of them came first must not show.
+            self.extremes[0] += 0
+            self.extremes[1] += 0
+            self.count[0] += flat.n
+
+    def merge(self, CalibratorState other not None, const int32_t[::1] new_bits not None):
+        """Add all that `other` has seen, perhaps this itself; new_bits are the larger ones of both."""
+        cdef Py_ssize_t i, j
+        cdef double sums[4]
+        with nogil:
+            self.raise_windows(new_bits)
+            for j in range(self.windows.shape[0]):
+                i = (self.amax_bits[j] >> 20) - (other.amax_bits[j] >> 20)
+                add_window(&other.windows[j, 0], i, &self.windows[j, 0])
+            self.extremes[0] = min(self.extremes[0], other.extremes[0])
+            self.extremes[1] = max(self.extremes[1], other.extremes[1])
+            memcpy(sums, &other.sums[0], sizeof(sums))
+            for i in range(4):
+                add_to_pair(&self.sums[i & ~1], sums[i])
+            for i in range(self.bins.shape[0]):
+                self.bins[i] += other.bins[i]
+            self.count[0] += other.count[0]
+
+    cdef void raise_windows(self, const int32_t[::1] new_bits) noexcept nogil:
+        cdef Py_ssize_t j
+        for j in range(self.windows.shape[0]):
+            raise_window(&self.windows[j, 0], &self.amax_bits[j], new_bits[j])
+
+    cdef void add_block(self, const float* block, Py_ssize_t n) noexcept nogil:
+        kernels.min_max_row_f32(block, &self.extremes[0], &self.extremes[1], n)
+        add_block_sums(block, n, &self.sums[0])
+        kernels.count_bins_f32(block, &self.bins[0], n)
 
 
 # Float bits that stand for one cell of a window: the middle of its bin; 0 in the lowest bin of all; in the

@@ -65,7 +65,7 @@ def error_metrics(
     ShapeMismatchError
         If the shapes differ, or `per_row` and there is no axis.
     DTypeError, NonFiniteError
-        If an array does not hold floats, or holds NaN or infinity.
+        If an array, or the scales of a tensor, do not hold floats, or hold NaN or infinity.
 
     Notes
     -----
@@ -86,7 +86,8 @@ def error_metrics(
             square_sum / np.float64(k),
             most,
             10 * np.log10(power / square_sum),
-            product / np.sqrt(power * value_power),
+            # Roundings may carry it past 1.
+            np.clip(product / np.sqrt(power * value_power), -1.0, 1.0),
         )
     if per_row:
         return ErrorMetrics(*(m.reshape(array.shape[:-1]) for m in metrics))
@@ -114,7 +115,7 @@ def quantization_mae(original: ArrayLike, quantized: DynQuantTensor) -> float:
     ShapeMismatchError
         If the shapes differ.
     DTypeError, NonFiniteError
-        If `original` does not hold floats, or holds NaN or infinity.
+        If `original` or the scales of `quantized` do not hold floats, or hold NaN or infinity.
     ParameterError
         If `quantized` is no DynQuantTensor.
 
@@ -131,12 +132,16 @@ def quantization_mae(original: ArrayLike, quantized: DynQuantTensor) -> float:
     """
     if not isinstance(quantized, DynQuantTensor):
         raise ParameterError(f"quantized: expected a DynQuantTensor, got {type(quantized).__name__}")
-    check_finite(as_floats(quantized.scales, "quantized.scales"), "quantized.scales")
+    _check_scales(quantized)
     array = _checked_original(original, quantized.shape)
     if array.size == 0:
         return 0.0
     rows = float_rows(array, *quantized.format.rows_of(quantized.shape))
     return _core.sum_abs_error(rows, *runs_of(quantized)) / array.size
+
+
+def _check_scales(quantized: DynQuantTensor) -> None:
+    check_finite(as_floats(quantized.scales, "quantized.scales"), "quantized.scales")
 
 
 def _checked_original(original: ArrayLike, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -151,26 +156,21 @@ def _error_sums(
     original: ArrayLike, quantized: DynQuantTensor | ArrayLike, per_row: bool
 ) -> tuple[NDArray[Any], NDArray[np.float64], int]:
     """The original, the sums of kernels/stats.pxi, (rows or 1, 6), and how many elements each is over."""
-    if isinstance(quantized, DynQuantTensor) and per_row and quantized.format.granularity == "per_tensor":
-        quantized = quantized.dequantize()
     if not isinstance(quantized, DynQuantTensor):
         quantized = as_floats(quantized, "quantized")
-    shape = quantized.shape
-    array = _checked_original(original, shape)
-    if per_row and not shape:
-        raise ShapeMismatchError("(..., k)", shape, "original")
+    array = _checked_original(original, quantized.shape)
+    if per_row and not array.shape:
+        raise ShapeMismatchError("(..., k)", array.shape, "original")
+    length = array.shape[-1] if per_row else array.size
+    sums = np.zeros((math.prod(array.shape[:-1]) if per_row else 1, 6))
     if isinstance(quantized, DynQuantTensor):
-        check_finite(as_floats(quantized.scales, "quantized.scales"), "quantized.scales")
-        m, k = quantized.format.rows_of(shape)
-    else:
-        m, k = (math.prod(shape[:-1]), shape[-1]) if per_row else (1, array.size)
-    sums = np.zeros((m if per_row else 1, 6))
-    rows = float_rows(array, m, k)
-    if isinstance(quantized, DynQuantTensor):
+        _check_scales(quantized)
         if array.size:
-            _core.error_sums(rows, *runs_of(quantized), per_row, sums)
+            rows = float_rows(array, *quantized.format.rows_of(array.shape))
+            _core.error_sums(rows, *runs_of(quantized), length, sums)
     else:
         check_finite(quantized, "quantized")
         if array.size:
-            _core.error_sums_of(rows, float_rows(quantized, m, k), per_row, sums)
-    return array, sums, k if per_row else array.size
+            rows, values = (float_rows(a, 1, array.size) for a in (array, quantized))
+            _core.error_sums_of(rows, values, length, sums)
+    return array, sums, length

@@ -249,10 +249,10 @@ def dynamic_quantize_linear(x: ArrayLike) -> tuple[NDArray[np.uint8], np.float32
     least, most = (np.float32(bound) for bound in _core.min_max(rows))
     with np.errstate(all="ignore"):
         scale = (most - least) / np.float32(255)
-    if not np.isfinite(scale):
-        raise ParameterError(f"x: expected a range within float32, got {least} to {most}")
-    scale = scale if scale > 0 else np.float32(1)
-    zero_point = np.rint(np.clip(-least / scale, np.float32(0), np.float32(255))).astype(np.uint8)
+        if not np.isfinite(scale):
+            raise ParameterError(f"x: expected a range within float32, got {least} to {most}")
+        scale = scale if scale > 0 else np.float32(1)
+        zero_point = np.rint(np.clip(-least / scale, np.float32(0), np.float32(255))).astype(np.uint8)
     y = empty(array.shape, U8)
     _core.quantize_u8(rows, float(scale), int(zero_point), y.reshape(-1))
     return y, scale, zero_point

@@ -336,6 +336,6 @@ def runs_of(
 
 def packed_format(format: DynQuantFormat, packed: bool) -> DynQuantFormat:
     """`format`, packed if either it or `packed` says so."""
-    if packed is False or format.packed:
+    if packed is False or not as_flag(packed, "packed") or format.packed:
         return format
-    return dataclasses.replace(format, packed=packed)
+    return dataclasses.replace(format, packed=True)

@@ -36,40 +36,49 @@ def over_rows(work: Callable[..., bool], args: tuple[Any, ...], m: int, num_thre
 def _over_runs(work: Callable[..., bool], args: tuple[Any, ...], m: int, num_threads: int) -> bool:
     import threading  # here, because most programs never ask for threads and imports are to be short
 
+    claims = [threading.Lock() for _ in range(num_threads)]
     results: dict[int, bool] = {}
     errors: dict[int, BaseException] = {}
+    interrupts: list[BaseException] = []
 
     def run(i: int) -> None:
-        try:
-            results[i] = work(*args, m * i // num_threads, m * (i + 1) // num_threads)
-        except BaseException as error:
-            errors[i] = error
+        with claims[i]:
+            if i in results or i in errors or interrupts:
+                return
+            try:
+                results[i] = work(*args, m * i // num_threads, m * (i + 1) // num_threads)
+            except BaseException as error:
+                errors[i] = error
 
-    own = [0]
     threads: list[threading.Thread] = []
-    interrupts: list[BaseException] = []
     try:
         for i in range(1, num_threads):
-            try:
-                threads.append(threading.Thread(target=run, args=(i,), name="dynquant"))
-                threads[-1].start()
-            except (RuntimeError, MemoryError):  # no more threads to be had: the caller does their share
-                own.append(i)
-        for i in own:
-            run(i)
-    finally:
-        interrupts = [error for thread in threads for error in _join(thread)]
+            threads.append(threading.Thread(target=run, args=(i,), name="dynquant"))
+            threads[-1].start()
+    except (RuntimeError, MemoryError):  # no more threads to be had: the caller does their share
+        pass
+    except BaseException as interrupt:
+        interrupts.append(interrupt)
+    _insist(interrupts, run, 0)
+    for thread in threads:
+        _insist(interrupts, _join, thread)
+    # What no thread has begun, and what one has whose start was interrupted.
+    for i in range(1, num_threads):
+        _insist(interrupts, run, i)
     if errors or interrupts:
         raise errors[min(errors)] if errors else interrupts[0]
     return all(results.values())
 
 
-def _join(thread: threading.Thread) -> list[BaseException]:
-    """Wait until `thread` has ended, whatever interrupts the waiting; what did is returned."""
-    interrupts: list[BaseException] = []
-    while thread.is_alive():
+def _join(thread: threading.Thread) -> None:
+    if thread.is_alive():
+        thread.join()
+
+
+def _insist(interrupts: list[BaseException], call: Callable[[Any], None], arg: Any) -> None:
+    """``call(arg)`` until it comes to its end; what interrupts it is kept."""
+    while True:
         try:
-            thread.join()
+            return call(arg)
         except BaseException as interrupt:
             interrupts.append(interrupt)
-    return interrupts

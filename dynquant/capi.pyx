@@ -162,7 +162,8 @@ cdef int dynquant_percentile_scale_f32(const float* x, int64_t n, double p, floa
 
 
 # n codes that share a scale.
-cdef inline QuantRow codes_of(const int8_t* codes, const float* scale, bint packed, int64_t n) noexcept nogil:
+cdef inline QuantRow row_of_codes(const int8_t* codes, const float* scale, bint packed,
+                                  int64_t n) noexcept nogil:
     cdef QuantRow row
     row.codes, row.scales, row.zero_points, row.packed = <int8_t*> codes, scale, NULL, packed
     row.group, row.within = n if n > 0 else 1, False
@@ -172,7 +173,7 @@ cdef inline QuantRow codes_of(const int8_t* codes, const float* scale, bint pack
 cdef inline int quantize_row(const float* x, int64_t n, float scale, int32_t clip, bint packed,
                              int8_t* codes) noexcept nogil:
     cdef Floats row = floats(x, n)
-    cdef QuantRow coded = codes_of(codes, &scale, packed, n)
+    cdef QuantRow coded = row_of_codes(codes, &scale, packed, n)
     if not (is_length(n) and 0 <= scale <= FLT_MAX and 1 <= clip <= 127):
         return DYNQUANT_BAD_ARGUMENT
     if not all_finite(x, n):
@@ -184,7 +185,7 @@ cdef inline int quantize_row(const float* x, int64_t n, float scale, int32_t cli
 cdef inline int dynamic_quantize_row(const float* x, int64_t n, int32_t clip, bint packed, int8_t* codes,
                                      float* scale) noexcept nogil:
     cdef Floats row = floats(x, n)
-    cdef QuantRow coded = codes_of(codes, scale, packed, n)
+    cdef QuantRow coded = row_of_codes(codes, scale, packed, n)
     cdef int status = dynquant_amax_scale_f32(x, n, clip, scale)
     coded.within = True
     if status == DYNQUANT_OK:
@@ -213,7 +214,7 @@ cdef int dynquant_dynamic_quantize_row_f32_s4(const float* x, int64_t n, uint8_t
 
 cdef int dynquant_dequantize_row_s8_f32(const int8_t* codes, int64_t n, float scale,
                                         float* out) noexcept nogil:
-    cdef QuantRow row = codes_of(codes, &scale, False, n)
+    cdef QuantRow row = row_of_codes(codes, &scale, False, n)
     if not (is_length(n) and is_finite(scale)):
         return DYNQUANT_BAD_ARGUMENT
     value_row(&row, False, out, n)
@@ -222,7 +223,7 @@ cdef int dynquant_dequantize_row_s8_f32(const int8_t* codes, int64_t n, float sc
 
 cdef int dynquant_dequantize_row_s4_f32(const uint8_t* packed, int64_t n, float scale,
                                         float* out) noexcept nogil:
-    cdef QuantRow row = codes_of(<const int8_t*> packed, &scale, True, n)
+    cdef QuantRow row = row_of_codes(<const int8_t*> packed, &scale, True, n)
     if not (is_length(n) and is_finite(scale)):
         return DYNQUANT_BAD_ARGUMENT
     value_row(&row, False, out, n)
@@ -353,8 +354,8 @@ cdef int dynquant_w8a8_matmul(const void* packed, const float* w_scales, const f
 # Smoothing
 
 
-cdef inline int scale_rows(const float* x, const float* factors, int64_t m, int64_t k, bint divide,
-                           float* out) noexcept nogil:
+cdef inline int scale_columns(const float* x, const float* factors, int64_t m, int64_t k, bint divide,
+                              float* out) noexcept nogil:
     cdef Py_ssize_t j
     cdef bint above = True
     cdef Floats rows
@@ -372,12 +373,12 @@ cdef inline int scale_rows(const float* x, const float* factors, int64_t m, int6
 
 cdef int dynquant_divide_rows_f32(const float* x, const float* factors, int64_t m, int64_t k,
                                   float* out) noexcept nogil:
-    return scale_rows(x, factors, m, k, True, out)
+    return scale_columns(x, factors, m, k, True, out)
 
 
 cdef int dynquant_multiply_rows_f32(const float* x, const float* factors, int64_t m, int64_t k,
                                     float* out) noexcept nogil:
-    return scale_rows(x, factors, m, k, False, out)
+    return scale_columns(x, factors, m, k, False, out)
 
 
 # ---------------------------------------------------------------------------------------------------------

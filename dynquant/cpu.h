@@ -104,32 +104,6 @@ static int dq_cpu_has_avx512(void) { return dq_cpu_level() >= 2; }
 static int dq_cpu_has_avx512vnni(void) { return dq_cpu_level() >= 3; }
 static int dq_cpu_has_amx(void) { return dq_cpu_level() >= 4; }
 
-#ifdef DQ_BUILT_AVX2
-#define DQ_HAS_AVX2_BUILD 1
-#else
-#define DQ_HAS_AVX2_BUILD 0
-#endif
-#ifdef DQ_BUILT_AVXVNNI
-#define DQ_HAS_AVXVNNI_BUILD 1
-#else
-#define DQ_HAS_AVXVNNI_BUILD 0
-#endif
-#ifdef DQ_BUILT_AVX512
-#define DQ_HAS_AVX512_BUILD 1
-#else
-#define DQ_HAS_AVX512_BUILD 0
-#endif
-#ifdef DQ_BUILT_AVX512VNNI
-#define DQ_HAS_AVX512VNNI_BUILD 1
-#else
-#define DQ_HAS_AVX512VNNI_BUILD 0
-#endif
-#ifdef DQ_BUILT_AMX
-#define DQ_HAS_AMX_BUILD 1
-#else
-#define DQ_HAS_AMX_BUILD 0
-#endif
-
 /* Asks for large pages in memory of n bytes that is not used yet, where that is worth it. A product with one row
    goes through all weights once; in pages of 4 KiB it has to find a page every 64 lines. */
 #if defined(__linux__)

@@ -1,6 +1,7 @@
 """One call of everything public that computes, for tests that make it again and again.
 
 `CALLS` are functions without arguments. `INTO` are pairs: a function of ``out``, and the array to give it.
+`UPDATES` are functions of a Calibrator(K), which they change.
 """
 
 import os
@@ -177,4 +178,10 @@ INTO = {
     "layer": (lambda out: LAYER(A, out=out), np.empty((M, N), F32)),
     "layer, leading axes": (lambda out: LAYER4(A[None], out=out), np.empty((1, M, N), F32)),
     "layer, many rows": (lambda out: WIDE(MANY, out=out), np.empty((20, 2), F32)),
+}
+
+UPDATES = {
+    "update": lambda calibrator: calibrator.update(A * 4),
+    "update, float16": lambda calibrator: calibrator.update(HALF),
+    "merge": lambda calibrator: calibrator.merge(CALIBRATOR),
 }

@@ -4,12 +4,14 @@ Prints what went wrong, a line each, and how many allocations failed.
 """
 
 import ctypes
+import functools
 import gc
 import pickle
 import sys
 
 import numpy as np
-from calls import CALLS, INTO
+from calls import CALLS, INTO, UPDATES, A, K
+from common import calibrator_of, whole_state
 
 _malloc = ctypes.CDLL(None)
 _malloc.fail_allocations.argtypes = [ctypes.c_long, ctypes.c_long]
@@ -102,6 +104,24 @@ def sweep_twice(name, call, out=None):
     return total
 
 
+def sweep_updates(name, call):
+    """Fail each allocation of a call that changes a calibrator: all of the change is made, or none."""
+    states, total = [], 0
+    while True:
+        calibrator = calibrator_of([A[:2] / 3], K)
+        before = whole_state(calibrator)
+        result, failed = outcome(functools.partial(call, calibrator), total, 1)
+        states.append(whole_state(calibrator))
+        if not failed:
+            break
+        if isinstance(result, BaseException) and states[-1] != before:
+            print(f"{name}: the calibrator was changed, allocation {total}")
+        total += 1
+    if len({*states, before}) != 2:
+        print(f"{name}: other states than before and after")
+    return total
+
+
 def into(call, out):
     return lambda: call(out)
 
@@ -115,6 +135,7 @@ def main():
     calls += [(f"{name} into", into(call, out), out) for name, (call, out) in INTO.items()]
     calls = [each for each in calls if each[0] in pick or not pick]
     total = sum(sweep_twice(*each) for each in calls)
+    total += sum(sweep_updates(*each) for each in UPDATES.items() if each[0] in pick or not pick)
     print(f"failed allocations: {total}")
 
 

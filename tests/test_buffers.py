@@ -510,6 +510,7 @@ def test_the_error_state_of_numpy_does_not_matter(values):
         assert dynquant.dynamic_quantize_int8(np.array(values)).data.tolist() == [0, 127]
         assert dynquant.CalibStats.collect([np.array([1e-45], np.float32)]).max > 0
         dynquant.dynamic_quantize_linear(np.array(values))
+        dynquant.dynamic_quantize_linear(np.array([-1e-45, 3e38], np.float32))
         dynquant.error_metrics(np.array(values), np.array(values))
 
 

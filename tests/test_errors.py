@@ -367,6 +367,8 @@ BAD_CALLS = [
     *each(NOT_A_COUNT, ParameterError, "num_threads:", dynamic_quantize, (X,), "num_threads"),
     Bad(ParameterError, "num_threads:", dynamic_quantize, (X,), {"num_threads": 0, "out": CODES}),
     Bad(ParameterError, "packed:", dynamic_quantize, (X, PER_ROW), {"packed": True}),
+    Bad(ParameterError, "packed:", dynamic_quantize, (X, PACKED_ROWS), {"packed": "yes"}),
+    Bad(ParameterError, "packed:", dynamic_quantize, (X, PACKED_ROWS), {"packed": None}),
     Bad(ParameterError, "packed:", dynamic_quantize, (X,), {"packed": True, "out": ROWS_OF_BYTES}),
     *(
         Bad(ShapeMismatchError, "x:", function, (x,), {}, shape_fields(TWO_AXES, np.shape(x), "x"))

@@ -126,6 +126,22 @@ def test_error_metrics(shape, packed, per_row, granularity, isa):
     assert np.shape(metrics.mae) == (shape[:-1] if per_row else ())
 
 
+def test_a_cosine_is_at_most_one():
+    """Roundings alone would carry a few of these past it."""
+    for x in np.random.default_rng(111).standard_normal((100, 8)).astype(F32):
+        cosines = [dynquant.error_metrics(x, y).cosine for y in (x, x * F32(2), x * F32(3), -x)]
+        assert max(map(abs, cosines)) <= 1
+        assert cosines == pytest.approx([1, 1, 1, -1])
+
+
+@pytest.mark.parametrize("fmt", [DynQuantFormat.INT8_PER_TENSOR, DynQuantFormat.INT8_PER_ROW])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_values_beyond_float32(fmt, per_row):
+    """127 * (largest / 127) may round to infinity: that is an infinite error, not a bad argument."""
+    x = np.full((2, 4), np.finfo(F32).max)
+    assert np.isinf(dynquant.error_metrics(x, dynamic_quantize(x, fmt), per_row=per_row).mae).all()
+
+
 def test_error_metrics_without_error_and_without_signal():
     exact = dynquant.error_metrics([1.0, -2.0], [1.0, -2.0])
     assert (exact.mae, exact.mse, exact.max_abs, exact.sqnr_db) == (0, 0, 0, np.inf)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -138,6 +139,35 @@ def test_an_interrupt_waits_for_the_threads(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         over_rows(work, (), 4, 2)
     assert ended == [2]
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.03])
+def test_an_interrupt_while_a_thread_starts(monkeypatch, delay):
+    """It is not known to be alive then, and must not write once the call has raised."""
+    begun, ended, bootstrap = [], [], threading.Thread._bootstrap
+
+    def work(first, end):
+        begun.append(first)
+        time.sleep(0.02)
+        ended.append(first)
+        return True
+
+    def delayed(thread):
+        time.sleep(delay)
+        bootstrap(thread)
+
+    def interrupted(event, timeout=None):
+        time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "_bootstrap", delayed)
+        patch.setattr(threading.Event, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            over_rows(work, (), 4, 2)
+    at_return = list(begun)
+    time.sleep(0.1)
+    assert begun == ended == at_return
 
 
 LAYER = QuantLinear.from_float(X[:41], bias=X[0, :41], smooth=abs(X[1]) + F32(0.5))

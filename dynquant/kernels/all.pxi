@@ -89,26 +89,7 @@ cdef extern from "kernels/simd.h" nogil:
 
 
 cdef enum:
-    TABLES = 2
-    LANES = 16
-    PLACES = 64
-    DOT_BLOCK = 1 << 16
-    MATVEC_BLOCK = 1 << 14
-    MATVEC_ROWS = 256
-    MATVEC_STEPS = MATVEC_BLOCK // DQ_DOT_STEP + 2
-    GEMM_BLOCK = 1 << 16
-    EXACT = 1 << 13
-    LEAST_FACTOR = 0x21800000  # the bits of 2**-60
-    MOST_FACTOR = 0x5D800000  # of 2**60
-    AMAX_RUN = 1 << 14
-    AHEAD = 384
-    PANEL = 2 * DQ_LANES
-    ROWS = 4
-    TILE = DQ_TILE_ROWS // 2
-    RUN_OF_VECTORS = 8 * DQ_LANES
-    BATCH = 2
-    UNITS = 32
-    BATCH_ROWS = 4 * DQ_TILE_ROWS
+    AHEAD = 384  # floats that long rows are fetched ahead
 
 
 # How many of the n floats at x come before the next line of the cache.

@@ -1,4 +1,9 @@
 # Exact integer products.
+cdef enum:
+    DOT_BLOCK = 1 << 16
+    MATVEC_BLOCK = 1 << 14
+    MATVEC_ROWS = 256
+    MATVEC_STEPS = MATVEC_BLOCK // DQ_DOT_STEP + 2
 
 
 # The exact w . a over k <= DOT_BLOCK elements.

@@ -7,6 +7,11 @@
 #
 # Activations lie row by row, each in activation_bytes(k), in blocks as the weights: a CodedBlock, four bytes
 # for each DQ_DEPTH k, and where DQ_TRIMMED is 1 the rests, each in a step of its own: trim.pxi says why.
+cdef enum:
+    GEMM_BLOCK = 1 << 16
+    PANEL = 2 * DQ_LANES
+    ROWS = 4
+    TILE = DQ_TILE_ROWS // 2
 
 
 # As long as a cache line, so that codes begin at one.

@@ -11,6 +11,11 @@
 # Activations lie row by row, each in group_activation_bytes: the codes in the same units, the four even k
 # first; then their float32 sums, one for each block of at most EXACT k of a group. A zero point then costs a
 # product with that sum, once for each group.
+cdef enum:
+    EXACT = 1 << 13
+    BATCH = 2
+    UNITS = 32
+    BATCH_ROWS = 4 * DQ_TILE_ROWS
 
 
 # Units that n k take.
@@ -38,7 +43,7 @@ cdef inline Py_ssize_t blocks_of(Py_ssize_t n) noexcept nogil:
 
 
 # Elements of block b of a group of n.
-cdef inline Py_ssize_t block_len(Py_ssize_t b, Py_ssize_t n) noexcept nogil:
+cdef inline Py_ssize_t exact_len(Py_ssize_t b, Py_ssize_t n) noexcept nogil:
     return EXACT if n - b * EXACT > EXACT else n - b * EXACT
 
 
@@ -133,7 +138,7 @@ cdef void pack_group_activation_s8(const int8_t* codes, uint8_t* a, Py_ssize_t k
         n = group_len(start, k, group)
         pack_units(codes + start, a, n)
         for b in range(blocks_of(n)):
-            sums[b] = <float> sum_codes(codes + start + b * EXACT, block_len(b, n))
+            sums[b] = <float> sum_codes(codes + start + b * EXACT, exact_len(b, n))
         a += DQ_CODES * units_of(n)
         sums += blocks_of(group)
         start += n
@@ -418,7 +423,7 @@ cdef inline void long_groups(const uint8_t* panel, const float* scales, const ui
         n = group_len(start, k, group)
         memset(sums, 0, sizeof(sums))
         for b in range(blocks_of(n)):
-            units = units_of(block_len(b, n))
+            units = units_of(exact_len(b, n))
             memset(block, 0, sizeof(block))
             group_tile_1(panel, a, &s0, &s1, units, 0)
             add_group(block, s0, s1, dq_zero_points_load(zero_points),

@@ -1,4 +1,6 @@
 # The fast Walsh-Hadamard transform.
+cdef enum:
+    RUN_OF_VECTORS = 8 * DQ_LANES
 
 
 # x (n,), n a power of two -> H x * scale in place, H the Hadamard matrix in its natural (Sylvester) order.

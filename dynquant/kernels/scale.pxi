@@ -1,4 +1,6 @@
 # What a scale is computed from: the largest magnitude, or a ranked one.
+cdef enum:
+    AMAX_RUN = 1 << 14
 
 
 # x (n,) -> the largest |x[i]| as float bits; 0 when n == 0.
@@ -92,15 +94,15 @@ cdef Py_ssize_t keep_between_f32(const float* x, int32_t low, int32_t high, int3
     return found
 
 
-# counts[t][b] += how often the top 11 of the 31 magnitude bits are b; counts is TABLES tables of 2**11.
+# counts[t][b] += how often the top 11 of the 31 magnitude bits are b; counts is two tables of 2**11.
 # Neighbours often fall into one bin, where each increment would wait for the last one's store: consecutive
 # elements go to different tables, which the caller adds up.
 cdef void count_top_bits_f32(const float* x, Py_ssize_t* counts, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i = 0
-    while i + TABLES <= n:
+    while i + 2 <= n:
         counts[(dq_bits(x[i]) & 0x7FFFFFFF) >> 20] += 1
         counts[((dq_bits(x[i + 1]) & 0x7FFFFFFF) >> 20) + 2048] += 1
-        i += TABLES
+        i += 2
     while i < n:
         counts[(dq_bits(x[i]) & 0x7FFFFFFF) >> 20] += 1
         i += 1

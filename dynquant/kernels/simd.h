@@ -20,6 +20,7 @@
 #ifndef DQ_SIMD_H
 #define DQ_SIMD_H
 
+#include <float.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -30,8 +31,14 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AMX_INT8__) || defined(__AMXINT8__) /* clang's older name */
+/* clang's older name, too. On Linux alone processes can use the tiles. */
+#if (defined(__AMX_INT8__) || defined(__AMXINT8__)) && defined(__linux__)
 #define DQ_AMX
+#endif
+
+/* In wider registers, as those of the x87, sums and quotients are rounded twice. */
+#if FLT_EVAL_METHOD != 0
+#error "float arithmetic has to be that of float: on 32-bit x86 compile with -msse2 -mfpmath=sse"
 #endif
 
 /* No product and sum in one rounding, in this whole source: what -ffp-contract=off says to gcc. */

@@ -1,4 +1,7 @@
 # Per-column magnitudes, and the two products with per-column factors.
+cdef enum:
+    LEAST_FACTOR = 0x21800000  # the bits of 2**-60
+    MOST_FACTOR = 0x5D800000  # of 2**60
 
 
 # amax_bits[j] = max(amax_bits[j], bits of |x[j]|): one row folded into the columns' maxima.

@@ -1,6 +1,9 @@
 # Sums in double. Element i always goes to lane i % LANES and the lanes are added up in halves, so that every
 # instruction set rounds alike; sixteen lanes are enough chains of additions to hide their latency. n is a
 # block's length, a few thousand: a sum of positive terms loses under n / LANES + 4 roundings of a double.
+cdef enum:
+    LANES = 16
+    PLACES = 64
 
 
 cdef inline double add_lanes(double* lane) noexcept nogil:
