@@ -37,7 +37,8 @@ def hadamard_transform(
     Raises
     ------
     ParameterError
-        If `block_size` is no power of two that divides n, or a result is beyond float32.
+        If `block_size` is no power of two that divides n, or a magnitude is above float32's largest over
+        block_size: its sums might leave float32.
     ShapeMismatchError, DTypeError, NonFiniteError, LayoutError
         If `x` has no axis or does not hold finite floats, or `out` cannot take the result. After any of
         these the arrays are as they were.

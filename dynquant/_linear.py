@@ -26,6 +26,7 @@ from ._validate import (
     as_scalar,
     as_thread_count,
     check_finite,
+    check_names,
     checked_out,
     float_rows,
     held,
@@ -148,8 +149,9 @@ class QuantLinear:
         hadamard : bool
             Rotate the weights here, and activations in every call, as `hadamard_transform` does, after
             smoothing: in runs of the largest power of two that divides in_features, at most 128. Longer runs
-            spread a massive value over more channels, which lost accuracy where it was tried. It needs no
-            calibration.
+            spread a massive value over more channels, which lost accuracy where it was tried; with an odd
+            in_features there is nothing to rotate. It needs no calibration, and gains where some channels
+            are much larger than others.
         calibration : array_like of floats, (rows, in_features), optional
             Inputs that the layer has had, neither smoothed nor rotated, or a list, tuple or iterator of such
             arrays: codes are chosen so that their errors cancel in the output, as in `quantize_weights`.
@@ -205,10 +207,8 @@ class QuantLinear:
         DTypeError, ShapeMismatchError, FeatureDimMismatchError, NonFiniteError, EmptyInputError
             If an array is not as described.
         """
-        if not isinstance(arrays, Mapping):
-            raise ParameterError(
-                f"arrays: expected a mapping of names to arrays, got {type(arrays).__name__}"
-            )
+        int4 = isinstance(arrays, Mapping) and "weight_i4" in arrays
+        check_names(arrays, *(_INT4_NAMES if int4 else _INT8_NAMES))
         hadamard = as_scalar(arrays.get("hadamard", False))
         return cls(_weight_of(arrays), arrays.get("bias"), arrays.get("smooth"), hadamard)
 
@@ -331,24 +331,17 @@ def _rotation(k: int) -> int:
     return min(hadamard_block(k), _MOST_ROTATED)
 
 
-_COMMON_NAMES = {"weight_scales", "bias", "smooth", "hadamard"}
-_INT4_NAMES = {"weight_i4", "weight_zero_points", "in_features", "group_size"}
+# What `QuantLinear.from_arrays` needs, and what it takes besides.
+_OPTIONAL = {"bias", "smooth", "hadamard"}
+_INT8_NAMES = {"weight_i8", "weight_scales"}, _OPTIONAL
+_INT4_NAMES = {"weight_i4", "weight_scales", "in_features"}, {"weight_zero_points", "group_size", *_OPTIONAL}
 
 
 def _weight_of(arrays: Mapping[str, Any]) -> DynQuantTensor:
     """The checked weights among the arrays that `QuantLinear.from_arrays` takes."""
-    int4 = "weight_i4" in arrays
-    required = {"weight_scales", *(("weight_i4", "in_features") if int4 else ("weight_i8",))}
-    optional = (_COMMON_NAMES | (_INT4_NAMES if int4 else set())) - required
-    missing, unknown = required - set(arrays), set(arrays) - required - optional
-    if missing or unknown:
-        raise ParameterError(
-            f"arrays: expected {sorted(required)} and perhaps {sorted(optional)}, "
-            f"got {sorted(map(str, arrays))}: missing {sorted(missing)}, unknown {sorted(map(str, unknown))}"
-        )
     scales = as_floats(arrays["weight_scales"], "weight_scales").astype(F32, copy=False)
     check_finite(scales, "weight_scales")
-    if int4:
+    if "weight_i4" in arrays:
         return _int4_weight_of(arrays, scales)
     weight = as_int8_matrix(arrays["weight_i8"], "weight_i8")
     if weight.size == 0:

@@ -295,7 +295,9 @@ def w4a8_matmul(
 def check_weight(weight: Any, *, int8: bool) -> None:
     """Raise unless `weight` is a matrix as from `quantize_weights`; int8 only where `int8` allows it."""
     if not isinstance(weight, DynQuantTensor):
-        raise ParameterError(f"weight: expected a DynQuantTensor, got {type(weight).__name__}")
+        raise ParameterError(
+            f"weight: expected a DynQuantTensor, as from quantize_weights, got {type(weight).__name__}"
+        )
     fmt = weight.format
     int4 = fmt.packed and fmt.granularity != "per_tensor"
     if not (int4 or (int8 and fmt == DynQuantFormat.INT8_PER_ROW)):

@@ -70,7 +70,7 @@ def error_metrics(
     Notes
     -----
     Both sides are taken as float32; differences, squares and sums are float64. A tensor is never dequantised
-    whole.
+    whole. Values of a tensor that are beyond float32 are infinite, and so is the error.
 
     Examples
     --------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import struct
 from typing import IO, TYPE_CHECKING, Any
 
@@ -26,17 +27,25 @@ _DIRECTORY_BYTES = 4096
 
 
 def write_npz(path: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write arrays to an uncompressed archive, little-endian, which replaces `path` when complete."""
+    """Write arrays to an uncompressed archive, little-endian, which replaces the file when complete.
+
+    A link stays one, and a file keeps its mode.
+    """
     members: dict[str, Any] = {n: a.astype(a.dtype.newbyteorder("<"), copy=False) for n, a in arrays.items()}
-    # A name that no other process and no other file has.
-    partial = f"{path}.{os.getpid()}-{os.urandom(8).hex()}.partial"
+    target = os.path.realpath(path)
+    # In the same folder, under a name that no other process and no other file has.
+    partial = os.path.join(os.path.dirname(target), f".{os.urandom(8).hex()}.partial")
     try:
         with open(partial, "xb") as file:
             np.savez(file, **members)
-        os.replace(partial, path)
-    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(partial, stat.S_IMODE(os.stat(target).st_mode))
+        os.replace(partial, target)
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(partial)
+        if isinstance(error, OSError) and error.filename == partial:
+            raise OSError(error.errno, error.strerror, path) from error
         raise
 
 

@@ -6,14 +6,26 @@ import dataclasses
 import math
 import numbers
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeAlias
 
 import numpy as np
 
 from . import _core
-from ._validate import F32, I8, U8, as_array, as_count, as_flag, as_number, checked_out
+from ._validate import (
+    F32,
+    I8,
+    U8,
+    as_array,
+    as_count,
+    as_flag,
+    as_number,
+    as_scalar,
+    check_names,
+    checked_out,
+)
 from .errors import DTypeError, InvalidPercentileError, ParameterError, ShapeMismatchError, shown
 
 if TYPE_CHECKING:
@@ -165,6 +177,10 @@ DynQuantFormat.INT4_PER_TENSOR = DynQuantFormat(4, "per_tensor")
 DynQuantFormat.INT4_PER_ROW = DynQuantFormat(4, "per_row")
 
 
+# What `DynQuantTensor.from_arrays` cannot do without.
+_NAMES = {"data", "scales", "shape", "bits", "granularity", "packed"}
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class DynQuantTensor:
     """Codes with what it takes to turn them back into floats.
@@ -191,6 +207,11 @@ class DynQuantTensor:
     ParameterError
         If there are `zero_points` for a format that is not packed, or one above 15, or `shape` or `format`
         are not what they should be.
+
+    Notes
+    -----
+    The arrays are kept as they are given, memory-mapped ones too, and may be written to. Tensors are equal to
+    themselves alone.
     """
 
     __slots__ = ("__weakref__", "data", "format", "scales", "shape", "zero_points")
@@ -208,6 +229,61 @@ class DynQuantTensor:
         if self.format.granularity != "per_tensor" and not self.shape:
             raise ShapeMismatchError("(..., k)", self.shape, "shape")
         check_arrays(self)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> NoReturn:
+        """Refused: NumPy would make an array of one object, and save it in a file that it does not read."""
+        raise DTypeError(
+            "expected an array, got DynQuantTensor: dequantize() gives its values, data its codes, "
+            "to_arrays() all of it for numpy.savez"
+        )
+
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        """Everything the tensor consists of, as `from_arrays` takes it, and `numpy.savez`.
+
+        Returns
+        -------
+        dict
+            Its own ``data``, ``scales`` and, unless it is None, ``zero_points``; and arrays without axes that
+            tell ``bits``, ``granularity``, ``packed`` and, per group, ``group_size``; and ``shape``.
+        """
+        fmt = self.format
+        arrays: dict[str, NDArray[Any]] = {"data": self.data, "scales": self.scales}
+        if self.zero_points is not None:
+            arrays["zero_points"] = self.zero_points
+        arrays["shape"] = np.array(self.shape, np.int64)
+        for name in ("bits", "granularity", "packed", *(("group_size",) if fmt.group_size else ())):
+            arrays[name] = np.array(getattr(fmt, name))
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Any]) -> DynQuantTensor:
+        """The tensor whose `to_arrays` gave `arrays`.
+
+        Parameters
+        ----------
+        arrays : mapping
+            As `to_arrays` has it, perhaps through a file. Arrays are kept as they are.
+
+        Raises
+        ------
+        ParameterError
+            If it is no mapping, a name is missing or unknown, or a value is not one that it can have.
+        DTypeError, ShapeMismatchError
+            If an array does not fit the others.
+
+        Examples
+        --------
+        >>> from dynquant import dynamic_quantize
+        >>> t = dynamic_quantize([[127.0, 1.0]])
+        >>> DynQuantTensor.from_arrays(t.to_arrays())
+        DynQuantTensor(shape=(1, 2), int8 per_row, 6 bytes)
+        """
+        check_names(arrays, _NAMES, {"zero_points", "group_size"})
+        bits, granularity, group, packed = (
+            as_scalar(arrays.get(name)) for name in ("bits", "granularity", "group_size", "packed")
+        )
+        fmt = DynQuantFormat(bits, str(granularity), group, packed)  # type: ignore[arg-type]
+        return cls(arrays["data"], arrays["scales"], arrays.get("zero_points"), arrays["shape"], fmt)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.data, self.scales, self.zero_points, self.shape, self.format)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -66,8 +67,8 @@ def held(x: Any, name: str) -> Any:
 def as_floats(x: Any, name: str) -> NDArray[Any]:
     """`x` as a C-contiguous array of float32, float16 or bfloat16, a copy only where it is none of these.
 
-    Lists, tuples and Python numbers stand for float32 whatever numbers they hold; an array keeps its dtype,
-    and integer, complex, bool and object arrays are refused.
+    Python numbers, alone or in lists and tuples, stand for float32 even where all are ints; an array keeps
+    its dtype, and integer, complex, bool and object arrays are refused, in lists too.
     """
     array = x if type(x) is ndarray else as_array(x, name)
     dtype, flags = array.dtype, array.flags
@@ -77,11 +78,16 @@ def as_floats(x: Any, name: str) -> NDArray[Any]:
     if dtype in (F32, F16) or _is_bfloat16(dtype):
         # "=" also swaps bytes; "C" and not "K": rows must be contiguous.
         return array if ready and dtype.isnative else array.astype(dtype.newbyteorder("="), "C")
-    literal = isinstance(x, (list, tuple, int, float)) and dtype.kind in "iu"
-    if not (dtype.kind == "f" or literal):
-        raise DTypeError(f"{name}: expected a float array, got dtype {dtype}")
+    if not (dtype.kind == "f" or (dtype.kind in "iu" and _is_literal(x))):
+        source = "" if isinstance(x, ndarray) else f" from {type(x).__name__}"
+        raise DTypeError(f"{name}: expected a float array, got dtype {dtype}{source}")
     with np.errstate(all="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
         return array.astype(F32, "C")
+
+
+def _is_literal(x: Any) -> bool:
+    """Whether `x` is a Python number, or a list or tuple of nothing else."""
+    return isinstance(x, (int, float)) or (isinstance(x, (list, tuple)) and all(map(_is_literal, x)))
 
 
 def float_rows(array: NDArray[Any], m: int, k: int) -> FloatRows:
@@ -137,6 +143,8 @@ def as_matrices(x: Any, name: str, shape: str) -> dict[str, NDArray[Any]]:
 
     Numbers in nested lists are one matrix.
     """
+    if isinstance(x, (list, tuple)) and not x:
+        raise EmptyInputError(f"{name}: expected at least one array, got none")
     if isinstance(x, (list, tuple)) and any(_is_matrix(item, f"{name}[{i}]") for i, item in enumerate(x)):
         return {f"{name}[{i}]": as_matrix(item, f"{name}[{i}]", shape) for i, item in enumerate(x)}
     return {name: as_matrix(x, name, shape)}
@@ -233,6 +241,18 @@ def as_count(value: Any, name: str) -> int:
 def as_scalar(value: Any) -> Any:
     """What an array without axes holds, as a file gives it back; anything else as it is."""
     return value[()] if isinstance(value, ndarray) and value.shape == () else value
+
+
+def check_names(arrays: Any, required: set[str], optional: set[str]) -> None:
+    """Raise unless `arrays` is a mapping with the required names, and with none but optional ones beside."""
+    if not isinstance(arrays, Mapping):
+        raise ParameterError(f"arrays: expected a mapping of names to arrays, got {type(arrays).__name__}")
+    missing, unknown = required - set(arrays), set(arrays) - required - optional
+    if missing or unknown:
+        raise ParameterError(
+            f"arrays: expected {sorted(required)} and perhaps {sorted(optional)}, "
+            f"got {sorted(map(str, arrays))}: missing {sorted(missing)}, unknown {sorted(map(str, unknown))}"
+        )
 
 
 def as_path(value: Any) -> str:

@@ -46,7 +46,7 @@ def quantize_weights(
         nothing.
     search : bool
         Choose each range by the least squared error among the whole one and its 31/32 ... 10/32, instead of
-        the whole one. Takes 25 to 80 times as long.
+        the whole one. Takes 25 to 110 times as long, the most for short groups.
     calibration : array_like of floats, (rows, in_features), optional
         Inputs that the layer has had; or a list, tuple or iterator of such arrays, which are read one after
         the other. Codes are then chosen so that their errors cancel in the output on such inputs.
@@ -61,7 +61,7 @@ def quantize_weights(
     Raises
     ------
     ShapeMismatchError, EmptyInputError
-        If `w` has not two axes, or no elements.
+        If `w`, or an array of `calibration`, has not two axes, or no elements; or if there is no such array.
     FeatureDimMismatchError
         If `calibration` has another number of in_features.
     DTypeError, NonFiniteError
@@ -80,7 +80,8 @@ def quantize_weights(
     With `calibration` rounding is error-compensated: Frantar et al., "GPTQ: Accurate Post-Training
     Quantization for Generative Pre-trained Transformers" (ICLR 2023), columns in the order of their second
     moments. Damping comes from the data: every fourth run of eight rows is held out, and the damping with the
-    least error there is taken, or plain rounding if nothing is better. Rows are added up into two float64
+    least error there is taken, or plain rounding if nothing is better; of 24 rows and fewer none is held out,
+    and the damping is the mean second moment. Rows are added up into two float64
     matrices of in_features by in_features, and about four more are needed beside them; the time goes with the
     cube of in_features. The linear algebra is NumPy's, and its last bits are those of the BLAS that NumPy
     uses: here alone codes may differ from one machine to another.

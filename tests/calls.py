@@ -95,6 +95,7 @@ CALLS = {
     "dequantize, zero points": INT4.dequantize,
     "tensor": lambda: DynQuantTensor(Q.data, Q.scales, None, Q.shape, Q.format),
     "a tensor's sizes": lambda: (INT4.memory_bytes, INT4.compression_ratio, INT4.element_count, repr(INT4)),
+    "a tensor's arrays": lambda: DynQuantTensor.from_arrays(INT4.to_arrays()),
     "a tensor's pickle": lambda: pickle.loads(pickle.dumps(INT4)),
     "mae": lambda: quantization_mae(A, Q),
     "metrics": lambda: error_metrics(A, Q_ROWS, per_row=True),

@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import os
 import pickle
 import struct
 import time
@@ -321,6 +322,7 @@ def contradictions(m):
     yield from (("extremes", slice(None), v) for v in ([1, -1], [0, 0], [np.inf, -np.inf], [-1, 1]))
     yield from (("sums", i, v) for i in range(4) for v in (np.nan, np.inf, -np.inf, 1e308, -1e308))
     yield from (("sums", i, v) for i in (0, 2) for v in (-1e60, 1e90))
+    yield from (("sums", slice(None), v) for v in (0, m["sums"] * 2, m["sums"] / 2))
     yield ("sums", 2, 0)
     yield from (("counts", low, v) for v in (-1, m["counts"][low] + 1, 2**63 - 1, -(2**63)))
     yield ("counts", [low, low + 1], [-1, m["counts"][low] + m["counts"][low + 1] + 1])
@@ -375,3 +377,28 @@ def test_every_sound_state_is_taken(tmp_path):
         for _ in range(8):
             assert whole_state(round_trip(calibrator, tmp_path)) == whole_state(calibrator)
             calibrator.merge(calibrator)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and modes of POSIX")
+def test_a_link_stays_and_a_file_keeps_its_mode(tmp_path):
+    path, link = tmp_path / "file.npz", tmp_path / "link.npz"
+    calibrator_of([[1.0]]).save(path)
+    path.chmod(0o600)
+    link.symlink_to(path)
+    calibrator_of([[2.0]]).save(link)
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert Calibrator.load(path).stats().max == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file.npz", "link.npz"]
+
+
+def test_a_long_name(tmp_path):
+    path = tmp_path / ("a" * 255)
+    calibrator_of([[1.0]]).save(path)
+    assert Calibrator.load(path).count == 1
+
+
+def test_an_error_names_the_path(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        Calibrator().save(tmp_path / "none" / "file.npz")
+    assert caught.value.filename == str(tmp_path / "none" / "file.npz")

@@ -366,6 +366,9 @@ BAD_CALLS = [
     *each(NOT_A_COUNT, ParameterError, "num_threads:", per_row, (X,), "num_threads"),
     *each(NOT_A_COUNT, ParameterError, "num_threads:", dynamic_quantize, (X,), "num_threads"),
     Bad(ParameterError, "num_threads:", dynamic_quantize, (X,), {"num_threads": 0, "out": CODES}),
+    *each([[np.ones(3, np.int8)] * 2, [np.int8(1)], (memoryview(b"ab"),)], DTypeError,
+          "x: expected a float array, got dtype", dynamic_quantize_int8),
+    Bad(DTypeError, "x: expected a float array, got dtype object from MaxAbs", dynamic_quantize, (MaxAbs(),)),
     Bad(ParameterError, "packed:", dynamic_quantize, (X, PER_ROW), {"packed": True}),
     Bad(ParameterError, "packed:", dynamic_quantize, (X, PACKED_ROWS), {"packed": "yes"}),
     Bad(ParameterError, "packed:", dynamic_quantize, (X, PACKED_ROWS), {"packed": None}),
@@ -420,11 +423,11 @@ BAD_CALLS = [
         bad
         for call in (compute_smooth_factors, search_alpha)
         for bad in (
-            *each([2.0, ROW, X[None], [], [[[1.0] * 4]]], ShapeMismatchError, "weights: expected",
+            *each([2.0, ROW, X[None], [[[1.0] * 4]]], ShapeMismatchError, "weights: expected",
                   call, (X,)),
             *each([[X, ROW], (X, X[None]), [X, 1.0], [X, []]], ShapeMismatchError, "weights[1]: expected",
                   call, (X,)),
-            *each([X[:0], X[:, :0]], EmptyInputError, "weights: expected", call, (X,)),
+            *each([X[:0], X[:, :0], [], ()], EmptyInputError, "weights: expected", call, (X,)),
             Bad(EmptyInputError, "weights[1]: expected", call, (X, [X, X[:0]])),
             Bad(DTypeError, "weights[0]: expected", call, (X, [None, X])),
             Bad(FeatureDimMismatchError, "weights:", call, (X, X[:, :3]), {},

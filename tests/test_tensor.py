@@ -421,3 +421,78 @@ def test_a_tensor_is_frozen_and_can_be_referred_to_weakly():
     for name in ("data", "shape", "anything"):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(tensor, name, 1)
+
+
+EVERY_KIND = [
+    *(dynamic_quantize(np.arange(14, dtype=F32).reshape(2, 7), fmt) for fmt in FORMATS),
+    dynamic_quantize(np.zeros((0, 3), F32)),
+    dynamic_quantize(F32(5), DynQuantFormat.INT8_PER_TENSOR),
+    quantize_weights(np.arange(14, dtype=F32).reshape(2, 7), bits=4, group_size=3),
+]
+
+
+@pytest.mark.parametrize("tensor", EVERY_KIND, ids=repr)
+def test_arrays_through_a_file(tensor, tmp_path):
+    np.savez(tmp_path / "tensor.npz", **tensor.to_arrays())
+    with np.load(tmp_path / "tensor.npz", allow_pickle=False) as file:
+        loaded = DynQuantTensor.from_arrays(file)
+    assert (loaded.shape, loaded.format) == (tensor.shape, tensor.format)
+    assert_same_bits(loaded.dequantize(), tensor.dequantize())
+    for name in ("data", "scales", "zero_points"):
+        assert (getattr(loaded, name) is None) == (getattr(tensor, name) is None)
+        if getattr(tensor, name) is not None:
+            assert_same_bits(getattr(loaded, name), getattr(tensor, name))
+
+
+def test_arrays_are_not_copied(tmp_path):
+    """So that those of a large tensor may stay in their files."""
+    tensor = dynamic_quantize(np.ones((3, 5), F32))
+    np.save(tmp_path / "data.npy", tensor.data)
+    mapped = np.load(tmp_path / "data.npy", mmap_mode="r")
+    assert DynQuantTensor.from_arrays({**tensor.to_arrays(), "data": mapped}).data is mapped
+    assert tensor.to_arrays()["data"] is tensor.data
+
+
+ARRAYS = quantize_weights(np.ones((2, 7), F32), bits=4, group_size=3).to_arrays()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"data": None}, DTypeError, "data: expected an ndarray of uint8, got NoneType"),
+        ({"packed": np.array(False)}, DTypeError, "data: expected an ndarray of int8, got dtype uint8"),
+        ({"bits": np.array(5)}, ParameterError, "bits: expected 4 or 8, got"),
+        ({"granularity": np.array("per_cell")}, ParameterError, "granularity: expected .* 'per_cell'"),
+        ({"group_size": np.array(0)}, ParameterError, "group_size: expected an int >= 1, got"),
+        ({"shape": np.array([2.0, 7.0])}, ParameterError, "shape: expected a tuple of ints"),
+        ({"shape": np.array([2, 9])}, ValueError, "data: expected shape"),
+        ({"name": np.array(1)}, ParameterError, r"unknown \['name'\]"),
+    ],
+)
+def test_arrays_that_are_no_tensor(change, error, message):
+    with pytest.raises(error, match=message) as caught:
+        DynQuantTensor.from_arrays({**ARRAYS, **change})
+    assert isinstance(caught.value, DynQuantError)
+
+
+@pytest.mark.parametrize("name", sorted(ARRAYS))
+def test_arrays_that_are_missing(name):
+    rest = {key: array for key, array in ARRAYS.items() if key != name}
+    if name == "zero_points":  # they mean symmetric codes where there are none
+        assert DynQuantTensor.from_arrays(rest).zero_points is None
+        return
+    with pytest.raises(ParameterError, match=rf"missing \['{name}'\]|group_size: expected"):
+        DynQuantTensor.from_arrays(rest)
+    with pytest.raises(ParameterError, match="arrays: expected a mapping"):
+        DynQuantTensor.from_arrays(list(rest))
+
+
+def test_a_tensor_is_no_array(tmp_path):
+    """NumPy would wrap it in an array of objects, and write a file that cannot be read."""
+    tensor = dynamic_quantize(np.ones((3, 5), F32))
+    with pytest.raises(DTypeError, match="dequantize"):
+        np.asarray(tensor)
+    with pytest.raises(DTypeError, match="to_arrays"):
+        np.savez(tmp_path / "tensor.npz", tensor=tensor)
+    with pytest.raises(DTypeError, match=r"x: expected a float array, got DynQuantTensor .*dequantize"):
+        dynamic_quantize(tensor)
