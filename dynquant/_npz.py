@@ -32,7 +32,7 @@ def write_npz(path: str, arrays: Mapping[str, NDArray[Any]]) -> None:
     A link stays one, and a file keeps its mode.
     """
     members: dict[str, Any] = {n: a.astype(a.dtype.newbyteorder("<"), copy=False) for n, a in arrays.items()}
-    target = os.path.realpath(path)
+    target = os.path.realpath(path) if os.path.islink(path) else path
     # In the same folder, under a name that no other process and no other file has.
     partial = os.path.join(os.path.dirname(target), f".{os.urandom(8).hex()}.partial")
     try:
@@ -44,7 +44,7 @@ def write_npz(path: str, arrays: Mapping[str, NDArray[Any]]) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(partial)
-        if isinstance(error, OSError) and error.filename == partial:
+        if isinstance(error, OSError) and error.filename is not None:
             raise OSError(error.errno, error.strerror, path) from error
         raise
 

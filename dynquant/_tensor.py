@@ -211,7 +211,7 @@ class DynQuantTensor:
     Notes
     -----
     The arrays are kept as they are given, memory-mapped ones too, and may be written to. Tensors are equal to
-    themselves alone.
+    themselves alone, and NumPy makes no array of them, nor of lists of them.
     """
 
     __slots__ = ("__weakref__", "data", "format", "scales", "shape", "zero_points")
@@ -229,6 +229,9 @@ class DynQuantTensor:
         if self.format.granularity != "per_tensor" and not self.shape:
             raise ShapeMismatchError("(..., k)", self.shape, "shape")
         check_arrays(self)
+
+    # Comparisons with NumPy's scalars and arrays, and searches in lists that hold some, are Python's.
+    __array_ufunc__ = None
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> NoReturn:
         """Refused: NumPy would make an array of one object, and save it in a file that it does not read."""

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 # million would take minutes.
 _MOST_THREADS = 1024
 
+# More than starting and joining a thread take.
+_FRAMES = 32
+
 
 def over_rows(work: Callable[..., bool], args: tuple[Any, ...], m: int, num_threads: int) -> bool:
     """Call ``work(*args, first, end)`` for `num_threads` runs of nearly equal length that cover ``range(m)``.
@@ -26,7 +29,8 @@ def over_rows(work: Callable[..., bool], args: tuple[Any, ...], m: int, num_thre
     -------
     bool
         Whether every call returned true. If any raised, the first run's exception is raised after every
-        thread has ended; so is a KeyboardInterrupt that came while waiting.
+        thread has ended; so is a KeyboardInterrupt that came while waiting, unless yet another comes at the
+        very moment when one is noted.
     """
     if num_threads == 1 or m <= 1:
         return work(*args)
@@ -36,6 +40,7 @@ def over_rows(work: Callable[..., bool], args: tuple[Any, ...], m: int, num_thre
 def _over_runs(work: Callable[..., bool], args: tuple[Any, ...], m: int, num_threads: int) -> bool:
     import threading  # here, because most programs never ask for threads and imports are to be short
 
+    _call_nested(_FRAMES)
     claims = [threading.Lock() for _ in range(num_threads)]
     results: dict[int, bool] = {}
     errors: dict[int, BaseException] = {}
@@ -68,6 +73,12 @@ def _over_runs(work: Callable[..., bool], args: tuple[Any, ...], m: int, num_thr
     if errors or interrupts:
         raise errors[min(errors)] if errors else interrupts[0]
     return all(results.values())
+
+
+def _call_nested(depth: int) -> None:
+    """Raise RecursionError if the stack is too full: while threads work nothing could be waited for."""
+    if depth:
+        _call_nested(depth - 1)
 
 
 def _join(thread: threading.Thread) -> None:

@@ -68,7 +68,8 @@ def as_floats(x: Any, name: str) -> NDArray[Any]:
     """`x` as a C-contiguous array of float32, float16 or bfloat16, a copy only where it is none of these.
 
     Python numbers, alone or in lists and tuples, stand for float32 even where all are ints; an array keeps
-    its dtype, and integer, complex, bool and object arrays are refused, in lists too.
+    its dtype, and integer, complex, bool and object arrays are refused, as are lists of nothing but integers
+    some of which are not Python's.
     """
     array = x if type(x) is ndarray else as_array(x, name)
     dtype, flags = array.dtype, array.flags

@@ -398,7 +398,19 @@ def test_a_long_name(tmp_path):
     assert Calibrator.load(path).count == 1
 
 
-def test_an_error_names_the_path(tmp_path):
-    with pytest.raises(FileNotFoundError) as caught:
-        Calibrator().save(tmp_path / "none" / "file.npz")
-    assert caught.value.filename == str(tmp_path / "none" / "file.npz")
+@pytest.mark.skipif(os.name == "nt", reason="links and errors of POSIX")
+@pytest.mark.parametrize("name", ["none/file", "none/../file", "new/", "there/", "loop", ".", "a" * 256])
+def test_an_error_names_the_path(name, tmp_path):
+    calibrator_of([[1.0]]).save(tmp_path / "there")
+    (tmp_path / "loop").symlink_to("loop")
+    path = f"{tmp_path}/{name}"
+    with pytest.raises(OSError, match=r"Errno") as caught:
+        Calibrator().save(path)
+    assert caught.value.filename == path
+    assert sorted(os.listdir(tmp_path)) == ["loop", "there"]
+
+
+def test_a_relative_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calibrator_of([[1.0]]).save("file")
+    assert os.listdir(tmp_path) == ["file"]

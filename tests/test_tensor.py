@@ -492,6 +492,9 @@ def test_a_tensor_is_no_array(tmp_path):
     tensor = dynamic_quantize(np.ones((3, 5), F32))
     with pytest.raises(DTypeError, match="dequantize"):
         np.asarray(tensor)
+    assert tensor in [F32(1), tensor]
+    assert (tensor == tensor.data) is False
+    assert tensor != F32(1)
     with pytest.raises(DTypeError, match="to_arrays"):
         np.savez(tmp_path / "tensor.npz", tensor=tensor)
     with pytest.raises(DTypeError, match=r"x: expected a float array, got DynQuantTensor .*dequantize"):

@@ -170,6 +170,21 @@ def test_an_interrupt_while_a_thread_starts(monkeypatch, delay):
     assert begun == ended == at_return
 
 
+def test_at_the_end_of_the_stack():
+    """RecursionError, whatever the depth at which it comes."""
+
+    def nested(depth):
+        return nested(depth - 1) if depth else over_rows(lambda first, end: True, (), 4, 2)
+
+    raised = 0
+    for depth in range(sys.getrecursionlimit() - 400, sys.getrecursionlimit()):
+        try:
+            assert nested(depth)
+        except RecursionError:
+            raised += 1
+    assert 0 < raised < 400
+
+
 LAYER = QuantLinear.from_float(X[:41], bias=X[0, :41], smooth=abs(X[1]) + F32(0.5))
 
 
