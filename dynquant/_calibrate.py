@@ -630,11 +630,15 @@ class Calibrator:
             above = variance - (most - least) ** 2 / 4  # Popoviciu's bound
             if not (least - slack <= mean <= most + slack and max(above, -variance) <= slack**2):
                 _raise_state(path, f"mean {mean} and variance {variance} of elements in [{least}, {most}]")
-            counts, edges = self.histogram()
-            fewest, most_squares = (float(counts @ np.square(bound)) for bound in (edges[:-1], edges[1:]))
-            squares = float(self._sums[2] + self._sums[3])
-            if not fewest * (1 - 1e-9) <= squares <= most_squares * (1 + 1e-9):
-                _raise_state(path, f"a sum of squares {squares} that disagrees with the counts")
+            self._check_squares(path)
+
+    def _check_squares(self, path: str) -> None:
+        """Their sum lies between those of the bins' lower and of their upper edges."""
+        counts, edges = self.histogram()
+        least, most = counts @ np.square(edges[:-1]), counts @ np.square(edges[1:])
+        squares = float(self._sums[2] + self._sums[3])
+        if not least * (1 - 1e-9) <= squares <= most * (1 + 1e-9):
+            _raise_state(path, f"a sum of squares {squares} that disagrees with the counts")
 
 
 def _raise_state(path: str, found: str) -> NoReturn:
