@@ -30,12 +30,15 @@ BUILD = os.path.join("build", MODE) if MODE else "build"
 # called all the same, its pointers cut to 32 bits. A loop of one vector runs at half the speed where its code
 # straddles two cache lines, and any change before it in the source moves it: loops start at a line.
 GNU_FLAGS = [
-    *("-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden"),
-    *("-falign-loops=64", "-Werror=implicit-function-declaration"),
+    *("-g0", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden", "-falign-loops=64"),
+    "-Werror=implicit-function-declaration",
 ]
+# CFLAGS may hold -Ofast or -ffast-math, with which results differ, and which in the linker's command flush
+# the whole process's subnormals to zero. These follow it.
+STRICT = ["-O3", "-fno-fast-math"]
 MSVC_FLAGS = ["/O2", "/fp:precise"]
 
-# Later flags win: these follow GNU_FLAGS. A float that does not fit its integer is not in "undefined".
+# Later flags win: these follow all others. A float that does not fit its integer is not in "undefined".
 SANITIZER_FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}"]
 if SANITIZE and "undefined" in SANITIZE:
     SANITIZER_FLAGS += ["-fsanitize=float-cast-overflow", "-fno-sanitize-recover=all"]
@@ -48,6 +51,9 @@ GNU_ISA_FLAGS = {
     "avx512vnni": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512vnni"],
 }
 GNU_ISA_FLAGS["amx"] = [*GNU_ISA_FLAGS["avx512vnni"], "-mamx-tile", "-mamx-int8"]
+# Of the modules without an instruction set, where it is for this target: CFLAGS may hold -march=native, with
+# which the detector would not run elsewhere, and the baseline would use tiles without asking the system.
+PORTABLE = "-march=x86-64"
 # No switch of MSVC stands for VNNI or AMX.
 MSVC_ISA_FLAGS = {"baseline": [], "avx2": ["/arch:AVX2"], "avx512": ["/arch:AVX512"]}
 ISA_MACROS = {
@@ -99,16 +105,19 @@ class BuildKernels(build_ext):
     def build_extensions(self):
         self.check_compiler()
         msvc = self.compiler.compiler_type == "msvc"
-        flags, isa_flags = (MSVC_FLAGS, MSVC_ISA_FLAGS) if msvc else (GNU_FLAGS, GNU_ISA_FLAGS)
+        flags, isa_flags = (MSVC_FLAGS, MSVC_ISA_FLAGS) if msvc else (STRICT + GNU_FLAGS, GNU_ISA_FLAGS)
         isas = [isa for isa in isa_flags if isa == "baseline" or self.can_compile(isa, isa_flags[isa])]
         if left_out := sorted(set(GNU_ISA_FLAGS) - set(isas)):
             print(f"dynquant: leaving out {', '.join(left_out)}: not for this processor or compiler")
         self.extensions = [e for e in self.extensions if isa_of(e) in ("", *isas)]
+        not_for_this = msvc or self.refusal("#ifndef __x86_64__\n#error\n#endif", [PORTABLE])
+        portable = [] if not_for_this else [PORTABLE]
         for extension in self.extensions:
-            extension.extra_compile_args = flags + isa_flags.get(isa_of(extension), [])
+            extension.extra_compile_args = flags + (isa_flags.get(isa_of(extension)) or portable)
+            extension.extra_link_args = [] if msvc else [*STRICT]
             if SANITIZE:
                 extension.extra_compile_args += SANITIZER_FLAGS
-                extension.extra_link_args = [f"-fsanitize={SANITIZE}"]
+                extension.extra_link_args += [f"-fsanitize={SANITIZE}"]
             extension.define_macros = [
                 (f"DQ_BUILT_{isa.upper()}", str(int(isa in isas))) for isa in GNU_ISA_FLAGS
             ]

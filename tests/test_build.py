@@ -5,6 +5,7 @@ The compiler is a stand-in that notes what it is given.
 
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,12 +21,12 @@ ISAS = {"_isa_baseline", "_isa_avx2", "_isa_avxvnni", "_isa_avx512", "_isa_avx51
 MODULES = {"_core", "capi", *ISAS}
 
 COMPILER = """if True:
-    import os, pathlib, sys
+    import os, pathlib, shlex, sys
     refused = os.environ.get("REFUSED")
     if refused in sys.argv:
         sys.exit(f"no {refused}")
     with open(os.environ["LOG"], "a") as log:
-        log.writelines(arg + "\\n" for arg in sys.argv if arg.endswith(".c") and "cython" in arg)
+        log.write(shlex.join(sys.argv[1:]) + "\\n")
     pathlib.Path(sys.argv[sys.argv.index("-o") + 1]).touch()
 """
 
@@ -61,7 +62,14 @@ class Tree:
             capture_output=True,
             text=True,
         )
-        return done, {pathlib.Path(line).stem for line in self.log.read_text().splitlines()}
+        return done, {pathlib.Path(source).stem for _, source in self.commands(".c")}
+
+    def commands(self, ending):
+        """The compiler's arguments that made the modules, with the one that names a file of this ending."""
+        for command in map(shlex.split, self.log.read_text().splitlines()):
+            files = [arg for arg in command if arg.endswith(ending) and "probe" not in arg]
+            if files:
+                yield command, files[-1]
 
     def compiled(self, *arguments, **environment):
         done, modules = self.run(*arguments, **environment)
@@ -112,6 +120,31 @@ def test_an_instruction_set_that_the_compiler_refuses_is_left_out(tree):
     assert (done.returncode, done.stderr) == (0, "")
     assert "leaving out amx, avx512, avx512vnni" in done.stdout
     assert modules == {"_core", "capi", "_isa_baseline", "_isa_avx2", "_isa_avxvnni"}
+
+
+def test_flags_for_this_processor_and_for_fast_math_do_not_count(tree):
+    """CFLAGS are in the compiler's and the linker's commands. What comes last wins, of -O and -Ofast too."""
+    assert tree.compiled("--force", CFLAGS="-march=native -Ofast -ffast-math") == MODULES
+    compiled, linked = list(tree.commands(".c")), list(tree.commands(".so"))
+    assert len(compiled) == len(linked) == len(MODULES)
+    for command, _ in compiled + linked:
+        assert command.index("-fno-fast-math") > command.index("-ffast-math")
+        assert command.index("-O3") > command.index("-Ofast")
+    for command, source in compiled:
+        *_, architecture = (arg for arg in command if arg.startswith("-march="))
+        isa = pathlib.Path(source).stem
+        assert (architecture == "-march=x86-64") == (isa in ("_core", "capi", "_isa_baseline"))
+        assert architecture != "-march=native"
+
+
+@pytest.mark.parametrize("flags", [[], ["-march=x86-64-v4"], ["-march=sapphirerapids"]])
+def test_the_vector_steps_compile(flags):
+    """With half floats, too, for which a compiler has float arithmetic of a kind of its own."""
+    compiler = [shutil.which("cc") or pytest.skip("no cc"), "-fsyntax-only", "-xc", *flags]
+    if subprocess.run([*compiler, os.devnull], capture_output=True).returncode:
+        pytest.skip(f"the compiler has no {flags}")
+    done = subprocess.run([*compiler, ROOT / "dynquant/kernels/simd.h"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_without_a_compiler(tree):

@@ -36,8 +36,9 @@
 #define DQ_AMX
 #endif
 
-/* In wider registers, as those of the x87, sums and quotients are rounded twice. */
-#if FLT_EVAL_METHOD != 0
+/* In wider registers, as those of the x87, sums and quotients are rounded twice. 16 says that even _Float16 is
+   computed as it is. */
+#if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16
 #error "float arithmetic has to be that of float: on 32-bit x86 compile with -msse2 -mfpmath=sse"
 #endif
 
