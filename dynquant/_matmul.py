@@ -169,7 +169,7 @@ def w8a8_matmul(
         arrays = (weight, weight_i8, scales, weight_scales, x, activations, offset, bias)
         checked_out(out, (x.shape[0], n), F32, *arrays)
     if weight.size == 0:
-        return _only_bias(n, offset, x, out, "activations")
+        return _of_nothing(F32.type(0) * scales, offset, x, out, "activations")
     tensor = DynQuantTensor(weight, scales, None, (n, k), DynQuantFormat.INT8_PER_ROW)
     return multiply(packed_linear(tensor, offset, None, 0), n, None, x, out, threads, "activations")
 
@@ -319,7 +319,7 @@ def _multiply_int4(
 ) -> NDArray[np.float32]:
     n, k = weight.shape
     if n == 0 or k == 0:
-        return _only_bias(n, bias, x, out, name)
+        return _of_nothing(np.zeros(n, F32), bias, x, out, name)
     return multiply(packed_linear(weight, bias, None, 0), n, None, x, out, threads, name)
 
 
@@ -353,13 +353,17 @@ def packed_linear(
     return layer
 
 
-def _only_bias(
-    n: int, bias: NDArray[np.float32] | None, x: NDArray[Any], out: NDArray[np.float32] | None, name: str
+def _of_nothing(
+    zeros: NDArray[np.float32],
+    bias: NDArray[np.float32] | None,
+    x: NDArray[Any],
+    out: NDArray[np.float32] | None,
+    name: str,
 ) -> NDArray[np.float32]:
-    """What a layer without inputs or outputs gives."""
+    """What a layer without inputs or outputs gives: the zeros of its sums, each with its sign, and the bias."""
     check_finite(x, name)
-    y = np.empty((x.shape[0], n), F32) if out is None else out
-    y[:] = 0 if bias is None else bias
+    y = np.empty((x.shape[0], zeros.size), F32) if out is None else out
+    y[:] = zeros if bias is None else zeros + bias
     return y
 
 

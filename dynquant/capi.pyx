@@ -320,12 +320,16 @@ cdef int quantize_activations(const float* x, int64_t m, int64_t k, float* scale
     return DYNQUANT_OK
 
 
-# (m, n) rows of bias, or of zeros: a product over nothing.
-cdef void fill_rows(const float* bias, int64_t m, int64_t n, float* out) noexcept nogil:
+# (m, n) products over nothing: zeros with the signs of w_scales, or of none if that is NULL, and the bias.
+cdef void fill_rows(const float* w_scales, const float* bias, int64_t m, int64_t n,
+                    float* out) noexcept nogil:
     cdef Py_ssize_t r, c
+    cdef float zero = 0
     for r in range(m):
         for c in range(n):
-            out[r * n + c] = 0 if bias == NULL else bias[c]
+            if w_scales != NULL:
+                zero = <float> 0.0 * w_scales[c]
+            out[r * n + c] = zero if bias == NULL else zero + bias[c]
 
 
 cdef int dynquant_w8a8_matmul(const void* packed, const float* w_scales, const float* bias, const float* x,
@@ -343,7 +347,7 @@ cdef int dynquant_w8a8_matmul(const void* packed, const float* w_scales, const f
     if status != DYNQUANT_OK:
         return status
     if k == 0:
-        fill_rows(bias, m, n, out)
+        fill_rows(w_scales, bias, m, n, out)
     else:
         multiply_panels(<const uint8_t*> line_of(packed) + LINE, w_scales, bias, a, a_scales, out, m, n, k, 0,
                         panels_of(n))
@@ -468,7 +472,7 @@ cdef int dynquant_w4a8_matmul(const void* packed, const float* bias, const float
     if bias != NULL and not all_finite(bias, n):
         return DYNQUANT_NON_FINITE
     if k == 0:
-        fill_rows(bias, m, n, out)
+        fill_rows(NULL, bias, m, n, out)
         return DYNQUANT_OK
     width = kernels.group_activation_bytes(k, group)
     a = <uint8_t*> line_of(a_scales + m)

@@ -177,6 +177,14 @@ def test_empty(m, n, k):
     assert_same_bits(y, np.broadcast_to(bias + k, (m, n)).astype(F32) if k else np.tile(bias, (m, 1)))
 
 
+def test_zeros_of_empty_sums_have_the_signs_of_scales():
+    """And none is left once a bias, -0.0 too, is added to a zero above it."""
+    weight, x, scales = np.ones((3, 0), np.int8), np.ones((2, 0), F32), np.array([-1, 2, -3], F32)
+    assert_same_bits(w8a8_matmul(weight, scales, x), np.array([[-0.0, 0.0, -0.0]] * 2, F32))
+    bias = np.array([-0.0, -0.0, 1], F32)
+    assert_same_bits(w8a8_matmul(weight, scales, x, bias), np.array([[-0.0, 0.0, 1]] * 2, F32))
+
+
 # QuantLinear
 
 

@@ -276,8 +276,8 @@ def test_empty(size, m, n, k):
     fmt = DynQuantFormat(4, "per_row" if size is None else "per_group", size, True)
     data, scales = np.zeros((n, (k + 1) // 2), np.uint8), np.ones((n, *groups), F32)
     weight = DynQuantTensor(data, scales, np.ones(scales.shape, np.uint8), (n, k), fmt)
-    x, bias = np.ones((m, k), F32), np.arange(n, dtype=F32)
-    wanted = np.broadcast_to(bias - k, (m, n)).astype(F32)
+    x, bias = np.ones((m, k), F32), -np.arange(n, dtype=F32)
+    wanted = np.broadcast_to(0 + bias - k, (m, n)).astype(F32)
     assert_same_bits(w4a8_matmul(weight, x, bias), wanted)
     out = np.full((m, n), np.nan, F32)
     assert w4a8_matmul(weight, x, bias, out=out) is out
