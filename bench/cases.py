@@ -332,7 +332,7 @@ def w8a8_matvec(n: int, k: int) -> Case:
 
 
 # Shapes (out_features, in_features) of layers, and how many rows they are given.
-LAYERS = ((384, 1536), (1024, 1024), (4096, 4096), (11008, 4096))
+LAYERS = ((384, 1536), (1024, 1024), (4096, 4096), (11008, 4096), (30522, 384))
 ROWS = (1, 4, 16, 128)
 # The layers and rows that two threads are measured on: enough work to share.
 SHARED_LAYERS = ((4096, 4096), (11008, 4096))

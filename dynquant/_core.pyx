@@ -76,6 +76,9 @@ cdef enum:
     STREAM = 1 << 23
     FETCHED_AHEAD = 1 << 13
     MAX_STEPS = 8
+    OUT_ROWS = 64
+    OUTPUTS = 256
+    OUTPUTS_BYTES = 1 << 20
     SEARCH_STEPS = 23
 
 
@@ -1323,17 +1326,39 @@ cdef class PackedLinear:
         return True
 
 
+# As how many rows of the result a product takes its m rows together: all of them, or nearly equal parts, of
+# whole tiles of 16.
+#
+# A panel's outputs of one row are a line or two of the result, a whole row of it away from those of the next
+# row. A core's prefetchers follow some 64 rows that way; with more of them each line is waited for, which
+# made wide layers with few inputs two to five times slower. So when there are more, a part of the rows is
+# taken at a time, and as many outputs as make the run written to each row at least 1 KiB: their weights,
+# which the next part of the rows meets again, should not leave a core's own cache, and 2 KiB are enough.
+cdef inline Py_ssize_t rows_together(Py_ssize_t m) noexcept nogil:
+    cdef Py_ssize_t parts = (m + OUT_ROWS - 1) // OUT_ROWS
+    return m if parts < 2 else (m + 16 * parts - 1) // (16 * parts) * 16
+
+
+cdef inline Py_ssize_t outputs_together(Py_ssize_t m, Py_ssize_t k, Py_ssize_t left) noexcept nogil:
+    cdef Py_ssize_t most = 2 * OUTPUTS if 2 * OUTPUTS * k <= OUTPUTS_BYTES else OUTPUTS
+    return left if m <= OUT_ROWS or left < most else most
+
+
 # out (m, n) = a . weights + bias for the outputs of panels first .. end; no bias where it is NULL.
 cdef void multiply_panels(const uint8_t* panels, const float* w_scales, const float* bias, const uint8_t* a,
                           const float* a_scales, float* out, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
                           Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    cdef Py_ssize_t c = first * kernels.panel_outputs
+    cdef Py_ssize_t width = kernels.panel_bytes(k), stride = kernels.activation_bytes(k)
+    cdef Py_ssize_t rows = rows_together(m), c = first * kernels.panel_outputs, cols, r
     cdef Py_ssize_t last = end * kernels.panel_outputs if end < panels_of(n) else n
-    if c < last:
-        if bias != NULL:
-            bias += c
-        kernels.gemm_s8s8_f32(panels + first * kernels.panel_bytes(k), w_scales + c, bias, a, a_scales,
-                              out + c, n, m, last - c, k)
+    while c < last:
+        cols, r = outputs_together(m, k, last - c), 0
+        while r < m:
+            kernels.gemm_s8s8_f32(panels + c // kernels.panel_outputs * width, w_scales + c,
+                                  NULL if bias == NULL else bias + c, a + r * stride, a_scales + r,
+                                  out + r * n + c, n, rows if m - r > rows else m - r, cols, k)
+            r += rows
+        c += cols
 
 
 # The same for 4-bit weights.
@@ -1341,16 +1366,20 @@ cdef void multiply_group_panels(const uint8_t* panels, const float* scales, cons
                                 const float* bias, const uint8_t* a, const float* a_scales, float* out,
                                 Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group,
                                 Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    cdef Py_ssize_t each = panel_scales(k, group), width = kernels.group_panel_bytes(k, group)
-    cdef Py_ssize_t c = first * kernels.panel_outputs
+    cdef Py_ssize_t each = panel_scales(k, group), width = kernels.group_panel_bytes(k, group), p
+    cdef Py_ssize_t stride = kernels.group_activation_bytes(k, group)
+    cdef Py_ssize_t rows = rows_together(m), c = first * kernels.panel_outputs, cols, r
     cdef Py_ssize_t last = end * kernels.panel_outputs if end < panels_of(n) else n
     # With three streams to follow, the hardware's prefetcher is too slow for main memory.
     cdef Py_ssize_t ahead = FETCHED_AHEAD if panels_of(n) * width >= kernels.fetched_from else 0
-    if c < last:
-        if bias != NULL:
-            bias += c
-        kernels.gemm_u4s8_f32(panels + first * width, scales + first * each, zero_points + first * each, bias,
-                              a, a_scales, out + c, n, m, last - c, k, group, ahead)
+    while c < last:
+        cols, r, p = outputs_together(m, k, last - c), 0, c // kernels.panel_outputs
+        while r < m:
+            kernels.gemm_u4s8_f32(panels + p * width, scales + p * each, zero_points + p * each,
+                                  NULL if bias == NULL else bias + c, a + r * stride, a_scales + r,
+                                  out + r * n + c, n, rows if m - r > rows else m - r, cols, k, group, ahead)
+            r += rows
+        c += cols
 
 
 # ---------------------------------------------------------------------------------------------------------

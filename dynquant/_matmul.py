@@ -360,7 +360,7 @@ def _of_nothing(
     out: NDArray[np.float32] | None,
     name: str,
 ) -> NDArray[np.float32]:
-    """What a layer without inputs or outputs gives: the zeros of its sums, each with its sign, and the bias."""
+    """What a layer without inputs or outputs gives: the zeros of its sums, with their signs, and the bias."""
     check_finite(x, name)
     y = np.empty((x.shape[0], zeros.size), F32) if out is None else out
     y[:] = zeros if bias is None else zeros + bias

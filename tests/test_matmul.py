@@ -117,6 +117,20 @@ def test_random_codes_over_several_blocks(isa):
     assert_same_bits(w8a8_matmul(weight, scales, x[5:], bias), y[5:])
 
 
+@pytest.mark.parametrize("m", [64, 65, 80, 129, 200])
+@pytest.mark.parametrize(("n", "k"), [(512, 8), (1101, 5), (300, 2100)])
+def test_parts_of_rows_and_outputs(m, n, k, isa):
+    """More than 64 rows are taken in parts, and outputs 256 or 512 at a time."""
+    weight, scales, x, bias = layer_arrays(m, n, k)
+    y = expected(weight, scales, x, bias)
+    memory = np.full((m + 1, n), 7, F32)
+    for num_threads in (1, 3):
+        w8a8_matmul(weight, scales, x, bias, out=memory[:m], num_threads=num_threads)
+        assert_same_bits(memory[:m], y)
+        assert (memory[m] == 7).all()
+    assert_same_bits(w8a8_matmul(weight, scales, x), expected(weight, scales, x))
+
+
 def test_more_rows_than_a_chunk(isa):
     """Rows are taken in chunks of 32 where these have a megabyte of activations and more."""
     k = 60_000

@@ -133,10 +133,10 @@ def test_ranks_of_a_full_and_of_the_last_group(isa):
     x = np.concatenate([x, [300, 100, 200]]).astype(F32)
     for p, whole, last in [(0.05, 1, 100), (0.3, 3, 100), (0.5, 5, 200), (0.67, 7, 300), (1.0, 10, 300)]:
         q = dynamic_quantize(x, DynQuantFormat.int4_per_group(10), Percentile(p))
-        assert q.scales.tolist() == [F32(whole) / 7, F32(whole) / 7, F32(last) / 7]
+        assert q.scales.tolist() == [F32(whole) / F32(7), F32(whole) / F32(7), F32(last) / F32(7)]
     # The same group with nothing before it.
     alone = dynamic_quantize(x[20:], DynQuantFormat.int4_per_group(10), Percentile(0.5))
-    assert alone.scales.tolist() == [F32(200) / 7]
+    assert alone.scales.tolist() == [F32(200) / F32(7)]
 
 
 @each_kind

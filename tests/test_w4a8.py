@@ -182,6 +182,19 @@ def test_groups_are_added_up_in_order():
     assert w4a8_matmul(backward, [[127.0, 127, 127]]).tolist() == [[2.0**24 * 127 + 128]]
 
 
+@pytest.mark.parametrize("m", [64, 65, 80, 129, 200])
+@pytest.mark.parametrize(("n", "k", "size"), [(512, 64, 32), (1101, 40, 8), (300, 2112, 64), (520, 9, None)])
+def test_parts_of_rows_and_outputs(m, n, k, size, isa):
+    """More than 64 rows are taken in parts, and outputs 256 or 512 at a time."""
+    weight, x, bias, plain, with_bias = case(m, n, k, size, False)
+    memory = np.full((m + 1, n), 7, F32)
+    for num_threads in (1, 3):
+        w4a8_matmul(weight, x, bias, out=memory[:m], num_threads=num_threads)
+        assert_same_bits(memory[:m], with_bias)
+        assert (memory[m] == 7).all()
+    assert_same_bits(w4a8_matmul(weight, x), plain)
+
+
 def test_more_rows_than_a_chunk(isa):
     """Rows are taken in chunks of 32 where these have a megabyte of activations and more."""
     k = 60_000
