@@ -10,6 +10,7 @@ before Python: `make sanitize` and `make tsan` do that.
 
 import contextlib
 import os
+import re
 import tempfile
 
 from Cython.Build import cythonize
@@ -35,11 +36,12 @@ GNU_FLAGS = [
 ]
 # CFLAGS may hold -Ofast or -ffast-math, with which results differ, and which in the linker's command flush
 # the whole process's subnormals to zero. These follow it.
-STRICT = ["-O3", "-fno-fast-math"]
+STRICT = ["-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations"]
 MSVC_FLAGS = ["/O2", "/fp:precise"]
 
-# Later flags win: these follow all others. A float that does not fit its integer is not in "undefined".
-SANITIZER_FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}"]
+# Later flags win: these follow all others. A float that does not fit its integer is not in "undefined", nor is
+# an overflow with the -fwrapv of Python's own flags.
+SANITIZER_FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-wrapv", f"-fsanitize={SANITIZE}"]
 if SANITIZE and "undefined" in SANITIZE:
     SANITIZER_FLAGS += ["-fsanitize=float-cast-overflow", "-fno-sanitize-recover=all"]
 
@@ -53,7 +55,9 @@ GNU_ISA_FLAGS = {
 GNU_ISA_FLAGS["amx"] = [*GNU_ISA_FLAGS["avx512vnni"], "-mamx-tile", "-mamx-int8"]
 # Of the modules without an instruction set, where it is for this target: CFLAGS may hold -march=native, with
 # which the detector would not run elsewhere, and the baseline would use tiles without asking the system.
+# Flags for single instructions stay in force after it, and are taken away.
 PORTABLE = "-march=x86-64"
+INSTRUCTIONS = re.compile(r"-m(s?sse|avx|amx|fma|f16c|bmi|popcnt|lzcnt|gfni|vaes|vpclmul).*")
 # No switch of MSVC stands for VNNI or AMX.
 MSVC_ISA_FLAGS = {"baseline": [], "avx2": ["/arch:AVX2"], "avx512": ["/arch:AVX512"]}
 ISA_MACROS = {
@@ -105,6 +109,9 @@ class BuildKernels(build_ext):
     def build_extensions(self):
         self.check_compiler()
         msvc = self.compiler.compiler_type == "msvc"
+        if not msvc:
+            command = self.compiler.compiler_so
+            self.compiler.compiler_so = [arg for arg in command if not INSTRUCTIONS.fullmatch(arg)]
         flags, isa_flags = (MSVC_FLAGS, MSVC_ISA_FLAGS) if msvc else (STRICT + GNU_FLAGS, GNU_ISA_FLAGS)
         isas = [isa for isa in isa_flags if isa == "baseline" or self.can_compile(isa, isa_flags[isa])]
         if left_out := sorted(set(GNU_ISA_FLAGS) - set(isas)):

@@ -124,17 +124,23 @@ def test_an_instruction_set_that_the_compiler_refuses_is_left_out(tree):
 
 def test_flags_for_this_processor_and_for_fast_math_do_not_count(tree):
     """CFLAGS are in the compiler's and the linker's commands. What comes last wins, of -O and -Ofast too."""
-    assert tree.compiled("--force", CFLAGS="-march=native -Ofast -ffast-math") == MODULES
+    instructions = "-march=native -mavx2 -mavxvnni -mamx-int8 -msse4.2"
+    flags = f"{instructions} -Ofast -ffast-math -funsafe-math-optimizations"
+    assert tree.compiled("--force", CFLAGS=flags) == MODULES
     compiled, linked = list(tree.commands(".c")), list(tree.commands(".so"))
     assert len(compiled) == len(linked) == len(MODULES)
     for command, _ in compiled + linked:
         assert command.index("-fno-fast-math") > command.index("-ffast-math")
+        assert command.index("-fno-unsafe-math-optimizations") > command.index("-funsafe-math-optimizations")
         assert command.index("-O3") > command.index("-Ofast")
     for command, source in compiled:
         *_, architecture = (arg for arg in command if arg.startswith("-march="))
         isa = pathlib.Path(source).stem
         assert (architecture == "-march=x86-64") == (isa in ("_core", "capi", "_isa_baseline"))
         assert architecture != "-march=native"
+        assert "-msse4.2" not in command
+        assert command.count("-mamx-int8") == (isa == "_isa_amx")
+        assert command.count("-mavxvnni") == (isa == "_isa_avxvnni")
 
 
 @pytest.mark.parametrize("flags", [[], ["-march=x86-64-v4"], ["-march=sapphirerapids"]])
