@@ -265,7 +265,8 @@ class DynQuantTensor:
         Parameters
         ----------
         arrays : mapping
-            As `to_arrays` has it, perhaps through a file. Arrays are kept as they are.
+            As `to_arrays` has it, perhaps through a file. Arrays are kept as they are; scales in another byte
+            order than this machine's are converted.
 
         Raises
         ------
@@ -286,7 +287,10 @@ class DynQuantTensor:
             as_scalar(arrays.get(name)) for name in ("bits", "granularity", "group_size", "packed")
         )
         fmt = DynQuantFormat(bits, str(granularity), group, packed)  # type: ignore[arg-type]
-        return cls(arrays["data"], arrays["scales"], arrays.get("zero_points"), arrays["shape"], fmt)
+        scales = arrays["scales"]
+        if isinstance(scales, np.ndarray) and not scales.dtype.isnative:
+            scales = scales.astype(scales.dtype.newbyteorder("="))
+        return cls(arrays["data"], scales, arrays.get("zero_points"), arrays["shape"], fmt)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.data, self.scales, self.zero_points, self.shape, self.format)

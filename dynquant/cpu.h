@@ -108,10 +108,11 @@ static int dq_cpu_has_amx(void) { return dq_cpu_level() >= 4; }
    goes through all weights once; in pages of 4 KiB it has to find a page every 64 lines. */
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 static inline void dq_prefer_large_pages(void* memory, size_t n) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const size_t page = 4096, skipped = -(size_t)memory & (page - 1);
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), skipped = -(size_t)memory & (page - 1);
     if (n >= ((size_t)1 << 22)) (void)madvise((char*)memory + skipped, n - skipped, MADV_HUGEPAGE);
 #else
     (void)memory;

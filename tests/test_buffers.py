@@ -618,7 +618,7 @@ def test_arrays_that_shrink_in_a_call(isa):
             call()
 
 
-@pytest.mark.parametrize("dtype", [np.float64, ">f4"])
+@pytest.mark.parametrize("dtype", [np.float64, np.dtype(F32).newbyteorder()])
 @pytest.mark.parametrize("kind", [np.asarray, memoryview, Arrayish, Interface, Struct])
 def test_the_memory_of_what_is_converted_is_not_written_over(kind, dtype):
     """Every argument of every function with `out`: a copy is made of it, and `out` lies where it lay."""

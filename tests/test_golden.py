@@ -49,7 +49,7 @@ class Case:
 @pytest.fixture(scope="module")
 def cases():
     with np.load(pathlib.Path(__file__).parent / "data" / "seed_vectors.npz") as file:
-        archive = dict(file)
+        archive = {name: array.astype(array.dtype.newbyteorder("=")) for name, array in file.items()}
     return [Case(archive, i, str(line)) for i, line in enumerate(archive["index"])]
 
 

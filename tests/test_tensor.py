@@ -453,6 +453,16 @@ def test_arrays_are_not_copied(tmp_path):
     assert tensor.to_arrays()["data"] is tensor.data
 
 
+@pytest.mark.parametrize("tensor", EVERY_KIND, ids=repr)
+def test_arrays_from_a_machine_of_the_other_byte_order(tensor):
+    arrays = {name: array.astype(array.dtype.newbyteorder()) for name, array in tensor.to_arrays().items()}
+    loaded = DynQuantTensor.from_arrays(arrays)
+    assert (loaded.shape, loaded.format) == (tensor.shape, tensor.format)
+    assert_same_bits(loaded.dequantize(), tensor.dequantize())
+    with pytest.raises(DTypeError, match="scales: expected an ndarray of float32"):
+        DynQuantTensor.from_arrays({**arrays, "scales": tensor.scales.astype(np.dtype("f8").newbyteorder())})
+
+
 ARRAYS = quantize_weights(np.ones((2, 7), F32), bits=4, group_size=3).to_arrays()
 
 

@@ -39,7 +39,7 @@
 /* In wider registers, as those of the x87, sums and quotients are rounded twice. 16 says that even _Float16 is
    computed as it is. */
 #if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16
-#error "float arithmetic has to be that of float: on 32-bit x86 compile with -msse2 -mfpmath=sse"
+#error "float arithmetic has to be that of float: compile with -msse2 -mfpmath=sse (x86) or -std=gnu11 (s390)"
 #endif
 
 /* No product and sum in one rounding, in this whole source: what -ffp-contract=off says to gcc. */
