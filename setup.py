@@ -39,8 +39,8 @@ GNU_FLAGS = [
 STRICT = ["-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations"]
 MSVC_FLAGS = ["/O2", "/fp:precise"]
 
-# Later flags win: these follow all others. A float that does not fit its integer is not in "undefined", and an
-# overflow is not with the -fwrapv of Python's own flags.
+# Later flags win: these follow all others. A float that does not fit its integer is not in "undefined", and
+# an overflow is not with the -fwrapv of Python's own flags.
 SANITIZER_FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-wrapv", f"-fsanitize={SANITIZE}"]
 if SANITIZE and "undefined" in SANITIZE:
     SANITIZER_FLAGS += ["-fsanitize=float-cast-overflow", "-fno-sanitize-recover=all"]
