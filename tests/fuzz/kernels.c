@@ -439,9 +439,8 @@ static void matmul(void) {
         const float a_scale = amax_of(x + r * k, k) / 127;
         code_all(x + r * k, k, a_scale, 127, codes);
         for (int64_t c = 0; c < n; c++) {
-            float y = (float)dot_of(w + c * k, codes, k) * w_scales[c] * a_scale;
-            if (k == 0) y = 0;
-            expected[r * n + c] = bias == NULL ? y : k ? y + bias[c] : bias[c];
+            const float y = (float)dot_of(w + c * k, codes, k) * w_scales[c] * a_scale;
+            expected[r * n + c] = bias == NULL ? y : y + bias[c];
         }
     }
     same_floats("outputs", out, expected, m * n);
@@ -671,7 +670,7 @@ static void matmul4(void) {
         for (int64_t c = 0; c < n; c++) {
             const float y = k ? total_of(w + c * bytes, w_scales + c * count, symmetric ? NULL : zeros + c * count,
                                          codes, k, group) * a_scale : 0;
-            expected[r * n + c] = bias == NULL ? y : k ? y + bias[c] : bias[c];
+            expected[r * n + c] = bias == NULL ? y : y + bias[c];
         }
     }
     same_floats("outputs", out, expected, m * n);
