@@ -1,0 +1,189 @@
+# Arrays as the kernels see them: memory held against what is read and written, and floats widened block by block.
+cdef enum:
+    # Input formats, as _validate.py numbers them.
+    F32 = 0
+    F16 = 1
+    BF16 = 2
+    BLOCK = 4096  # floats that are widened, and codes that are packed, together: 16 KiB, half of a small L1
+
+
+# Objects that are converted by code of their own may change arrays whose shape was looked at before, and a
+# subclass may say any shape: what is about to be read or written is held against the memory itself.
+cdef int check_size(Py_ssize_t size, Py_ssize_t needed) except -1:
+    if size < needed:
+        from dynquant.errors import LayoutError
+
+        raise LayoutError(f"expected an array that keeps its size in a call, got {size} instead of {needed}")
+    return 0
+
+
+# One is made in every call, and can be part of no reference cycle.
+@cython.final
+@cython.no_gc
+@cython.freelist(8)
+cdef class FloatRows:
+    """m rows of k floats that follow each other in `x`, a C-contiguous array of the format `kind`."""
+
+    cdef Py_buffer view
+    cdef int kind
+    cdef readonly Py_ssize_t m, k
+
+    def __cinit__(self, x not None, int kind, Py_ssize_t m, Py_ssize_t k):
+        self.kind, self.m, self.k = kind, m, k
+        PyObject_GetBuffer(x, &self.view, PyBUF_SIMPLE)
+        check_size(self.view.len, m * k * (4 if kind == F32 else 2))
+
+    def __dealloc__(self):
+        PyBuffer_Release(&self.view)
+
+    cdef Floats row(self, Py_ssize_t r) noexcept nogil:
+        cdef Floats x = self.flat()
+        x.n = self.k
+        x.data += r * self.k * (4 if self.kind == F32 else 2)
+        return x
+
+    cdef Floats flat(self) noexcept nogil:
+        cdef Floats x
+        x.kind = self.kind
+        x.n = self.m * self.k
+        x.data = <const char*> self.view.buf
+        return x
+
+
+# A typed memoryview, which also knows shape and dtype, takes three times as long to make, and that is as long
+# as quantising a thousand floats.
+@cython.final
+@cython.no_gc
+@cython.freelist(8)
+cdef class Memory:
+    """The memory of an array, kept while this lives; unless told otherwise, writable and C-contiguous."""
+
+    cdef Py_buffer view
+
+    def __cinit__(self, array not None, int flags=PyBUF_WRITABLE):
+        PyObject_GetBuffer(array, &self.view, flags)
+
+    def __dealloc__(self):
+        PyBuffer_Release(&self.view)
+
+
+def fits(out not None, tuple shape not None, tuple inputs not None):
+    """Whether `out` is a writable, aligned, C-contiguous array of `shape` that is apart from `inputs`.
+
+    False where any of these is more than a plain array: then it is to be looked at closely.
+    """
+    cdef Memory x, y
+    cdef Py_ssize_t i, n = len(shape)
+    try:
+        x = Memory(out, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS)
+    except (ValueError, BufferError):
+        return False
+    if x.view.ndim != n or <size_t> x.view.buf % <size_t> x.view.itemsize:
+        return False
+    for i in range(n):
+        if x.view.shape[i] != shape[i]:
+            return False
+    for i in range(len(inputs)):
+        if inputs[i] is None or i and inputs[i] is inputs[i - 1]:
+            continue
+        if type(inputs[i]) is not type(out):
+            return False
+        y = Memory(inputs[i], PyBUF_STRIDES)
+        if not views_apart(&x.view, &y.view):
+            return False
+    return True
+
+
+def apart(a not None, b not None):
+    """Whether no element of `a`, an array of any layout, lies between the first and the last byte of `b`."""
+    cdef Memory x = Memory(a, PyBUF_STRIDES)
+    cdef Memory y = Memory(b, PyBUF_STRIDES)
+    return views_apart(&x.view, &y.view)
+
+
+cdef bint views_apart(const Py_buffer* x, const Py_buffer* y) noexcept:
+    return x.len == 0 or y.len == 0 or last_byte(x) < first_byte(y) or last_byte(y) < first_byte(x)
+
+
+cdef const char* first_byte(const Py_buffer* view) noexcept:
+    cdef const char* first = <const char*> view.buf
+    cdef int i
+    for i in range(view.ndim):
+        if view.strides[i] < 0:
+            first += (view.shape[i] - 1) * view.strides[i]
+    return first
+
+
+cdef const char* last_byte(const Py_buffer* view) noexcept:
+    cdef const char* last = <const char*> view.buf + view.itemsize - 1
+    cdef int i
+    for i in range(view.ndim):
+        if view.strides[i] > 0:
+            last += (view.shape[i] - 1) * view.strides[i]
+    return last
+
+
+def filled(type cls not None, data, scales, zero_points, shape, format):
+    """A new object of a frozen dataclass with these five slots.
+
+    The dataclass's own way, object.__setattr__ for each, takes as long as quantising a thousand floats.
+    """
+    tensor = PyType_GenericNew(cls, NULL, NULL)
+    PyObject_GenericSetAttr(tensor, "data", data)
+    PyObject_GenericSetAttr(tensor, "scales", scales)
+    PyObject_GenericSetAttr(tensor, "zero_points", zero_points)
+    PyObject_GenericSetAttr(tensor, "shape", shape)
+    PyObject_GenericSetAttr(tensor, "format", format)
+    return tensor
+
+
+# Floats start .. start + n of x: where they lie, or, n <= BLOCK, widened into scratch.
+cdef inline const float* block_of(const Floats* x, Py_ssize_t start, Py_ssize_t n,
+                                  float* scratch) noexcept nogil:
+    if x.kind == F32:
+        return <const float*> x.data + start
+    if x.kind == F16:
+        kernels.widen_f16_f32(<const uint16_t*> x.data + start, scratch, n)
+    else:
+        kernels.widen_bf16_f32(<const uint16_t*> x.data + start, scratch, n)
+    return scratch
+
+
+cdef inline Py_ssize_t block_len(Py_ssize_t start, Py_ssize_t n) noexcept nogil:
+    return n - start if n - start < BLOCK else BLOCK
+
+
+# The same where only scratch is short: float32 is taken at once.
+cdef inline Py_ssize_t run_len(const Floats* x, Py_ssize_t start, Py_ssize_t end) noexcept nogil:
+    return end - start if x.kind == F32 else block_len(start, end)
+
+
+# Floats start .. start + n of x, as floats of their own.
+cdef inline Floats part_of(const Floats* x, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
+    cdef Floats part
+    part.kind = x.kind
+    part.data = x.data + start * (4 if x.kind == F32 else 2)
+    part.n = n
+    return part
+
+
+# The end of the group that holds element i, or `end` where that comes first.
+cdef inline Py_ssize_t group_end(Py_ssize_t i, Py_ssize_t group, Py_ssize_t end) noexcept nogil:
+    cdef Py_ssize_t next = (i // group + 1) * group
+    return next if next < end else end
+
+
+# Memory that starts at a cache line: vectors that straddle two of them load at half the speed.
+cdef struct Aligned:
+    void* block
+    uint8_t* data
+
+
+cdef Aligned aligned_memory(Py_ssize_t n) except *:
+    cdef Aligned memory
+    memory.block = PyMem_RawMalloc(n + 63)
+    if memory.block == NULL:
+        raise MemoryError
+    dq_prefer_large_pages(memory.block, n + 63)
+    memory.data = <uint8_t*> memory.block + (-<Py_ssize_t> memory.block & 63)
+    return memory

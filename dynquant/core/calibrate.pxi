@@ -1,0 +1,208 @@
+# Statistics of calibration sets.
+
+
+def moments(FloatRows x not None):
+    """(n, min, max, mean, sum of squared deviations) of all elements, which are finite; n > 0.
+
+    Within a block the deviations are taken from the block's own mean; blocks are merged by the formula of
+    Chan, Golub and LeVeque (1979), which keeps the variance accurate however large the mean is.
+    """
+    cdef float scratch[BLOCK]
+    cdef const float* block
+    cdef Py_ssize_t start = 0, n
+    cdef Floats flat
+    cdef float least, most
+    cdef double mean = 0, m2 = 0, delta, block_mean
+    with nogil:
+        flat = x.flat()
+        block = block_of(&flat, 0, 1, scratch)
+        least = most = block[0]
+        while start < flat.n:
+            n = block_len(start, flat.n)
+            block = block_of(&flat, start, n, scratch)
+            kernels.min_max_row_f32(block, &least, &most, n)
+            block_mean = kernels.sum_row_f32_f64(block, n) / n
+            m2 += kernels.square_deviation_row_f32_f64(block, block_mean, n)
+            delta = block_mean - mean
+            m2 += delta * delta * (<double> start * n / (start + n))
+            mean += delta * n / (start + n)
+            start += n
+    return flat.n, least, most, mean, m2
+
+
+def ranked_magnitude(list batches not None, Py_ssize_t rank):
+    """The magnitude at place `rank` among all elements of a list of FloatRows, which are finite."""
+    cdef Py_ssize_t i, n = len(batches)
+    cdef int32_t bits
+    cdef Floats* parts = <Floats*> PyMem_Malloc(n * sizeof(Floats))
+    if parts == NULL:
+        raise MemoryError
+    for i in range(n):
+        parts[i] = (<FloatRows> batches[i]).flat()
+    with nogil:
+        bits = ranked_bits(parts, n, rank)
+    PyMem_Free(parts)
+    return dq_float(bits)
+
+
+# Adds `a` to a sum kept as two doubles: the rounding error of every addition goes to the second (two-sum,
+# Knuth). One error is at most 2**-53 of the largest partial sum, so what the second itself rounds off in N
+# additions is at most N**2 * 2**-106 of it: 2**-66 after a million.
+cdef inline void add_to_pair(double* pair, double a) noexcept nogil:
+    cdef double total = pair[0] + a
+    cdef double part = total - pair[0]
+    pair[1] += (pair[0] - (total - part)) + (a - part)
+    pair[0] = total
+
+
+# Adds m * v, m a float32: v is split into halves of 26 bits (Veltkamp), whose products with m are exact.
+cdef inline void add_product_to_pair(double* pair, double m, double v) noexcept nogil:
+    cdef double high = v * 134217729.0
+    high -= high - v
+    add_to_pair(pair, m * high)
+    add_to_pair(pair, m * (v - high))
+
+
+# Adds the sum of a block's values to the pair sums[0:2], and of their squares to sums[2:4]. n > 0.
+# With m close to their mean, sum x**2 = sum (x - m)**2 + m * (2 * sum x - n * m). Only the first term rounds,
+# in double and relative to the spread alone; m is rounded to float32, which makes n * m exact.
+cdef void add_block_sums(const float* x, Py_ssize_t n, double* sums) noexcept nogil:
+    cdef double total = kernels.sum_row_f32_f64(x, n)
+    cdef double m = <float> (total / n)
+    cdef double rest[2]
+    rest[0], rest[1] = 2 * total, 0
+    add_to_pair(rest, -n * m)
+    add_to_pair(sums, total)
+    add_to_pair(sums + 2, kernels.square_deviation_row_f32_f64(x, m, n))
+    add_product_to_pair(sums + 2, m, rest[0])
+    add_product_to_pair(sums + 2, m, rest[1])
+
+
+def bin_of_rank(const int64_t[::1] counts not None, int64_t rank):
+    """The bin that holds the element at place `rank`, 0 the smallest; fewer than are counted."""
+    cdef Py_ssize_t b = 0
+    with nogil:
+        while b + 1 < counts.shape[0] and rank >= counts[b]:
+            rank -= counts[b]
+            b += 1
+    return b
+
+
+# window[c - shift] += source[c]; what would fall below the window goes to its first cell. shift is not
+# negative; were it, because two threads change one calibrator, nothing would be written past the window.
+cdef void add_window(const uint32_t* source, Py_ssize_t shift, uint32_t* window) noexcept nogil:
+    cdef Py_ssize_t c, place
+    for c in range(WINDOW):
+        place = c - shift if c > shift else 0
+        window[place if place < WINDOW else WINDOW - 1] += source[c]
+
+
+# Moves the window of one channel up to a new largest magnitude, which is not below the old one.
+cdef void raise_window(uint32_t* window, int32_t* amax_bits, int32_t new_bits) noexcept nogil:
+    cdef uint32_t before[WINDOW]
+    cdef Py_ssize_t shift = (new_bits >> 20) - (amax_bits[0] >> 20)
+    amax_bits[0] = new_bits
+    if shift:
+        memcpy(before, window, sizeof(before))
+        memset(window, 0, sizeof(before))
+        add_window(before, shift, window)
+
+
+@cython.final
+cdef class CalibratorState:
+    """Writable views of the arrays that a Calibrator keeps.
+
+    All is allocated and looked at before: once `update` or `merge` has begun to change them, nothing keeps it
+    from coming to an end.
+    """
+
+    cdef int64_t[::1] count
+    cdef float[::1] extremes
+    cdef double[::1] sums
+    cdef int64_t[::1] bins
+    cdef int32_t[::1] amax_bits
+    cdef uint32_t[:, ::1] windows
+
+    def __cinit__(self, int64_t[::1] count not None, float[::1] extremes not None, double[::1] sums not None,
+                  int64_t[::1] bins not None, int32_t[::1] amax_bits not None,
+                  uint32_t[:, ::1] windows not None):
+        self.count, self.extremes, self.sums, self.bins = count, extremes, sums, bins
+        self.amax_bits, self.windows = amax_bits, windows
+
+    def update(self, FloatRows x not None, const int32_t[::1] new_bits not None):
+        """Add all elements, which are finite; no column's magnitude is above new_bits, nor new_bits below."""
+        cdef float scratch[BLOCK]
+        cdef Py_ssize_t r, start, n
+        cdef Floats row, flat = x.flat()
+        with nogil:
+            self.raise_windows(new_bits)
+            for r in range(x.m if self.windows.shape[0] else 0):
+                row = x.row(r)
+                start = 0
+                while start < x.k:
+                    n = block_len(start, x.k)
+                    kernels.count_windows_row_f32(block_of(&row, start, n, scratch), &new_bits[start],
+                                                  &self.windows[start, 0], n)
+                    start += n
+            start = 0
+            while start < flat.n:
+                n = block_len(start, flat.n)
+                self.add_block(block_of(&flat, start, n, scratch), n)
+                start += n
+            # -0.0 becomes 0.0: which of them came first must not show.
+            self.extremes[0] += 0
+            self.extremes[1] += 0
+            self.count[0] += flat.n
+
+    def merge(self, CalibratorState other not None, const int32_t[::1] new_bits not None):
+        """Add all that `other` has seen, perhaps this itself; new_bits are the larger ones of both."""
+        cdef Py_ssize_t i, j
+        cdef double sums[4]
+        with nogil:
+            self.raise_windows(new_bits)
+            for j in range(self.windows.shape[0]):
+                i = (self.amax_bits[j] >> 20) - (other.amax_bits[j] >> 20)
+                add_window(&other.windows[j, 0], i, &self.windows[j, 0])
+            self.extremes[0] = min(self.extremes[0], other.extremes[0])
+            self.extremes[1] = max(self.extremes[1], other.extremes[1])
+            memcpy(sums, &other.sums[0], sizeof(sums))
+            for i in range(4):
+                add_to_pair(&self.sums[i & ~1], sums[i])
+            for i in range(self.bins.shape[0]):
+                self.bins[i] += other.bins[i]
+            self.count[0] += other.count[0]
+
+    cdef void raise_windows(self, const int32_t[::1] new_bits) noexcept nogil:
+        cdef Py_ssize_t j
+        for j in range(self.windows.shape[0]):
+            raise_window(&self.windows[j, 0], &self.amax_bits[j], new_bits[j])
+
+    cdef void add_block(self, const float* block, Py_ssize_t n) noexcept nogil:
+        kernels.min_max_row_f32(block, &self.extremes[0], &self.extremes[1], n)
+        add_block_sums(block, n, &self.sums[0])
+        kernels.count_bins_f32(block, &self.bins[0], n)
+
+
+# Float bits that stand for one cell of a window: the middle of its bin; 0 in the lowest bin of all; in the
+# first cell, which also holds what lies lower, the upper edge.
+cdef int32_t cell_bits(Py_ssize_t cell, int32_t amax_bits) noexcept nogil:
+    cdef Py_ssize_t b = (amax_bits >> 20) - (WINDOW - 1) + cell
+    if b <= 0:
+        return 0
+    return <int32_t> ((b + 1) << 20 if cell == 0 else (b << 20) | (1 << 19))
+
+
+def channel_percentiles(const uint32_t[:, ::1] counts not None, const int32_t[::1] amax_bits not None,
+                        int64_t rank, float[::1] out not None):
+    """out[j] = the magnitude at place `rank` in channel j, as its cell gives it, at most the largest."""
+    cdef Py_ssize_t j, cell
+    cdef int64_t left
+    cdef int32_t bits
+    with nogil:
+        for j in range(counts.shape[0]):
+            left, cell = rank, 0
+            while cell + 1 < WINDOW and left >= counts[j, cell]:
+                left -= counts[j, cell]
+                cell += 1
+            bits = cell_bits(cell, amax_bits[j])
+            out[j] = dq_float(bits if bits < amax_bits[j] else amax_bits[j])
