@@ -72,11 +72,11 @@ leaks: $(VENV)/installed-test  ## what is left after 100,000 calls of everything
 fuzz: $(VENV)/installed-test  ## a minute of libFuzzer on the kernels, thousands of calls of the rest; needs clang
 	CC=$(CLANG) LDSHARED="$(CLANG) -shared" DYNQUANT_SANITIZE=fuzzer-no-link,address,undefined \
 		$(BIN)/python setup.py --quiet build --build-lib build/fuzz
-	CLANG=$(CLANG) $(BIN)/python tests/fuzz/build.py $(FUZZ_SECONDS) build/fuzz build/fuzz-program
+	CLANG=$(CLANG) $(BIN)/python tests/fuzz/harness.py $(FUZZ_SECONDS) build/fuzz build/fuzz-program
 	$(BIN)/python tests/fuzz/facade.py $(FUZZ_EXECUTIONS)
 
 # Without meaning there, or too long: memory and time, builds, an allocator replaced, NumPy's linear algebra.
-NOT_EMULATED := $(addprefix --deselect tests/test_,memory.py build.py allocation.py old_cpus.py gptq.py \
+NOT_EMULATED := $(addprefix --deselect tests/test_,memory.py build.py allocation.py old_cpus.py compensate.py \
 	import.py::test_time_and_memory_of_the_import)
 # qemu faults where a masked load of AVX2 ends at a page that cannot be read, as NumPy's sort has them.
 NUMPY_KERNELS = $$($(BIN)/python -c "from numpy._core import _multiarray_umath as m; print(*m.__cpu_dispatch__)")

@@ -1,7 +1,7 @@
 """Fixtures and the Hypothesis profile of the suite."""
 
 import pytest
-from common import ISAS, using
+from helpers.common import ISAS, using
 from hypothesis import settings
 
 # No deadline: a shared machine stalls now and then, which says nothing about the code.

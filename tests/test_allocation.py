@@ -6,9 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-from programs import compiler, environment, run
+from helpers.programs import compiler, environment, run
 
-HERE = os.path.dirname(__file__)
+TESTS = os.path.dirname(__file__)
+HELPERS = os.path.join(TESTS, "helpers")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="replaces the allocator of glibc")
@@ -19,13 +20,13 @@ HERE = os.path.dirname(__file__)
 def test_every_allocation_may_fail(tmp_path):
     """In turn, alone and with all that follow; those of pooled small objects and of other threads apart."""
     library = str(tmp_path / "failing_malloc.so")
-    source = os.path.join(HERE, "failing_malloc.c")
+    source = os.path.join(HELPERS, "failing_malloc.c")
     run([*compiler("CC"), "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", source, "-o", library])
-    folders = os.pathsep.join([environment()["PYTHONPATH"], HERE])
+    folders = os.pathsep.join([environment()["PYTHONPATH"], TESTS])
     # With threads of its own BLAS would take memory at any time.
     settings = environment(LD_PRELOAD=library, PYTHONPATH=folders, OPENBLAS_NUM_THREADS="1")
     settings.pop("PYTHONMALLOC", None)
-    printed = run([sys.executable, os.path.join(HERE, "out_of_memory.py")], env=settings).split("\n")
+    printed = run([sys.executable, os.path.join(HELPERS, "out_of_memory.py")], env=settings).split("\n")
     *problems, total = filter(None, printed)
     assert problems == []
     assert int(total.removeprefix("failed allocations: ")) > 4000

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import reference
-from common import F32, Arrayish, Interface, Struct, array_at, assert_same_bits, memory
+from helpers import reference
+from helpers.common import F32, Arrayish, Interface, Struct, array_at, assert_same_bits, memory
 
 import dynquant
 from dynquant import (

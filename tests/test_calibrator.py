@@ -7,8 +7,8 @@ from functools import partial
 
 import numpy as np
 import pytest
-import reference
-from common import F32, calibrator_of, channel_data, distributions, exact_state, whole_state
+from helpers import reference
+from helpers.common import F32, calibrator_of, channel_data, distributions, exact_state, whole_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays

@@ -7,8 +7,8 @@ import threading
 
 import numpy as np
 import pytest
-import reference
-from capi import (
+from helpers import reference
+from helpers.capi import (
     ADDRESSES,
     BAD_ARGUMENT,
     FUNCTIONS,
@@ -26,7 +26,7 @@ from capi import (
     pxd_signatures,
     read,
 )
-from common import F32, ISAS, array_at, assert_same_bits, distributions, memory, using
+from helpers.common import F32, ISAS, array_at, assert_same_bits, distributions, memory, using
 
 import dynquant
 from dynquant import Percentile, capi

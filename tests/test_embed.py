@@ -9,9 +9,9 @@ import sys
 
 import numpy as np
 import pytest
-from capi import HEADER, PXD
-from common import F32, assert_same_bits
-from programs import INCLUDE, STRICT, compiler, environment, library_flags, run, variable
+from helpers.capi import HEADER, PXD
+from helpers.common import F32, assert_same_bits
+from helpers.programs import INCLUDE, STRICT, compiler, environment, library_flags, run, variable
 
 import dynquant
 

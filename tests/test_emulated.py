@@ -15,8 +15,8 @@ import sysconfig
 
 import numpy as np
 import pytest
-import reference
-from common import F32, ISAS, assert_same_bits, distributions
+from helpers import reference
+from helpers.common import F32, ISAS, assert_same_bits, distributions
 
 from dynquant import (
     DynQuantFormat,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from common import F32
+from helpers.common import F32
 
 import dynquant
 from dynquant import (

@@ -4,8 +4,8 @@ import pathlib
 
 import numpy as np
 import pytest
-import reference
-from common import assert_same_bits
+from helpers import reference
+from helpers.common import assert_same_bits
 
 from dynquant import (
     CalibStats,

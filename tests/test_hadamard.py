@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from common import F32, assert_same_bits, using
+from helpers.common import F32, assert_same_bits, using
 from hypothesis import given
 from hypothesis import strategies as st
 

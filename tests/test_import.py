@@ -13,8 +13,8 @@ import sysconfig
 
 import numpy as np
 import pytest
-from common import ISAS
-from programs import EMULATOR, emulated
+from helpers.common import ISAS
+from helpers.programs import EMULATOR, emulated
 
 import dynquant
 

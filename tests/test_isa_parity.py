@@ -7,7 +7,7 @@ written outside a result is seen too.
 
 import numpy as np
 import pytest
-from common import F32, ISAS, array_at, assert_same_bits, calibrator_of, memory, using, whole_state
+from helpers.common import F32, ISAS, array_at, assert_same_bits, calibrator_of, memory, using, whole_state
 
 from dynquant import (
     CalibStats,

@@ -9,7 +9,7 @@ import types
 import leaks
 import numpy as np
 import pytest
-from common import F32
+from helpers.common import F32
 
 import dynquant
 from dynquant import (

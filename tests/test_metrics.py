@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-import reference
-from common import F32, distributions
+from helpers import reference
+from helpers.common import F32, distributions
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays

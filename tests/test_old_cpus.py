@@ -10,9 +10,9 @@ import subprocess
 import sys
 
 import pytest
-from programs import compiler, environment
+from fuzz import harness
+from helpers.programs import compiler, environment
 
-import build
 import dynquant
 
 QEMU = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
@@ -50,14 +50,14 @@ def test_the_emulator_notices():
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    if not build.TABLE.exists():
+    if not harness.TABLE.exists():
         pytest.skip("needs the source tree")
-    return build.build(tmp_path_factory.mktemp("fuzz"), compiler("CC"))
+    return harness.build(tmp_path_factory.mktemp("fuzz"), compiler("CC"))
 
 
 @pytest.mark.parametrize("cpu", PICKED)
 def test_every_kernel(cpu, program):
     """The fuzzer's inputs, which compare each kernel with plain loops."""
-    done = on(cpu, program, "1000", str(build.CORPUS), env=build.environment())
+    done = on(cpu, program, "1000", str(harness.CORPUS), env=harness.environment())
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(" inputs\n")

@@ -5,8 +5,8 @@ import pickle
 
 import numpy as np
 import pytest
-import reference
-from common import F32, array_at, assert_same_bits, assert_tensor_holds, distributions
+from helpers import reference
+from helpers.common import F32, array_at, assert_same_bits, assert_tensor_holds, distributions
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays

@@ -7,8 +7,8 @@ bounds can send it to the division.
 
 import numpy as np
 import pytest
-import reference
-from common import F32, assert_same_bits
+from helpers import reference
+from helpers.common import F32, assert_same_bits
 
 from dynquant import DynQuantFormat, Percentile, dynamic_quantize, dynamic_quantize_int8
 

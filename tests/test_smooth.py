@@ -4,8 +4,18 @@ import dataclasses
 
 import numpy as np
 import pytest
-import reference
-from common import F32, ISAS, Arrayish, Interface, Struct, assert_same_bits, distributions, real_layer, using
+from helpers import reference
+from helpers.common import (
+    F32,
+    ISAS,
+    Arrayish,
+    Interface,
+    Struct,
+    assert_same_bits,
+    distributions,
+    real_layer,
+    using,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays

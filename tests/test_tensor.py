@@ -7,8 +7,8 @@ import weakref
 
 import numpy as np
 import pytest
-import reference
-from common import F32, array_at, assert_same_bits
+from helpers import reference
+from helpers.common import F32, array_at, assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -14,8 +14,8 @@ import warnings
 
 import numpy as np
 import pytest
-from common import F32, assert_same_bits, calibrator_of, whole_state
-from programs import emulated
+from helpers.common import F32, assert_same_bits, calibrator_of, whole_state
+from helpers.programs import emulated
 
 import dynquant
 from dynquant import (

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-import reference
-from common import F32, assert_same_bits, real_layer
+from helpers import reference
+from helpers.common import F32, assert_same_bits, real_layer
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays

@@ -15,8 +15,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import ml_dtypes
 import numpy as np
-import reference
-from common import F32, ISAS, calibrator_of, using
+from helpers import reference
+from helpers.common import F32, ISAS, calibrator_of, using
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 

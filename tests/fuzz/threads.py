@@ -10,19 +10,18 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-import programs
-
-import build
+from fuzz import harness
+from helpers import programs
 
 
 def run(package, program, *arguments):
-    settings = {**build.environment(package), "TSAN_OPTIONS": "halt_on_error=1"}
+    settings = {**harness.environment(package), "TSAN_OPTIONS": "halt_on_error=1"}
     return subprocess.run([program, *arguments], env=settings, capture_output=True, text=True)
 
 
 def main(package, folder):
     os.makedirs(folder, exist_ok=True)
-    program = build.build(folder, programs.compiler("CC"), "-fsanitize=thread", sources=["threads.c"])
+    program = harness.build(folder, programs.compiler("CC"), "-fsanitize=thread", sources=["threads.c"])
     planted, real = run(package, program, "race"), run(package, program)
     print(real.stdout, real.stderr, sep="")
     if "data race" not in planted.stderr:

@@ -5,8 +5,8 @@ import pickle
 
 import numpy as np
 import pytest
-import reference
-from common import F32, assert_same_bits, using
+from helpers import reference
+from helpers.common import F32, assert_same_bits, using
 from hypothesis import given
 from hypothesis import strategies as st
 

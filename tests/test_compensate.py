@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from common import assert_same_bits, real_layer
+from helpers.common import assert_same_bits, real_layer
 
 from dynquant import (
     DTypeError,

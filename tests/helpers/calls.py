@@ -9,7 +9,6 @@ import pickle
 import tempfile
 
 import numpy as np
-from common import F32, calibrator_of
 
 from dynquant import (
     Calibrator,
@@ -42,6 +41,7 @@ from dynquant import (
     w8a8_matmul,
     w8a8_matvec,
 )
+from helpers.common import F32, calibrator_of
 
 PACKED = DynQuantFormat(4, "per_tensor", packed=True)
 PACKED_ROWS = DynQuantFormat(4, "per_row", packed=True)

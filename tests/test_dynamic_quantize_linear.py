@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from common import F32, assert_same_bits, distributions
+from helpers.common import F32, assert_same_bits, distributions
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays

@@ -5,10 +5,10 @@ import os
 import re
 
 import numpy as np
-from common import F32, memory
 
 import dynquant
 from dynquant import capi
+from helpers.common import F32, memory
 
 OK, NON_FINITE, BAD_ARGUMENT = 0, 1, 2
 HEADER = os.path.join(dynquant.get_include(), "dynquant.h")

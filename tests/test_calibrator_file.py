@@ -12,7 +12,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from common import F32, calibrator_of, channel_data, distributions, whole_state
+from helpers.common import F32, calibrator_of, channel_data, distributions, whole_state
 
 from dynquant import Calibrator, ParameterError
 

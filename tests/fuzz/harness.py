@@ -1,8 +1,8 @@
 """Builds kernels.c: as a program that replays inputs, or with libFuzzer.
 
-As a program, `python build.py SECONDS PACKAGE FOLDER` fuzzes the kernels of the dynquant in PACKAGE, built by
-clang with ``DYNQUANT_SANITIZE=fuzzer-no-link,address,undefined``. Its files go to FOLDER, and what found new
-ways through the kernels to corpus.txt.
+Run as `python harness.py SECONDS PACKAGE FOLDER` it fuzzes the kernels of the dynquant in PACKAGE, which clang
+built with ``DYNQUANT_SANITIZE=fuzzer-no-link,address,undefined``. Its files go to FOLDER; the inputs that reached
+new code are written to corpus.txt.
 """
 
 import os
@@ -34,7 +34,7 @@ def table_header():
 
 def build(folder, command, *flags, sources=("kernels.c", "replay.c"), linking=()):
     """The program made of `sources`, in `folder`; `linking` are flags for the last step alone."""
-    import programs  # skips the test where there is no compiler
+    from helpers import programs  # skips the test where there is no compiler
 
     import dynquant
 
@@ -53,7 +53,7 @@ def build(folder, command, *flags, sources=("kernels.c", "replay.c"), linking=()
 
 def environment(*packages):
     """For a program that embeds Python: the dynquant under test, or the first in the folders `packages`."""
-    import programs
+    from helpers import programs
 
     home = os.pathsep.join(dict.fromkeys([sys.base_prefix, sys.base_exec_prefix]))
     settings = programs.environment(PYTHONHOME=home, PYTHONMALLOC="malloc", ASAN_OPTIONS="detect_leaks=0")

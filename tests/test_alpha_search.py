@@ -5,7 +5,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from common import F32, ISAS, assert_same_bits, real_layer, using
+from helpers.common import F32, ISAS, assert_same_bits, real_layer, using
 
 from dynquant import (
     AlphaSearch,

@@ -10,8 +10,9 @@ import pickle
 import sys
 
 import numpy as np
-from calls import CALLS, INTO, UPDATES, A, K
-from common import calibrator_of, whole_state
+
+from helpers.calls import CALLS, INTO, UPDATES, A, K
+from helpers.common import calibrator_of, whole_state
 
 _malloc = ctypes.CDLL(None)
 _malloc.fail_allocations.argtypes = [ctypes.c_long, ctypes.c_long]

@@ -13,7 +13,7 @@ _INFO = simd_info()
 ISAS = [isa for isa in _INFO["built"] if isa in _INFO["supported"]]
 
 
-BLOCK = pathlib.Path(__file__).parent.parent / "bench" / "data" / "minilm_ffn.npz"
+BLOCK = pathlib.Path(__file__).parents[2] / "bench" / "data" / "minilm_ffn.npz"
 
 
 class Arrayish:

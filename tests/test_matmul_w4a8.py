@@ -8,8 +8,8 @@ import pickle
 
 import numpy as np
 import pytest
-import reference
-from common import F32, ISAS, array_at, assert_same_bits, real_layer, using
+from helpers import reference
+from helpers.common import F32, ISAS, array_at, assert_same_bits, real_layer, using
 from hypothesis import given
 from hypothesis import strategies as st
 
