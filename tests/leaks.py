@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 import test_errors
+import test_linear
 import test_matmul_w8a8
 from helpers.calls import CALLS, INTO
 from helpers.capi import FUNCTIONS, arguments_of
@@ -28,7 +29,7 @@ def refusals():
     found = collections.defaultdict(list)
     for bad in test_errors.BAD_CALLS:
         found[_name_of(bad.function)].append((bad.function, bad.args, bad.kwargs))
-    for function, arguments, options, *_ in test_matmul_w8a8.BAD_CALLS:
+    for function, arguments, options, *_ in [*test_linear.BAD_CALLS, *test_matmul_w8a8.BAD_CALLS]:
         found[_name_of(function)].append((function, arguments, options))
     for argument in test_errors.FLOAT_ARGUMENTS.values():
         into = {} if argument.out is None else {"out": argument.out}

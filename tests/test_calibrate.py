@@ -144,3 +144,14 @@ def test_any_split(x, cuts):
     whole = CalibStats.collect([x])
     assert (stats.min, stats.max, stats.p99) == (whole.min, whole.max, whole.p99)
     assert x.tobytes() == before
+
+
+def test_an_iterator_may_fill_one_buffer_again_and_again():
+    def batches():
+        buffer = np.empty(1, np.float32)
+        for value in range(3):
+            buffer[:] = value
+            yield buffer
+
+    stats = CalibStats.collect(batches())
+    assert (stats.min, stats.max, stats.mean, stats.p99) == (0, 2, 1, 2)

@@ -414,3 +414,11 @@ def test_a_relative_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     calibrator_of([[1.0]]).save("file")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_saving_leaves_other_files_alone(tmp_path):
+    other = tmp_path / "c.npz.partial"
+    other.write_text("precious")
+    Calibrator().save(tmp_path / "c.npz")
+    assert other.read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.npz", "c.npz.partial"]

@@ -11,7 +11,6 @@ from dynquant import (
     LayoutError,
     NonFiniteError,
     ParameterError,
-    QuantLinear,
     ShapeMismatchError,
     hadamard_transform,
     simd_info,
@@ -120,12 +119,3 @@ def test_errors_change_nothing():
     with pytest.raises(LayoutError):
         hadamard_transform(memory[:8], out=memory[4:12])
     assert (out == 7).all() and (memory == 1).all()
-
-
-@pytest.mark.parametrize(("k", "run"), [(1536, 128), (256, 128), (96, 32), (33, 1)])
-def test_a_layer_rotates_runs_of_at_most_128_channels(k, run):
-    rng = np.random.default_rng(k)
-    weight, x = rng.standard_normal((6, k)).astype(F32), rng.standard_normal((5, k)).astype(F32)
-    rotated = QuantLinear.from_float(hadamard_transform(weight, block_size=run))
-    expected = rotated(hadamard_transform(x, block_size=run))
-    assert_same_bits(QuantLinear.from_float(weight, hadamard=True)(x), expected)

@@ -1,22 +1,183 @@
-"""QuantLinear made of weights that are quantised already, and what nobody may change about it."""
+"""QuantLinear: its results, construction, copies, arrays and errors."""
+
+import concurrent.futures
+import copy
+import functools
+import io
+import pickle
 
 import numpy as np
 import pytest
-from helpers.common import F32, assert_same_bits
+from helpers import reference
+from helpers.common import F32, ISAS, assert_same_bits, using
 
 from dynquant import (
-    Calibrator,
     DTypeError,
     DynQuantError,
     DynQuantFormat,
+    EmptyInputError,
+    FeatureDimMismatchError,
     NonFiniteError,
+    ParameterError,
     QuantLinear,
+    ShapeMismatchError,
+    _matmul,
     dynamic_quantize,
     error_metrics,
     hadamard_transform,
-    quantization_mae,
     quantize_weights,
+    simd_info,
+    smooth_activations,
+    smooth_weights,
+    w4a8_matmul,
 )
+
+M, N, K = 6, 37, 96
+OPTIONS = {
+    "rows": {},
+    "groups": {"group_size": 32},
+    "odd groups": {"group_size": 7},
+    "symmetric": {"group_size": 32, "symmetric": True},
+    "symmetric rows": {"symmetric": True},
+    "search": {"group_size": 24, "search": True},
+}
+each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+FACTORS = np.exp2(np.random.default_rng(7).uniform(-3, 3, K)).astype(F32)
+ROTATIONS = [{}, {"hadamard": True}, {"smooth": FACTORS}, {"smooth": FACTORS, "hadamard": True}]
+each_rotation = pytest.mark.parametrize("rotation", ROTATIONS, ids=lambda r: " ".join(r) or "plain")
+each_symmetry = pytest.mark.parametrize("symmetric", [False, True])
+
+
+def floats(m=M, n=N, k=K):
+    rng = np.random.default_rng(3)
+    return (rng.standard_normal(shape).astype(F32) for shape in ((n, k), (m, k), n))
+
+
+def linear(k, bits, **options):
+    """Weight, activations, bias, and the layer that is made of them."""
+    weight, x, bias = floats(k=k)
+    return weight, x, bias, QuantLinear.from_float(weight, bias, bits=bits, **options)
+
+
+linear8 = functools.partial(linear, 70, 8)
+linear4 = functools.partial(linear, K, 4)
+
+
+# Results
+
+
+def test_int8_a_layer_is_its_product(isa):
+    weight, x, bias, layer = linear8()
+    codes, scales = reference.quantize(weight, per_row=True)
+    assert_same_bits(layer(x), reference.w8a8_matmul(codes, scales, x, bias))
+    assert (layer.in_features, layer.out_features) == (70, 37)
+
+
+def test_int8_smoothing(isa):
+    """Weights times the factors, activations divided by them, both in float32 as the functions do."""
+    factors = np.exp2(np.random.default_rng(0).uniform(-3, 3, 70)).astype(F32)
+    weight, x, bias, layer = linear8(smooth=factors)
+    codes, scales = reference.quantize(weight * factors, per_row=True)
+    assert_same_bits(layer(x), reference.w8a8_matmul(codes, scales, x / factors, bias))
+    half_a_step = 0.5 * scales[:, None] / factors
+    assert (np.abs(layer.weight_dequantized() - weight) <= 1.001 * half_a_step).all()
+
+
+@each_option
+@each_rotation
+def test_int4_a_layer_is_its_product(options, rotation, isa):
+    """Smoothed first, then rotated: weights once, activations in every call."""
+    weight, x, bias, layer = linear4(**options, **rotation)
+    if "smooth" in rotation:
+        weight, x = smooth_weights(weight, FACTORS), smooth_activations(x, FACTORS)
+    if "hadamard" in rotation:
+        weight, x = hadamard_transform(weight), hadamard_transform(x)
+    y = w4a8_matmul(quantize_weights(weight, bits=4, **options), x, bias)
+    assert_same_bits(layer(linear4()[1]), y)
+    assert (layer.in_features, layer.out_features) == (K, N)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("k", [1, 3, 6, 64, 70, 96, 1000, 4096 + 32])
+def test_rotation_of_any_length(k, bits, isa):
+    weight, x, bias = floats(5, 9, k)
+    layer = QuantLinear.from_float(weight, bias, bits=bits, hadamard=True)
+    rotated = QuantLinear.from_float(hadamard_transform(weight), bias, bits=bits)
+    assert_same_bits(layer(x), rotated(hadamard_transform(x)))
+    assert_same_bits(layer(x.astype(np.float16)), layer(x.astype(np.float16).astype(F32)))
+
+
+@pytest.mark.parametrize(("k", "run"), [(1536, 128), (256, 128), (96, 32), (33, 1)])
+def test_a_layer_rotates_runs_of_at_most_128_channels(k, run):
+    rng = np.random.default_rng(k)
+    weight, x = rng.standard_normal((6, k)).astype(F32), rng.standard_normal((5, k)).astype(F32)
+    rotated = QuantLinear.from_float(hadamard_transform(weight, block_size=run))
+    expected = rotated(hadamard_transform(x, block_size=run))
+    assert_same_bits(QuantLinear.from_float(weight, hadamard=True)(x), expected)
+
+
+@each_option
+@each_rotation
+def test_weight_dequantized(options, rotation):
+    """Within what 4 bits cost, in the space that the weights were given in."""
+    weight, _, _, layer = linear4(**options, **rotation)
+    values = layer.weight_dequantized()
+    factors = rotation.get("smooth", np.ones(K, F32))
+    assert error_metrics(weight * factors, values * factors).sqnr_db > 15
+    if not rotation:
+        assert_same_bits(values, quantize_weights(weight, bits=4, **options).dequantize())
+
+
+def test_rotation_helps_against_outliers():
+    """A channel a hundred times as large leaves the others few codes, unless it is spread over them."""
+    weight, x, _ = floats()
+    assert error_metrics(x @ weight.T, QuantLinear.from_float(weight, bits=4, hadamard=True)(x)).sqnr_db > 15
+    x[:, 5] *= 100
+    plain, rotated = (
+        error_metrics(x @ weight.T, QuantLinear.from_float(weight, hadamard=h)(x)).mse for h in (False, True)
+    )
+    assert rotated < plain / 3
+
+
+@pytest.mark.parametrize("shape", [(70,), (0, 70), (2, 3, 70), (1, 1, 1, 70), (2, 0, 70)])
+def test_int8_leading_axes(shape):
+    _, _, _, layer = linear8()
+    x = np.random.default_rng(0).standard_normal(shape).astype(F32)
+    rows = layer(x.reshape(-1, 70))
+    y = layer(x)
+    assert y.shape == (*shape[:-1], 37)
+    assert_same_bits(y.reshape(-1, 37), rows)
+    out = np.empty(y.shape, F32)
+    assert layer(x, out=out) is out
+    assert_same_bits(out, y)
+
+
+@pytest.mark.parametrize("shape", [(K,), (0, K), (2, 3, K), (1, 1, 1, K), (2, 0, K)])
+def test_int4_leading_axes(shape):
+    layer = linear4(group_size=32, hadamard=True)[3]
+    x = np.random.default_rng(0).standard_normal(shape).astype(F32)
+    y = layer(x)
+    assert y.shape == (*shape[:-1], N)
+    assert_same_bits(y.reshape(-1, N), layer(x.reshape(-1, K)))
+    out = np.empty(y.shape, F32)
+    assert layer(x, out=out) is out
+    assert_same_bits(out, y)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_many_threads_on_one_layer(bits):
+    """Callers share the layer, and each shares its work with threads of its own."""
+    rng = np.random.default_rng(4)
+    layer = QuantLinear.from_float(rng.standard_normal((150, K)), bits=bits, hadamard=True, smooth=FACTORS)
+    batches = [rng.standard_normal((m, K)).astype(F32) for m in (1, 3, 8, 50)] * 10
+    wanted = [layer(x) for x in batches]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(functools.partial(layer, num_threads=2), batches))
+    for y, right in zip(results, wanted, strict=True):
+        assert_same_bits(y, right)
+
+
+# Construction
 
 RNG = np.random.default_rng(0)
 W, X, BIAS = (RNG.standard_normal(shape).astype(F32) for shape in ((8, 64), (5, 64), (8,)))
@@ -72,24 +233,307 @@ def test_calibration_that_leaves_float32_when_smoothed():
         QuantLinear.from_float(W, bits=4, smooth=smooth, calibration=X * 1000)
 
 
-@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
-@pytest.mark.parametrize("kind", [np.matrix, lambda out: np.ma.array(out, mask=True, hard_mask=True)])
-def test_results_do_not_go_into_masks_and_matrices(kind):
-    with pytest.raises(DTypeError, match=r"out: expected a numpy\.ndarray"):
-        hadamard_transform(X, out=kind(np.zeros(X.shape, F32)))
+def test_int8_a_layer_keeps_no_view_of_what_it_was_made_from():
+    weight, x, bias, layer = linear8(smooth=np.ones(70, F32))
+    y = layer(x)
+    weight[:], bias[:] = 0, 0
+    for array in layer.to_arrays().values():
+        array[:] = 1
+    assert_same_bits(layer(x), y)
 
 
-def test_nan_among_the_scales_is_an_error_of_the_metrics():
-    tensor = dynamic_quantize(X)
-    tensor.scales[1] = np.nan
-    for measure in (error_metrics, quantization_mae):
-        with pytest.raises(NonFiniteError, match=r"quantized\.scales"):
-            measure(X, tensor)
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_int4_a_layer_keeps_no_view_of_what_it_was_made_from(hadamard):
+    weight, x, bias, layer = linear4(group_size=32, smooth=FACTORS.copy(), hadamard=hadamard)
+    y, arrays = layer(x), layer.to_arrays()
+    read = QuantLinear.from_arrays(arrays)
+    weight[:], bias[:] = 0, 0
+    for array in (*arrays.values(), *layer.to_arrays().values()):
+        array[...] = 1
+    assert_same_bits(layer(x), y)
+    assert_same_bits(read(x), y)
 
 
-def test_saving_leaves_other_files_alone(tmp_path):
-    other = tmp_path / "c.npz.partial"
-    other.write_text("precious")
-    Calibrator().save(tmp_path / "c.npz")
-    assert other.read_text() == "precious"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.npz", "c.npz.partial"]
+@pytest.mark.parametrize(("n", "k"), [(1024, 1024), (384, 1536), (4096, 512)])
+def test_int8_memory(n, k, isa):
+    layer = QuantLinear.from_arrays({"weight_i8": np.ones((n, k), np.int8), "weight_scales": np.ones(n)})
+    assert layer.memory_bytes <= 1.02 * n * k
+
+
+@pytest.mark.parametrize(("n", "k"), [(1024, 1024), (1024, 4096), (4128, 1056)])
+@each_symmetry
+def test_int4_memory(symmetric, n, k, isa):
+    """Half a byte a weight, and 5 bytes for every 32 of them."""
+    fmt = {"in_features": k, "group_size": 32, "weight_i4": np.ones((n, k // 2), np.uint8)}
+    if not symmetric:
+        fmt["weight_zero_points"] = np.ones((n, k // 32), np.uint8)
+    layer = QuantLinear.from_arrays({**fmt, "weight_scales": np.ones((n, k // 32))})
+    assert n * k * 0.65 < layer.memory_bytes <= 0.67 * n * k
+    biased = QuantLinear.from_arrays({**layer.to_arrays(), "bias": np.ones(n), "smooth": np.ones(k)})
+    assert biased.memory_bytes == layer.memory_bytes + 4 * (n + k)
+
+
+def test_repr():
+    for options, parts in [
+        ({}, "int4 with zero points, bias=True, smooth=False, hadamard=False"),
+        ({"symmetric": True, "smooth": FACTORS}, "int4, bias=True, smooth=True, hadamard=False"),
+        ({"group_size": 32}, "int4 per_group of 32 with zero points, bias=True"),
+        ({"group_size": 8, "symmetric": True, "hadamard": True}, "int4 per_group of 8, bias=True"),
+        ({"hadamard": True}, "smooth=False, hadamard=True)"),
+    ]:
+        text = repr(linear4(**options)[3])
+        assert text.startswith(f"QuantLinear(in_features={K}, out_features={N}, int4")
+        assert parts in text
+
+
+# Arrays and copies
+
+
+def test_int8_arrays_do_not_depend_on_the_instruction_set():
+    weight, x, bias, _ = linear8()
+    layers, arrays = {}, {}
+    for isa in simd_info()["supported"]:
+        with using(isa):
+            layers[isa] = QuantLinear.from_float(weight, bias)
+            arrays[isa] = layers[isa].to_arrays()
+            y = layers[isa](x)
+        for name, array in arrays[isa].items():
+            assert_same_bits(array, arrays["baseline"][name], f"{isa} {name}")
+            with using("baseline"):
+                assert_same_bits(QuantLinear.from_arrays(arrays[isa])(x), y)
+
+
+@each_option
+@each_rotation
+def test_int4_arrays_do_not_depend_on_the_instruction_set(options, rotation):
+    """Made under one set, read under every other."""
+    with using("baseline"):
+        _, x, _, layer = linear4(**options, **rotation)
+        arrays, y = layer.to_arrays(), layer(x)
+    for isa in ISAS:
+        with using(isa):
+            made = linear4(**options, **rotation)[3].to_arrays()
+            read = QuantLinear.from_arrays(arrays)
+            again = read.to_arrays()
+            assert_same_bits(read(x), y)
+        assert list(made) == list(again) == list(arrays)
+        for name, array in arrays.items():
+            assert_same_bits(made[name], array, f"{isa} {name}")
+            assert_same_bits(again[name], array, f"{isa} {name}")
+
+
+def test_what_the_arrays_are():
+    weight, _, bias, layer = linear4(**OPTIONS["odd groups"], smooth=FACTORS, hadamard=True)
+    q = quantize_weights(hadamard_transform(weight * FACTORS), bits=4, group_size=7)
+    arrays = layer.to_arrays()
+    for name, wanted in [
+        ("weight_i4", q.data),
+        ("weight_scales", q.scales),
+        ("weight_zero_points", q.zero_points),
+        ("bias", bias),
+        ("smooth", FACTORS),
+    ]:
+        assert_same_bits(arrays.pop(name), wanted, name)
+    assert {name: array.tolist() for name, array in arrays.items()} == {
+        "in_features": K,
+        "group_size": 7,
+        "hadamard": True,
+    }
+    plain = linear4(**OPTIONS["symmetric rows"])[3].to_arrays()
+    assert set(plain) == {"weight_i4", "weight_scales", "in_features", "bias"}
+
+
+@pytest.mark.parametrize("through", [copy.copy, copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v))])
+@pytest.mark.parametrize("smooth", [None, np.full(70, 2, F32)])
+def test_int8_copies(through, smooth):
+    weight, x, _, layer = linear8(smooth=smooth)
+    twin = through(layer)
+    assert_same_bits(twin(x), layer(x))
+    assert repr(twin) == repr(layer)
+    assert twin.memory_bytes == layer.memory_bytes
+    assert_same_bits(twin.weight_dequantized(), layer.weight_dequantized())
+    assert layer.weight_dequantized().shape == weight.shape
+
+
+def through_a_file(layer):
+    file = io.BytesIO()
+    np.savez(file, **layer.to_arrays())
+    file.seek(0)
+    return QuantLinear.from_arrays(np.load(file))
+
+
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
+    "npz": through_a_file,
+}
+
+
+@pytest.mark.parametrize("through", COPIES.values(), ids=COPIES.keys())
+@each_option
+@each_rotation
+def test_int4_copies(options, rotation, through):
+    _, x, _, layer = linear4(**options, **rotation)
+    twin = through(layer)
+    assert_same_bits(twin(x), layer(x))
+    assert repr(twin) == repr(layer)
+    assert twin.memory_bytes == layer.memory_bytes
+    assert_same_bits(twin.weight_dequantized(), layer.weight_dequantized())
+
+
+def test_a_pickle_of_another_instruction_set():
+    with using(ISAS[0]):
+        _, x, _, layer = linear4(group_size=32, hadamard=True)
+        text, y = pickle.dumps(layer), layer(x)
+    for isa in ISAS:
+        with using(isa):
+            assert_same_bits(pickle.loads(text)(x), y)
+
+
+# Errors
+
+W8, SCALES = np.ones((3, 4), np.int8), np.ones(3, F32)
+ONES = np.ones((2, 4), F32)
+LAYER = QuantLinear.from_float(np.ones((3, 4), F32))
+BAD_X = np.array([[1, 2, 3, 4], [5, np.nan, 7, 8]], F32)
+
+BAD_CALLS = [
+    (LAYER, (ONES[:, :3],), {}, ShapeMismatchError, "x:"),
+    (LAYER, (F32(1),), {}, ShapeMismatchError, "x:"),
+    (LAYER, (ONES.astype(int),), {}, DTypeError, "x:"),
+    (LAYER, (BAD_X,), {}, NonFiniteError, "flat index 5"),
+    (LAYER, (ONES,), {"num_threads": 1.5}, ParameterError, "num_threads"),
+    (LAYER, (ONES,), {"out": np.empty((2, 4), F32)}, ShapeMismatchError, "out"),
+    (QuantLinear.from_float, (np.ones(3, F32),), {}, ShapeMismatchError, "weight"),
+    (QuantLinear.from_float, (np.ones((0, 3), F32),), {}, EmptyInputError, "weight"),
+    (QuantLinear.from_float, (BAD_X,), {}, NonFiniteError, "weight"),
+    (QuantLinear.from_float, (ONES, [1.0]), {}, ShapeMismatchError, "bias"),
+    (QuantLinear.from_float, (ONES,), {"smooth": [1.0, 2]}, FeatureDimMismatchError, "smooth"),
+    (QuantLinear.from_float, (ONES,), {"smooth": [1.0, 2, 3, 0]}, ParameterError, "smooth"),
+    (QuantLinear.from_float, (ONES * F32(1e38),), {"smooth": [9.0] * 4}, NonFiniteError, "weight * smooth"),
+    (QuantLinear.from_arrays, ({"weight_i8": W8},), {}, ParameterError, "weight_scales"),
+    (QuantLinear.from_arrays, (None,), {}, ParameterError, "mapping"),
+    (QuantLinear.from_arrays, ([W8, SCALES],), {}, ParameterError, "mapping"),
+    (
+        QuantLinear.from_arrays,
+        ({"weight_i8": W8, "weight_scales": SCALES, "b": 1},),
+        {},
+        ParameterError,
+        "'b'",
+    ),
+    (
+        QuantLinear.from_arrays,
+        ({"weight_i8": W8[:0], "weight_scales": SCALES[:0]},),
+        {},
+        EmptyInputError,
+        "weight_i8",
+    ),
+    (
+        QuantLinear.from_arrays,
+        ({"weight_i8": W8, "weight_scales": SCALES[:2]},),
+        {},
+        ShapeMismatchError,
+        "scales",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "args", "options", "error", "message"), BAD_CALLS)
+def test_bad_calls(call, args, options, error, message):
+    with pytest.raises(error) as caught:
+        call(*args, **options)
+    assert type(caught.value) is error
+    assert message in str(caught.value)
+
+
+def test_int8_a_quotient_that_overflows_is_named():
+    layer = QuantLinear.from_float(np.ones((2, 3), F32), smooth=[1.0, 1e-5, 1.0])
+    with pytest.raises(NonFiniteError, match="x / smooth") as caught:
+        layer([[1.0, 2, 3], [1, 3e38, 3]])
+    assert caught.value.index == 4
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 3, 3000])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_a_rotation_beyond_float32(smooth, rows, bits):
+    """Sums of 512 that overflow; with 3000 rows beyond the first chunk."""
+    k = 512
+    factors = {"smooth": np.full(k, 0.25, F32)} if smooth else {}
+    layer = QuantLinear.from_float(np.ones((3, k), F32), bits=bits, hadamard=True, **factors)
+    if rows == 3000:
+        assert rows * layer._layer.activation_bytes() > _matmul._CHUNK_BYTES
+    x, out = np.ones((rows, k), F32), np.full((rows, 3), 7, F32)
+    x[-1] = F32(2e37)
+    for options in ({}, {"out": out}, {"out": out, "num_threads": 2}):
+        with pytest.raises(ParameterError, match="x: expected rows within float32 when rotated"):
+            layer(x, **options)
+    assert (out == 7).all()
+    # What is not finite to begin with is named as such, and so is a quotient.
+    x[-1, 5] = np.inf
+    with pytest.raises(NonFiniteError, match="x:") as caught:
+        layer(x, out=out)
+    assert caught.value.index == (rows - 1) * k + 5
+    if smooth:
+        x[-1, 5] = 3e38
+        with pytest.raises(NonFiniteError, match="x / smooth") as caught:
+            layer(x, out=out)
+        assert caught.value.index == (rows - 1) * k + 5
+    assert (out == 7).all()
+
+
+GOOD = linear4(group_size=32, smooth=FACTORS, hadamard=True)[3].to_arrays()
+INT8 = QuantLinear.from_float(np.ones((3, 4), F32)).to_arrays()
+BAD_ARRAYS = [
+    ({"weight_i4": GOOD["weight_i4"].view(np.int8)}, DTypeError, "weight_i4"),
+    ({"weight_i4": GOOD["weight_i4"].astype(int)}, DTypeError, "weight_i4"),
+    ({"weight_i4": GOOD["weight_i4"][0]}, ShapeMismatchError, "weight_i4"),
+    ({"weight_i4": GOOD["weight_i4"][:, 1:]}, ShapeMismatchError, "weight_i4"),
+    ({"weight_i4": GOOD["weight_i4"][1:]}, ShapeMismatchError, "weight_scales"),
+    ({"weight_i4": GOOD["weight_i4"][:0]}, EmptyInputError, "weight_i4"),
+    ({"weight_i4": GOOD["weight_i4"][:, :0]}, EmptyInputError, "weight_i4"),
+    ({"weight_i8": INT8["weight_i8"]}, ParameterError, "unknown ['weight_i8']"),
+    ({"in_features": K + 1}, ShapeMismatchError, "weight_i4"),
+    ({"in_features": 0}, ParameterError, "in_features"),
+    ({"in_features": np.array([K])}, ParameterError, "in_features"),
+    ({"in_features": float(K)}, ParameterError, "in_features"),
+    ({"group_size": 0}, ParameterError, "group_size"),
+    ({"group_size": np.array(32.0)}, ParameterError, "group_size"),
+    ({"group_size": 31}, ShapeMismatchError, "weight_scales"),
+    ({"group_size": None}, ShapeMismatchError, "weight_scales"),
+    ({"weight_scales": GOOD["weight_scales"][:, :2]}, ShapeMismatchError, "weight_scales"),
+    ({"weight_scales": GOOD["weight_scales"][0]}, ShapeMismatchError, "weight_scales"),
+    ({"weight_scales": GOOD["weight_scales"] * np.nan}, NonFiniteError, "weight_scales"),
+    ({"weight_scales": GOOD["weight_scales"].astype(int)}, DTypeError, "weight_scales"),
+    ({"weight_zero_points": GOOD["weight_zero_points"][:, :2]}, ShapeMismatchError, "weight_zero_points"),
+    ({"weight_zero_points": GOOD["weight_zero_points"].view(np.int8)}, DTypeError, "weight_zero_points"),
+    ({"weight_zero_points": np.full_like(GOOD["weight_zero_points"], 16)}, ParameterError, "zero_points"),
+    ({"bias": GOOD["bias"][1:]}, ShapeMismatchError, "bias"),
+    ({"bias": GOOD["bias"] * np.inf}, NonFiniteError, "bias"),
+    ({"smooth": GOOD["smooth"][1:]}, FeatureDimMismatchError, "smooth"),
+    ({"smooth": GOOD["smooth"] - GOOD["smooth"]}, ParameterError, "smooth"),
+    ({"hadamard": 1}, ParameterError, "hadamard"),
+    ({"hadamard": np.array([True])}, ParameterError, "hadamard"),
+    ({"more": 1}, ParameterError, "unknown ['more']"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_ARRAYS, ids=lambda v: str(v)[:40])
+def test_arrays_that_make_no_layer(changes, error, message):
+    with pytest.raises(error) as caught:
+        QuantLinear.from_arrays({**GOOD, **changes})
+    assert type(caught.value) is error
+    assert message in str(caught.value)
+
+
+def test_arrays_that_are_missing():
+    for name in ("weight_i4", "weight_scales", "in_features"):
+        with pytest.raises(ParameterError, match="missing"):
+            QuantLinear.from_arrays({key: array for key, array in GOOD.items() if key != name})
+    for name in ("weight_zero_points", "in_features", "group_size"):
+        with pytest.raises(ParameterError, match=f"unknown .*{name}"):
+            QuantLinear.from_arrays({**INT8, name: GOOD[name]})
+    # Without zero points the codes are symmetric.
+    symmetric = QuantLinear.from_arrays({k: v for k, v in GOOD.items() if k != "weight_zero_points"})
+    assert "zero points" not in repr(symmetric)

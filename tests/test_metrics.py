@@ -169,3 +169,12 @@ def test_error_metrics_errors():
         dynquant.error_metrics(np.ones(3), np.ones(3, int))
     with pytest.raises(dynquant.NonFiniteError, match="quantized"):
         dynquant.error_metrics(np.ones(3), [1, np.nan, 2])
+
+
+def test_nan_among_the_scales_is_an_error_of_the_metrics():
+    x = np.random.default_rng(0).standard_normal((5, 64)).astype(F32)
+    tensor = dynamic_quantize(x)
+    tensor.scales[1] = np.nan
+    for measure in (dynquant.error_metrics, quantization_mae):
+        with pytest.raises(dynquant.NonFiniteError, match=r"quantized\.scales"):
+            measure(x, tensor)

@@ -1,21 +1,25 @@
-"""Scales, codes and packing of every quantising function, against the oracle and as properties."""
+"""Scales, codes and packing of every quantizing function, against the oracle and as properties."""
 
 import itertools
 
 import numpy as np
 import pytest
 from helpers import reference
-from helpers.common import F32, array_at, assert_same_bits, assert_tensor_holds, distributions
+from helpers.common import (
+    F32,
+    FORMATS,
+    array_at,
+    assert_same_bits,
+    assert_tensor_holds,
+    distributions,
+    mode_of,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from dynquant import (
     DynQuantFormat,
-    MaxAbs,
-    NonFiniteError,
-    Percentile,
-    compute_scale,
     dynamic_quantize,
     dynamic_quantize_int4,
     dynamic_quantize_int8,
@@ -23,21 +27,8 @@ from dynquant import (
     quantization_mae,
 )
 
-FORMATS = {
-    "int8 per tensor": DynQuantFormat.INT8_PER_TENSOR,
-    "int8 per row": DynQuantFormat.INT8_PER_ROW,
-    "int4 per tensor": DynQuantFormat.INT4_PER_TENSOR,
-    "int4 per row": DynQuantFormat.INT4_PER_ROW,
-    "packed per tensor": DynQuantFormat(4, "per_tensor", packed=True),
-    "packed per row": DynQuantFormat(4, "per_row", packed=True),
-}
-PERCENTILES = (None, 1e-6, 0.001, 0.07, 0.25, 0.5, 0.99, 0.999, 1.0)
 # A block of the kernels is 4096 floats and a run 2**18.
 BLOCK, RUN = 4096, 1 << 16
-
-
-def mode_of(p):
-    return MaxAbs() if p is None else Percentile(p)
 
 
 def expected(x, fmt, p=None):
@@ -105,50 +96,6 @@ def test_codes_written_past_the_caches(large, isa):
     assert_same_bits(out, codes)
     assert (room[:37] == 99).all()
     assert (room[37 + x.size :] == 99).all()
-
-
-@pytest.mark.parametrize("fmt", [DynQuantFormat.INT8_PER_ROW, DynQuantFormat(4, "per_group", 5000, True)])
-def test_values_written_past_the_caches(large, fmt, isa):
-    """So do the values of long rows and groups, and `out` begins and ends within a cache line again."""
-    x, _, _ = large
-    q = dynamic_quantize(x, fmt)
-    codes = dynamic_quantize(x, DynQuantFormat(fmt.bits, fmt.granularity, fmt.group_size)).data
-    m, k = x.shape
-    scales = np.repeat(q.scales.reshape(m, -1), fmt.group_of(k), axis=1)[:, :k]
-    room = np.full(x.size + 32, 99, F32)
-    out = room[5 : 5 + x.size].reshape(m, k)
-    q.dequantize(out=out)
-    assert_same_bits(out, codes * scales)
-    assert (room[:5] == 99).all()
-    assert (room[5 + x.size :] == 99).all()
-
-
-@pytest.mark.parametrize("clip", [127, 7, 1, 0.5, 448.0, 1e-3, np.float32(3.3), np.int64(15)])
-def test_compute_scale(clip, isa):
-    for name, x in distributions(1000, np.random.default_rng(5)).items():
-        if name == "every exponent":
-            x = x * F32(2.0**-20)  # the quotient by a small clip stays finite
-        for p in PERCENTILES:
-            scale = compute_scale(x, clip, mode_of(p))
-            assert type(scale) is float
-            assert scale == float(reference.scale(x, clip, p)), (name, p)
-
-
-@pytest.mark.parametrize("start", [0, 1, 15])
-@pytest.mark.parametrize("n", [1, 63, 64, 65, 200, 1024 + 63, 2 * 65_536 + 777])
-def test_the_largest_is_found_wherever_it_stands(n, start, isa):
-    """A long array is read in four places by turns, 65,536 elements at a time."""
-    x = np.ones(start + n, F32)[start:]
-    near = np.arange(-66, 67)
-    for i in np.unique([edge + near for edge in (0, n, *range(0, n, 16_384))]):
-        if 0 <= i < n:
-            x[i] = -3
-            assert compute_scale(x, 1) == 3, i
-            x[i] = 1
-
-
-def test_compute_scale_takes_the_sign_off():
-    assert compute_scale([-0.0, -5.0, 4.0], 1) == 5.0
 
 
 @pytest.mark.parametrize("values", [[], [0.0] * 9, [-0.0], [1.0], [-1.0, 0.5]], ids=str)
@@ -227,129 +174,6 @@ def test_packed_codes_of_every_pair(isa):
     assert_same_bits(q.dequantize(), x)
 
 
-# Percentiles
-
-
-@pytest.mark.parametrize("n", [1, 2, 31, 100, BLOCK - 1, BLOCK, BLOCK + 1, 20_000])
-def test_percentile_equals_a_full_sort(n, isa):
-    for name, x in distributions(n, np.random.default_rng(n)).items():
-        magnitudes = np.sort(np.abs(x))
-        for p in PERCENTILES[1:]:
-            assert compute_scale(x, 1, Percentile(p)) == magnitudes[reference.rank(p, n)], (name, p)
-
-
-@pytest.mark.parametrize("n", [RUN - 1, RUN, RUN + 1])
-def test_percentile_of_a_run(n, isa):
-    for name, x in distributions(n, np.random.default_rng(n)).items():
-        magnitudes = np.sort(np.abs(x))
-        for p in (1e-9, 0.5, 0.99, 1.0):
-            assert compute_scale(x, 1, Percentile(p)) == magnitudes[reference.rank(p, n)], (name, p)
-
-
-# From this many floats on a percentile is looked for between bounds that 2,048 of them suggest.
-SAMPLED = 1 << 16
-
-
-def orders(n, rng):
-    """Magnitudes that sampling finds, and such that mislead it."""
-    x = rng.standard_normal(n).astype(F32)
-    stride = n // 2048
-    large = np.where(np.arange(n) % stride, x, 1e6 + x).astype(F32)
-    small = np.where(np.arange(n) % stride, x, 1e-6 * x).astype(F32)
-    return {
-        "normal": x,
-        "ascending": np.sort(x),
-        "descending": -np.sort(np.abs(x)),
-        "the sample is larger": large,
-        "the sample is smaller": small,
-        "equal": np.full(n, -2.5, F32),
-        "two values": np.where(rng.random(n) < 0.37, F32(1), F32(-3)).astype(F32),
-        "two neighbours": np.where(rng.random(n) < 0.5, F32(1), np.nextafter(F32(1), F32(2))),
-        "few values": np.round(x),
-        "clipped": np.clip(x, -2, 2),
-        "half of them zero": np.maximum(x, 0),
-        "two in three equal": np.where(rng.random(n) < 0.66, F32(0.25), x).astype(F32),
-        "zeros and one": np.eye(1, n, n // 3, dtype=F32)[0],
-        "subnormal": (x * F32(1e-42)).astype(F32),
-        "all orders of magnitude": np.exp2(rng.uniform(-149, 127, n)).astype(F32),
-    }
-
-
-@pytest.mark.parametrize("n", [SAMPLED - 1, SAMPLED, SAMPLED + 37, 10 * SAMPLED + 1])
-def test_percentile_of_many(n, isa):
-    for name, x in orders(n, np.random.default_rng(n)).items():
-        magnitudes = np.sort(np.abs(x))
-        for p in (1e-6, 0.001, 0.25, 0.5, 0.63, 0.99, 0.999, 1 - 1e-6, 1.0):
-            assert compute_scale(x, 1, Percentile(p)) == magnitudes[reference.rank(p, n)], (name, p)
-
-
-def test_percentile_of_many_halves(isa):
-    x = np.random.default_rng(0).standard_normal(3 * SAMPLED).astype(np.float16)
-    magnitudes = np.sort(np.abs(x.astype(F32)))
-    for p in (0.001, 0.5, 0.999):
-        assert compute_scale(x, 1, Percentile(p)) == magnitudes[reference.rank(p, x.size)]
-
-
-@pytest.mark.parametrize("bad", [np.nan, -np.inf])
-@pytest.mark.parametrize("p", [0.001, 0.5, 0.999, 1.0])
-def test_percentile_of_many_refuses(p, bad, isa):
-    x = np.random.default_rng(1).standard_normal(SAMPLED + 5).astype(F32)
-    for index in (0, 1, 31, 32, SAMPLED // 2, SAMPLED, SAMPLED + 4):
-        poisoned = x.copy()
-        poisoned[index] = bad
-        with pytest.raises(NonFiniteError) as caught:
-            compute_scale(poisoned, 1, Percentile(p))
-        assert caught.value.index == index
-
-
-@pytest.mark.parametrize("n", [40, BLOCK + 3])
-def test_every_rank(n, isa):
-    x = np.random.default_rng(n).permutation(np.arange(1, n + 1)).astype(F32)
-    ranks = {Percentile((i + 0.5) / n).rank(n): i for i in range(n)}
-    assert list(ranks) == list(range(n))
-    for i in range(0, n, 1 if n < 100 else 97):
-        assert compute_scale(x, 1, Percentile((i + 0.5) / n)) == i + 1
-
-
-@given(p=st.floats(0, 1, exclude_min=True), n=st.integers(1, 1 << 40))
-def test_rank(p, n):
-    assert Percentile(p).rank(n) == reference.rank(p, n)
-
-
-@pytest.mark.parametrize(
-    "p, n, rank",
-    [
-        (0.99, 100, 98),
-        (1.0, 1, 0),
-        (1e-300, 10, 0),
-        # The float64 product is a little above 7, and would give 7.
-        (0.07, 100, 6),
-        # The float32 product is a little above 30, the float64 one is 30.
-        (0.3, 100, 30),
-        # float32 rounds the product to the even neighbour below.
-        ((2**24 - 1.6) / 2**24, 2**24, 2**24 - 3),
-        # Above 2**24 elements ranks are told apart only by float64.
-        (1 - 3 / (2**24 + 8), 2**24 + 8, 2**24 + 4),
-        (1.0, 2**40, 2**40 - 1),
-    ],
-)
-def test_rank_of(p, n, rank):
-    assert Percentile(p).rank(n) == rank
-
-
-@pytest.mark.parametrize("n", [2**24, 2**24 + 9])
-def test_percentile_on_either_side_of_2_to_24(n):
-    """All zero but for the ten largest magnitudes, so that neighbouring ranks have different values."""
-    x = np.zeros(n, np.float16)
-    x[np.random.default_rng(0).choice(n, 10, replace=False)] = np.arange(1, 11)
-    for below_top in (0, 1, 2, 3, 6):
-        p = 1 - (below_top + 0.2) / n
-        rank = reference.rank(p, n)
-        assert compute_scale(x, 1, Percentile(p)) == max(10 - (n - 1 - rank), 0)
-        if n > 2**24:
-            assert rank == n - 1 - below_top
-
-
 # Properties
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -420,13 +244,3 @@ def test_signs_and_powers_of_two(x):
     assert_same_bits(dynamic_quantize_int8(-x).data, -q.data)
     if 1e-37 < q.scales[0] < 1e36:
         assert_same_bits(dynamic_quantize_int8(x * 2).data, q.data)
-
-
-@given(x=arrays(F32, st.integers(1, 300), elements=finite), p=st.floats(0, 1, exclude_min=True))
-def test_any_percentile_as_a_full_sort(x, p):
-    assert compute_scale(x, 1, Percentile(p)) == np.sort(np.abs(x))[reference.rank(p, x.size)]
-
-
-@given(x=arrays(F32, st.integers(0, 100), elements=finite))
-def test_percentile_one_is_max_abs(x):
-    assert compute_scale(x, 127, Percentile(1)) == compute_scale(x, 127)

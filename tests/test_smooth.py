@@ -23,6 +23,7 @@ from hypothesis.extra.numpy import arrays
 from dynquant import (
     LayoutError,
     MaxAbs,
+    ParameterError,
     Percentile,
     QuantLinear,
     SmoothQuantConfig,
@@ -531,3 +532,9 @@ def test_factors_are_positive_and_blind_to_the_order_of_tokens(a, w, alpha, orde
     factors = compute_smooth_factors(a, w, config)
     assert (factors >= F32(1e-5)).all()
     assert_same_bits(compute_smooth_factors(-a[list(order)], w[::-1], config), factors)
+
+
+def test_factors_beyond_float32():
+    config = SmoothQuantConfig(1.0, 3e38)
+    with pytest.raises(ParameterError, match="within float32"):
+        compute_smooth_factors(np.array([[3e38]], np.float32), [[1.0]], config)

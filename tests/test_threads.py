@@ -369,3 +369,9 @@ def test_beside_the_pool_of(library, tmp_path):
         emulated(command), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("num_threads", [True, np.True_, 1.0, "1", None, np.array([1])])
+def test_a_thread_count_is_an_integer(num_threads):
+    with pytest.raises(dynquant.ParameterError, match="num_threads"):
+        dynquant.dynamic_quantize_int8_per_row(np.ones((2, 2), np.float32), num_threads=num_threads)

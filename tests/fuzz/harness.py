@@ -1,8 +1,8 @@
 """Builds kernels.c: as a program that replays inputs, or with libFuzzer.
 
-Run as `python harness.py SECONDS PACKAGE FOLDER` it fuzzes the kernels of the dynquant in PACKAGE, which clang
-built with ``DYNQUANT_SANITIZE=fuzzer-no-link,address,undefined``. Its files go to FOLDER; the inputs that reached
-new code are written to corpus.txt.
+Run as `python harness.py SECONDS PACKAGE FOLDER` it fuzzes the kernels of the dynquant in PACKAGE, which
+clang built with ``DYNQUANT_SANITIZE=fuzzer-no-link,address,undefined``. Its files go to FOLDER; the inputs
+that reached new code are written to corpus.txt.
 """
 
 import os

@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from dynquant import Calibrator, _isa, simd_info
+from dynquant import Calibrator, DynQuantFormat, MaxAbs, Percentile, _isa, simd_info
 
 F32 = np.float32
 
@@ -14,6 +14,16 @@ ISAS = [isa for isa in _INFO["built"] if isa in _INFO["supported"]]
 
 
 BLOCK = pathlib.Path(__file__).parents[2] / "bench" / "data" / "minilm_ffn.npz"
+
+
+FORMATS = {
+    "int8 per tensor": DynQuantFormat.INT8_PER_TENSOR,
+    "int8 per row": DynQuantFormat.INT8_PER_ROW,
+    "int4 per tensor": DynQuantFormat.INT4_PER_TENSOR,
+    "int4 per row": DynQuantFormat.INT4_PER_ROW,
+    "packed per tensor": DynQuantFormat(4, "per_tensor", packed=True),
+    "packed per row": DynQuantFormat(4, "per_row", packed=True),
+}
 
 
 class Arrayish:
@@ -40,6 +50,11 @@ class Struct:
     def __init__(self, x):
         self.x = x
         self.__array_struct__ = x.__array_struct__
+
+
+def mode_of(p):
+    """The scale mode of percentile `p`; the largest magnitude where `p` is None."""
+    return MaxAbs() if p is None else Percentile(p)
 
 
 def real_layer(name):

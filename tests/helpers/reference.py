@@ -181,6 +181,16 @@ def w8a8_matvec(weight, weight_scales, activation):
         return sums.astype(F32) * floats(weight_scales) * a_scale[0]
 
 
+def w8a8_matmul(weight, weight_scales, x, bias=None):
+    """`weight` (N, K) of codes; `x` (M, K) quantised row by row."""
+    a, a_scales = quantize(x, per_row=True)
+    # Products of integers added up in float64 are exact below 2**53, and BLAS adds them fast.
+    sums = a.astype(np.float64) @ weight.T.astype(np.float64)
+    with np.errstate(over="ignore", under="ignore"):
+        y = sums.astype(F32) * floats(weight_scales) * a_scales[:, None]
+    return y if bias is None else y + floats(bias)
+
+
 def w4a8_matmul(codes, scales, zero_points, size, x, bias=None):
     """`codes` (N, K) with `zero_points` (N, groups) taken off, or None; `x` (M, K) quantised row by row."""
     a, a_scales = quantize(x, per_row=True)
