@@ -1,5 +1,7 @@
 """Fixtures and the Hypothesis profile of the suite."""
 
+import os
+
 import pytest
 from helpers.common import ISAS, using
 from hypothesis import settings
@@ -8,9 +10,11 @@ from hypothesis import settings
 settings.register_profile("dynquant", deadline=None, max_examples=60)
 settings.load_profile("dynquant")
 
+FORCED = os.environ.get("DYNQUANT_ISA")
 
-@pytest.fixture(params=ISAS)
+
+@pytest.fixture(params=[FORCED] if FORCED else ISAS)
 def isa(request):
-    """Run the test once with the kernels of each instruction set that is built and supported."""
+    """Run the test with each instruction set that is built and supported, or with ``DYNQUANT_ISA`` alone."""
     with using(request.param):
         yield request.param
