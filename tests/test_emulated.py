@@ -34,6 +34,7 @@ from dynquant import (
     w8a8_matvec,
 )
 
+pytestmark = pytest.mark.whitebox
 ROOT = pathlib.Path(__file__).parent.parent
 # What the compiler is told.
 MACROS = ("SSE2", "AVX2", "AVXVNNI", "AVX512BW", "AVX512VNNI", "AMX_INT8", "F16C")

@@ -454,6 +454,7 @@ def test_int8_a_quotient_that_overflows_is_named():
     assert caught.value.index == 4
 
 
+@pytest.mark.whitebox
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", [1, 3, 3000])
 @pytest.mark.parametrize("smooth", [False, True])

@@ -182,6 +182,7 @@ def test_parts_of_rows_and_outputs(m, n, k, size, isa):
     assert_same_bits(w4a8_matmul(weight, x), plain)
 
 
+@pytest.mark.whitebox
 def test_more_rows_than_a_chunk(isa):
     """Rows are taken in chunks of 32 where these have a megabyte of activations and more."""
     k = 60_000

@@ -124,6 +124,7 @@ def test_parts_of_rows_and_outputs(m, n, k, isa):
     assert_same_bits(w8a8_matmul(weight, scales, x), reference.w8a8_matmul(weight, scales, x))
 
 
+@pytest.mark.whitebox
 def test_more_rows_than_a_chunk(isa):
     """Rows are taken in chunks of 32 where these have a megabyte of activations and more."""
     k = 60_000

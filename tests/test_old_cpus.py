@@ -39,6 +39,7 @@ def test_what_is_picked(cpu):
     assert done.stdout == f"{PICKED[cpu]} [ 64 127]\n", done.stderr
 
 
+@pytest.mark.whitebox
 def test_the_emulator_notices():
     code = (
         "from dynquant import _isa, _core, dynamic_quantize_int8 as f; _core.set_table(_isa._table('avx2')); "
@@ -55,6 +56,7 @@ def program(tmp_path_factory):
     return harness.build(tmp_path_factory.mktemp("fuzz"), compiler("CC"))
 
 
+@pytest.mark.whitebox
 @pytest.mark.parametrize("cpu", PICKED)
 def test_every_kernel(cpu, program):
     """The fuzzer's inputs, which compare each kernel with plain loops."""

@@ -85,6 +85,7 @@ def test_the_work_is_shared(monkeypatch):
         assert len(started) == count
 
 
+@pytest.mark.whitebox
 def test_there_is_a_limit_to_threads(monkeypatch):
     monkeypatch.setattr(_threads, "_MOST_THREADS", 3)
     x = np.arange(20, dtype=np.float32).reshape(10, 2)
@@ -114,6 +115,7 @@ def test_when_no_more_threads_can_be_started(monkeypatch):
     assert threading.active_count() == before
 
 
+@pytest.mark.whitebox
 def test_an_interrupt_waits_for_the_threads(monkeypatch):
     """A KeyboardInterrupt while the caller waits is raised, but not before the others have ended."""
     join, pending, release = (
@@ -141,6 +143,7 @@ def test_an_interrupt_waits_for_the_threads(monkeypatch):
     assert ended == [2]
 
 
+@pytest.mark.whitebox
 @pytest.mark.parametrize("delay", [0.0, 0.03])
 def test_an_interrupt_while_a_thread_starts(monkeypatch, delay):
     """It is not known to be alive then, and must not write once the call has raised."""
@@ -170,6 +173,7 @@ def test_an_interrupt_while_a_thread_starts(monkeypatch, delay):
     assert begun == ended == at_return
 
 
+@pytest.mark.whitebox
 def test_at_the_end_of_the_stack():
     """RecursionError, whatever the depth at which it comes."""
 
