@@ -3,17 +3,18 @@
 One kernel source is compiled once per instruction set. The modules named ``_isa_*`` are the only ones
 that get instruction-set flags; ``_core``, which holds the CPU detector, never does.
 
-Environment: ``DYNQUANT_DEBUG=1`` turns Cython's bounds checks on. ``DYNQUANT_SANITIZE=address,undefined``, or
+Environment: ``DYNQUANT_DEBUG=1`` turns Cython's bounds checks on. ``DYNQUANT_BUILD_ISAS=avx2,avx512`` builds the
+baseline and only those of the instruction sets, for a short edit loop. ``DYNQUANT_SANITIZE=address,undefined``, or
 whatever else ``-fsanitize=`` of gcc and clang takes, makes modules that need the sanitizer's library loaded
 before Python: `make sanitize` and `make tsan` do that.
 """
 
 import contextlib
+import glob
 import os
 import re
 import tempfile
 
-from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError
@@ -26,7 +27,7 @@ MODE = "-".join(["debug"] * DEBUG + (SANITIZE or "").replace(",", "-").split())
 BUILD = os.path.join("build", MODE) if MODE else "build"
 
 # Contraction to FMA would make instruction sets disagree. Trapping is off because no floating-point
-# exception flag is ever read here, and with it the compiler may not vectorise a compare. -g0: Python's own
+# exception flag is ever read here, and with it the compiler may not vectorize a compare. -g0: Python's own
 # flags may carry -g, which makes the modules five times larger. A function that no header declares would be
 # called all the same, its pointers cut to 32 bits. A loop of one vector runs at half the speed where its code
 # straddles two cache lines, and any change before it in the source moves it: loops start at a line.
@@ -67,6 +68,15 @@ ISA_MACROS = {
     "avx512vnni": "__AVX512VNNI__",
     "amx": "DQ_AMX",
 }
+
+# Cython sees the #include in its own files alone.
+VECTOR_HEADERS = sorted(glob.glob("dynquant/kernels/simd/*.h"))
+
+WANTED_ISAS = set(GNU_ISA_FLAGS)
+if os.environ.get("DYNQUANT_BUILD_ISAS"):
+    WANTED_ISAS = {"baseline", *os.environ["DYNQUANT_BUILD_ISAS"].replace(",", " ").split()}
+if unknown := sorted(WANTED_ISAS - set(GNU_ISA_FLAGS)):
+    raise SystemExit(f"DYNQUANT_BUILD_ISAS: expected some of {', '.join(GNU_ISA_FLAGS)}, got {', '.join(unknown)}")
 
 # Not the stable ABI: measured beside these modules, it adds 8 % to dynamic_quantize_int8 of 64 floats and
 # 15 % to a QuantLinear of 64 x 64 on one row, and spares 3.10 and free-threaded Pythons no wheel.
@@ -113,10 +123,12 @@ class BuildKernels(build_ext):
             command = self.compiler.compiler_so
             self.compiler.compiler_so = [arg for arg in command if not INSTRUCTIONS.fullmatch(arg)]
         flags, isa_flags = (MSVC_FLAGS, MSVC_ISA_FLAGS) if msvc else (STRICT + GNU_FLAGS, GNU_ISA_FLAGS)
-        isas = [isa for isa in isa_flags if isa == "baseline" or self.can_compile(isa, isa_flags[isa])]
-        if left_out := sorted(set(GNU_ISA_FLAGS) - set(isas)):
+        wanted = [isa for isa in isa_flags if isa == "baseline" or isa in WANTED_ISAS]
+        isas = [isa for isa in wanted if isa == "baseline" or self.can_compile(isa, isa_flags[isa])]
+        if left_out := sorted(set(GNU_ISA_FLAGS) & WANTED_ISAS - set(isas)):
             print(f"dynquant: leaving out {', '.join(left_out)}: not for this processor or compiler")
         self.extensions = [e for e in self.extensions if isa_of(e) in ("", *isas)]
+        self.translate()
         not_for_this = msvc or self.refusal("#ifndef __x86_64__\n#error\n#endif", [PORTABLE])
         portable = [] if not_for_this else [PORTABLE]
         for extension in self.extensions:
@@ -130,6 +142,19 @@ class BuildKernels(build_ext):
             ]
         super().build_extensions()
 
+    def translate(self):
+        """Cython to C, which takes a minute: only once a compiler has been found, and only what is to be built."""
+        from Cython.Build import cythonize
+
+        translated = cythonize(
+            [Extension(e.name, e.sources, depends=e.depends) for e in self.extensions],
+            build_dir=os.path.join(BUILD, "cython"),
+            compiler_directives=DIRECTIVES,
+            nthreads=int(self.parallel or 0),
+        )
+        for extension, source in zip(self.extensions, translated, strict=True):
+            extension.sources, extension.depends = source.sources, source.depends
+
     def check_compiler(self):
         """Say in one line what is missing, before compiler and distutils say it in many."""
         if refusal := self.refusal("int probe(void) { return 0; }"):
@@ -142,7 +167,7 @@ class BuildKernels(build_ext):
         """Whether the compiler takes the flags for this target, and then the vector steps."""
         # gcc for Windows does not align the stack for wide registers, and crashes where it spills one.
         usable = f"defined({ISA_MACROS[isa]}) && !defined(__MINGW32__)"
-        return not self.refusal(f'#include "dynquant/kernels/simd.h"\n#if !({usable})\n#error\n#endif', flags)
+        return not self.refusal(f'#include "kernels/simd/simd.h"\n#if !({usable})\n#error\n#endif', flags)
 
     def refusal(self, code, flags=()):
         """Why `code` does not compile; empty if it does."""
@@ -152,23 +177,17 @@ class BuildKernels(build_ext):
                 file.write(code + "\n")
             try:
                 with silenced():
-                    self.compiler.compile([source], folder, include_dirs=["."], extra_postargs=list(flags))
+                    self.compiler.compile([source], folder, include_dirs=["dynquant"], extra_postargs=list(flags))
             except (CompileError, PlatformError) as error:
                 return str(error)
         return ""
 
 
 setup(
-    ext_modules=cythonize(
-        [
-            Extension(
-                f"dynquant.{name}", [f"dynquant/{name}.pyx"], include_dirs=["dynquant"], depends=["setup.py"]
-            )
-            for name in ["_core", "capi", *(f"_isa_{isa}" for isa in GNU_ISA_FLAGS)]
-        ],
-        build_dir=os.path.join(BUILD, "cython"),
-        compiler_directives=DIRECTIVES,
-    ),
+    ext_modules=[
+        Extension(f"dynquant.{name}", [f"dynquant/{name}.pyx"], include_dirs=["dynquant"], depends=["setup.py", *VECTOR_HEADERS])
+        for name in ["_core", "capi", *(f"_isa_{isa}" for isa in GNU_ISA_FLAGS)]
+    ],
     options={"build": {"build_base": BUILD}},
     cmdclass={"build_ext": BuildKernels},
 )

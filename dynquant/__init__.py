@@ -1,4 +1,4 @@
-"""Dynamic int8 and int4 quantisation on the CPU: exact, NumPy in, NumPy out."""
+"""Dynamic int8 and int4 quantization on the CPU: exact, NumPy in, NumPy out."""
 
 try:
     from . import _core  # noqa: F401

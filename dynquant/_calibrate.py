@@ -19,7 +19,7 @@ from ._validate import (
     as_floats,
     as_path,
     check_finite,
-    float_rows,
+    float_matrix,
     raise_non_finite,
 )
 from .errors import DTypeError, EmptyInputError, ParameterError, ShapeMismatchError, shown
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _BINS = 1 << 16
 _BIN_SHIFT = 15
 _FINITE_BINS = 0x7F800000 >> _BIN_SHIFT
-_WINDOW = _core.WINDOW_CELLS
+_WINDOW = _core.BINS_PER_CHANNEL
 
 _MOST_ELEMENTS = 2**63 - 1
 _MOST_ROWS = 2**32 - 1
@@ -120,7 +120,7 @@ def _int8_scale(magnitude: np.float32) -> float:
         return float(magnitude / np.float32(127))
 
 
-def _checked_parts(batches: Iterable[ArrayLike]) -> list[_core.FloatRows]:
+def _checked_parts(batches: Iterable[ArrayLike]) -> list[_core.FloatMatrix]:
     batches = _as_batches(batches)
     try:
         iterator = iter(batches)
@@ -134,7 +134,7 @@ def _checked_parts(batches: Iterable[ArrayLike]) -> list[_core.FloatRows]:
             array = array.copy()
         check_finite(array, f"batches[{i}]")
         if array.size:
-            parts.append(float_rows(array, 1, array.size))
+            parts.append(float_matrix(array, 1, array.size))
     if not parts:
         raise EmptyInputError("batches: expected at least one element, got none")
     return parts
@@ -169,7 +169,7 @@ def _is_array(x: Any) -> bool:
     return True
 
 
-def _merged_moments(parts: list[_core.FloatRows]) -> tuple[int, float, float, float, float]:
+def _merged_moments(parts: list[_core.FloatMatrix]) -> tuple[int, float, float, float, float]:
     n, least, most, mean, m2 = _core.moments(parts[0])
     for part in parts[1:]:
         n_b, least_b, most_b, mean_b, m2_b = _core.moments(part)
@@ -311,7 +311,7 @@ class Calibrator:
         if self._channels and array.shape[-1:] != (k,):
             raise ShapeMismatchError(f"(..., {k})", array.shape, "batch")
         self._check_room(array.size, "batch")
-        x = float_rows(array, array.size // k if k else 0, k)
+        x = float_matrix(array, array.size // k if k else 0, k)
         amax = self._channel_amax.copy()
         if self._channels:
             _core.column_amax(x, amax.view(np.int32))

@@ -34,7 +34,7 @@ from libc.math cimport INFINITY, ceil, pow, sqrt
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
 
-from dynquant._table cimport WINDOW, Kernels
+from dynquant._table cimport CHANNEL_BINS, Kernels
 
 
 cdef extern from "cpu.h" nogil:
@@ -56,7 +56,7 @@ cdef extern from "Python.h":
     object PyType_GenericNew(type cls, PyObject* args, PyObject* kwargs)
 
 
-cdef extern from "kernels/simd.h" nogil:
+cdef extern from "kernels/simd/simd.h" nogil:
     float dq_float(int32_t b)
 
 
@@ -66,7 +66,7 @@ cdef enum:
 
 kernels = NULL
 
-WINDOW_CELLS = WINDOW
+BINS_PER_CHANNEL = CHANNEL_BINS
 
 
 def set_table(table not None):

@@ -16,7 +16,7 @@ from .errors import EmptyInputError, FeatureDimMismatchError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Of every four runs of so many rows one is held out. Runs, because neighbouring tokens resemble each other:
+# Of every four runs of so many rows one is held out. Runs, because neighboring tokens resemble each other:
 # one between two that were used tells little about others.
 _RUN = 8
 _RUNS = 4
@@ -65,16 +65,16 @@ class SecondMoments:
         self.used, self.held_out = np.zeros((k, k)), np.zeros((k, k))
         self.rows = [0, 0]
         # Small batches are gathered: a product costs k * k additions more, for however few rows.
-        block, filled = np.empty((_ROWS, k)), 0
+        block, new_unchecked = np.empty((_ROWS, k)), 0
         for batch in batches:
-            for part in np.split(batch, range(_ROWS - filled, len(batch), _ROWS)):
-                block[filled : filled + len(part)] = part
-                filled += len(part)
-                if filled == _ROWS:
+            for part in np.split(batch, range(_ROWS - new_unchecked, len(batch), _ROWS)):
+                block[new_unchecked : new_unchecked + len(part)] = part
+                new_unchecked += len(part)
+                if new_unchecked == _ROWS:
                     self._add(block)
-                    filled = 0
-        if filled:
-            self._add(block[:filled])
+                    new_unchecked = 0
+        if new_unchecked:
+            self._add(block[:new_unchecked])
         if not any(self.rows):
             raise EmptyInputError("calibration: expected at least one row, got none")
 
@@ -125,7 +125,7 @@ def _best_damping(w: NDArray[np.float32], plain: DynQuantTensor, moments: Second
 
 
 class _Grid:
-    """The codes that `rows` of a quantised matrix (n, k) can have, and what they stand for."""
+    """The codes that `rows` of a quantized matrix (n, k) can have, and what they stand for."""
 
     def __init__(self, tensor: DynQuantTensor, rows: slice = _ALL) -> None:
         fmt = tensor.format

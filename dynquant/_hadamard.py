@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import _core
-from ._validate import F32, as_count, as_floats, check_finite, checked_out, float_rows, held
+from ._validate import F32, as_count, as_floats, check_finite, checked_out, float_matrix, as_exported
 from .errors import ParameterError, ShapeMismatchError, shown
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def rotate_named(
     x: ArrayLike, block_size: int | None, out: NDArray[np.float32] | None, name: str
 ) -> NDArray[np.float32]:
     """`hadamard_transform` for an argument called `name`."""
-    x = held(x, name)
+    x = as_exported(x, name)
     array = as_floats(x, name)
     if array.ndim == 0:
         raise ShapeMismatchError("(..., n)", array.shape, name)
@@ -71,7 +71,7 @@ def rotate_named(
         checked_out(out, array.shape, F32, in_place=x)
     check_finite(array, name)
     most = float(np.finfo(F32).max) / block
-    if max(map(abs, _core.min_max(float_rows(array, 1, array.size)))) > most:
+    if max(map(abs, _core.min_max(float_matrix(array, 1, array.size)))) > most:
         raise ParameterError(
             f"{name}: expected magnitudes up to {most:.3g}, so that sums stay within float32"
         )

@@ -23,7 +23,7 @@ _supported: tuple[str, ...] = ()
 
 def _table(isa: str) -> object:
     # Literal imports, so that freezers see them. A module compiled for an instruction set is imported only
-    # after its check: even its initialisation may use that set.
+    # after its check: even its initialization may use that set.
     if isa == "amx":
         from ._isa_amx import table  # type: ignore[import-not-found, unused-ignore]
     elif isa == "avx512vnni":

@@ -1,4 +1,4 @@
-"""A linear layer with quantised weights."""
+"""A linear layer with quantized weights."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from ._validate import (
     check_finite,
     check_names,
     checked_out,
-    float_rows,
-    held,
+    float_matrix,
+    as_exported,
 )
 from ._weights import quantize_matrix, weight_format
 from .errors import (
@@ -48,10 +48,10 @@ _MOST_ROTATED = 128
 
 
 class QuantLinear:
-    """A linear layer with int8 or 4-bit weights, quantised and packed once and then called many times.
+    """A linear layer with int8 or 4-bit weights, quantized and packed once and then called many times.
 
-    ``y = x @ weight.T + bias`` for activations that are quantised row by row as they come. Made by
-    `from_float` or `from_arrays`, or from weights that are quantised already.
+    ``y = x @ weight.T + bias`` for activations that are quantized row by row as they come. Made by
+    `from_float` or `from_arrays`, or from weights that are quantized already.
 
     Parameters
     ----------
@@ -135,14 +135,14 @@ class QuantLinear:
         calibration: ArrayLike | Iterable[ArrayLike] | None = None,
         num_threads: int = 1,
     ) -> QuantLinear:
-        """Quantise and pack the weights of a linear layer.
+        """Quantize and pack the weights of a linear layer.
 
         Parameters
         ----------
         weight : array_like of floats, (out_features, in_features)
         bias : array_like of floats, (out_features,), optional
         bits, group_size, symmetric, search, num_threads
-            How the weights are quantised, as in `quantize_weights`.
+            How the weights are quantized, as in `quantize_weights`.
         smooth : array_like of floats, (in_features,), optional
             SmoothQuant factors above zero, as from `compute_smooth_factors`: weights are multiplied by them
             here, activations divided in every call.
@@ -234,7 +234,7 @@ class QuantLinear:
         return arrays
 
     def _weight(self) -> DynQuantTensor:
-        """The quantised weights, unpacked."""
+        """The quantized weights, unpacked."""
         fmt, shape = self._format, (self._n, self._k)
         data, scales = np.empty(fmt.data_shape(shape), fmt.data_dtype), np.empty(fmt.scales_shape(shape), F32)
         zero_points = None if self._symmetric else np.empty(scales.shape, U8)
@@ -250,7 +250,7 @@ class QuantLinear:
         if self._hadamard:
             rotate_named(weight, _rotation(self._k), weight, "weight")
         if self._smooth is not None:
-            _core.scale_columns(float_rows(weight, *weight.shape), self._smooth, True, weight)
+            _core.scale_columns(float_matrix(weight, *weight.shape), self._smooth, True, weight)
         return weight
 
     @property
@@ -267,7 +267,7 @@ class QuantLinear:
         Parameters
         ----------
         x : array_like of floats, (..., in_features)
-            Each row is quantised by itself, so its output does not depend on the others.
+            Each row is quantized by itself, so its output does not depend on the others.
         out : ndarray of float32, (..., out_features), optional
             C-contiguous, apart from `x`. Allocated if not given.
         num_threads : int
@@ -287,7 +287,7 @@ class QuantLinear:
         DTypeError, NonFiniteError, LayoutError
             As from `w8a8_matmul`. After any of these `out` is as it was.
         """
-        x = held(x, "x")
+        x = as_exported(x, "x")
         array = as_floats(x, "x")
         lengths = array.shape
         if not lengths or lengths[-1] != self._k:
@@ -319,7 +319,7 @@ class QuantLinear:
 def _prepared(
     calibration: Any, k: int, factors: NDArray[np.float32] | None, hadamard: bool
 ) -> Iterator[NDArray[np.float32]]:
-    """Calibration rows as the quantised weights meet them."""
+    """Calibration rows as the quantized weights meet them."""
     for batch in calibration_batches(calibration, k):
         x = batch if factors is None else smooth_activations(batch, factors)
         check_finite(x, "calibration / smooth")

@@ -1,4 +1,4 @@
-"""Integer linear algebra: exact products of int8 or 4-bit weights with activations quantised on the way."""
+"""Integer linear algebra: exact products of int8 or 4-bit weights with activations quantized on the way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from . import _core
 from ._quantize import quantize_named
 from ._tensor import DynQuantFormat, DynQuantTensor, MaxAbs, check_arrays
-from ._threads import over_rows
+from ._threads import parallel_ranges
 from ._validate import (
     F32,
     as_finite_vector,
@@ -18,8 +18,8 @@ from ._validate import (
     as_thread_count,
     check_finite,
     checked_out,
-    float_rows,
-    held,
+    float_matrix,
+    as_exported,
 )
 from .errors import EmptyInputError, ParameterError, ShapeMismatchError, shown
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _MAX_ABS = MaxAbs()
 
-# Bytes of activations that are quantised before the weights are read for them: they stay in a core's own
+# Bytes of activations that are quantized before the weights are read for them: they stay in a core's own
 # cache, and scratch is bounded however many rows there are. Of long rows as many as a product takes at once.
 _CHUNK_BYTES = 15 << 16
 _CHUNK_ROWS = 32
@@ -41,7 +41,7 @@ def w8a8_matvec(
     *,
     out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """Product of an int8 weight matrix with an activation that is quantised to int8 on the way.
+    """Product of an int8 weight matrix with an activation that is quantized to int8 on the way.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def w8a8_matvec(
         All values, -128 included.
     weight_scales : array_like of floats, (out_features,)
     activation : array_like of floats, (in_features,)
-        Quantised as by `dynamic_quantize_int8`, with one scale.
+        Quantized as by `dynamic_quantize_int8`, with one scale.
     out : ndarray of float32, (out_features,), optional
         C-contiguous, apart from the inputs. Allocated if not given.
 
@@ -81,16 +81,16 @@ def w8a8_matvec(
     >>> w8a8_matvec(np.array([[2, -128]], np.int8), [0.5], [127.0, 1.0]).tolist()
     [63.0]
     """
-    weight_i8 = held(weight_i8, "weight_i8")
+    weight_i8 = as_exported(weight_i8, "weight_i8")
     weight = as_int8_matrix(weight_i8, "weight_i8")
     n, k = weight.shape
-    activation = held(activation, "activation")
+    activation = as_exported(activation, "activation")
     vector = as_floats(activation, "activation")
     if vector.size == 0:
         raise EmptyInputError(f"activation: expected at least one element, got shape {vector.shape}")
     if vector.shape != (k,):
         raise ShapeMismatchError((k,), vector.shape, "activation")
-    weight_scales = held(weight_scales, "weight_scales")
+    weight_scales = as_exported(weight_scales, "weight_scales")
     scales = as_finite_vector(weight_scales, "weight_scales", n)
     if out is None:
         out = np.empty(n, F32)
@@ -110,7 +110,7 @@ def w8a8_matmul(
     out: NDArray[np.float32] | None = None,
     num_threads: int = 1,
 ) -> NDArray[np.float32]:
-    """Product of activations, quantised to int8 row by row, with an int8 weight matrix.
+    """Product of activations, quantized to int8 row by row, with an int8 weight matrix.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ def w8a8_matmul(
         All values, -128 included.
     weight_scales : array_like of floats, (out_features,)
     activations : array_like of floats, (tokens, in_features)
-        Each row is quantised by itself, as by `dynamic_quantize_int8_per_row`.
+        Each row is quantized by itself, as by `dynamic_quantize_int8_per_row`.
     bias : array_like of floats, (out_features,), optional
     out : ndarray of float32, (tokens, out_features), optional
         C-contiguous, apart from the inputs. Allocated if not given.
@@ -154,13 +154,13 @@ def w8a8_matmul(
     >>> w8a8_matmul(np.array([[2, -128]], np.int8), [0.5], [[127.0, 1.0], [0.0, 127.0]]).tolist()
     [[63.0], [-8128.0]]
     """
-    weight_i8 = held(weight_i8, "weight_i8")
+    weight_i8 = as_exported(weight_i8, "weight_i8")
     weight = as_int8_matrix(weight_i8, "weight_i8")
     n, k = weight.shape
-    weight_scales, bias = held(weight_scales, "weight_scales"), held(bias, "bias")
+    weight_scales, bias = as_exported(weight_scales, "weight_scales"), as_exported(bias, "bias")
     scales = as_finite_vector(weight_scales, "weight_scales", n)
     offset = None if bias is None else as_finite_vector(bias, "bias", n)
-    activations = held(activations, "activations")
+    activations = as_exported(activations, "activations")
     x = as_floats(activations, "activations")
     if x.ndim != 2 or x.shape[1] != k:
         raise ShapeMismatchError(("tokens", k), x.shape, "activations")
@@ -177,14 +177,14 @@ def w8a8_matmul(
 def w4a8_matvec(
     weight: DynQuantTensor, activation: ArrayLike, *, out: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
-    """Product of a 4-bit weight matrix with an activation that is quantised to int8 on the way.
+    """Product of a 4-bit weight matrix with an activation that is quantized to int8 on the way.
 
     Parameters
     ----------
     weight : DynQuantTensor, (out_features, in_features)
         Packed 4-bit codes with scales per row or per group, as from `quantize_weights`.
     activation : array_like of floats, (in_features,)
-        Quantised as by `dynamic_quantize_int8`, with one scale.
+        Quantized as by `dynamic_quantize_int8`, with one scale.
     out : ndarray of float32, (out_features,), optional
         C-contiguous, apart from the inputs. Allocated if not given.
 
@@ -207,7 +207,7 @@ def w4a8_matvec(
     [1906.0]
     """
     check_weight(weight, int8=False)
-    activation = held(activation, "activation")
+    activation = as_exported(activation, "activation")
     vector = as_floats(activation, "activation")
     if vector.size == 0:
         raise EmptyInputError(f"activation: expected at least one element, got shape {vector.shape}")
@@ -229,14 +229,14 @@ def w4a8_matmul(
     out: NDArray[np.float32] | None = None,
     num_threads: int = 1,
 ) -> NDArray[np.float32]:
-    """Product of activations, quantised to int8 row by row, with a 4-bit weight matrix.
+    """Product of activations, quantized to int8 row by row, with a 4-bit weight matrix.
 
     Parameters
     ----------
     weight : DynQuantTensor, (out_features, in_features)
         Packed 4-bit codes with scales per row or per group, as from `quantize_weights`.
     activations : array_like of floats, (tokens, in_features)
-        Each row is quantised by itself, as by `dynamic_quantize_int8_per_row`.
+        Each row is quantized by itself, as by `dynamic_quantize_int8_per_row`.
     bias : array_like of floats, (out_features,), optional
     out : ndarray of float32, (tokens, out_features), optional
         C-contiguous, apart from the inputs. Allocated if not given.
@@ -279,9 +279,9 @@ def w4a8_matmul(
     """
     check_weight(weight, int8=False)
     n, k = weight.shape
-    bias = held(bias, "bias")
+    bias = as_exported(bias, "bias")
     offset = None if bias is None else as_finite_vector(bias, "bias", n)
-    activations = held(activations, "activations")
+    activations = as_exported(activations, "activations")
     x = as_floats(activations, "activations")
     if x.ndim != 2 or x.shape[1] != k:
         raise ShapeMismatchError(("tokens", k), x.shape, "activations")
@@ -384,9 +384,9 @@ def multiply(
         _multiply_chunks(layer, smooth, x, y, _chunk_rows(m, most), out is not None, threads, name)
         return y
     a = _core.Activations(layer, m)
-    if not layer.quantize(float_rows(x, m, k), a):
+    if not layer.quantize(float_matrix(x, m, k), a):
         _raise_bad_row(x, smooth, name)
-    over_rows(layer.multiply, (a, y), layer.panel_count, threads)
+    parallel_ranges(layer.multiply, (a, y), layer.panel_count, threads)
     return y
 
 
@@ -404,7 +404,7 @@ def _multiply_chunks(
     a = _core.Activations(layer, chunk)
     # All that takes memory comes first: what raises has changed nothing.
     parts = [x[first : first + chunk] for first in range(0, len(x), chunk)]
-    rows = [float_rows(part, *part.shape) for part in parts]
+    rows = [float_matrix(part, *part.shape) for part in parts]
     outputs = [y[first : first + chunk] for first in range(0, len(x), chunk)]
     # A new array may be given up half written; the caller's may not.
     if check_first and not all(layer.quantize(part, a) for part in rows):
@@ -412,11 +412,11 @@ def _multiply_chunks(
     for part, into in zip(rows, outputs, strict=True):
         if not layer.quantize(part, a):
             _raise_bad_row(x, smooth, name)
-        over_rows(layer.multiply, (a, into), layer.panel_count, threads)
+        parallel_ranges(layer.multiply, (a, into), layer.panel_count, threads)
 
 
 def _raise_bad_row(x: NDArray[Any], smooth: NDArray[np.float32] | None, name: str) -> NoReturn:
-    """Raise for what is wrong with x, which has a row that a layer could not quantise."""
+    """Raise for what is wrong with x, which has a row that a layer could not quantize."""
     check_finite(x, name)
     if smooth is not None:
         with np.errstate(over="ignore"):

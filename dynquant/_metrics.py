@@ -1,4 +1,4 @@
-"""What quantising cost."""
+"""What quantizing cost."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from . import _core
-from ._tensor import DynQuantTensor, runs_of
-from ._validate import as_flag, as_floats, check_finite, float_rows
+from ._tensor import DynQuantTensor, kernel_args
+from ._validate import as_flag, as_floats, check_finite, float_matrix
 from .errors import ParameterError, ShapeMismatchError
 
 if TYPE_CHECKING:
@@ -44,12 +44,12 @@ class ErrorMetrics(NamedTuple):
 def error_metrics(
     original: ArrayLike, quantized: DynQuantTensor | ArrayLike, *, per_row: bool = False
 ) -> ErrorMetrics:
-    """Five measures of what quantising cost, in one pass.
+    """Five measures of what quantizing cost, in one pass.
 
     Parameters
     ----------
     original : array_like of floats, any shape
-        What was quantised, or the exact output of a layer.
+        What was quantized, or the exact output of a layer.
     quantized : DynQuantTensor or array_like of floats
         Of the same shape.
     per_row : bool
@@ -69,7 +69,7 @@ def error_metrics(
 
     Notes
     -----
-    Both sides are taken as float32; differences, squares and sums are float64. A tensor is never dequantised
+    Both sides are taken as float32; differences, squares and sums are float64. A tensor is never dequantized
     whole. Values of a tensor that are beyond float32 are infinite, and so is the error.
 
     Examples
@@ -95,12 +95,12 @@ def error_metrics(
 
 
 def quantization_mae(original: ArrayLike, quantized: DynQuantTensor) -> float:
-    """Mean absolute error of a quantised tensor.
+    """Mean absolute error of a quantized tensor.
 
     Parameters
     ----------
     original : array_like of floats
-        What was quantised; float64 is rounded to float32 first, as in quantising.
+        What was quantized; float64 is rounded to float32 first, as in quantizing.
     quantized : DynQuantTensor
         Of the same shape.
 
@@ -121,7 +121,7 @@ def quantization_mae(original: ArrayLike, quantized: DynQuantTensor) -> float:
 
     Notes
     -----
-    One pass; the dequantised tensor is never held whole. `error_metrics` gives more.
+    One pass; the dequantized tensor is never held whole. `error_metrics` gives more.
 
     Examples
     --------
@@ -136,8 +136,8 @@ def quantization_mae(original: ArrayLike, quantized: DynQuantTensor) -> float:
     array = _checked_original(original, quantized.shape)
     if array.size == 0:
         return 0.0
-    rows = float_rows(array, *quantized.format.rows_of(quantized.shape))
-    return _core.sum_abs_error(rows, *runs_of(quantized)) / array.size
+    rows = float_matrix(array, *quantized.format.rows_of(quantized.shape))
+    return _core.sum_abs_error(rows, *kernel_args(quantized)) / array.size
 
 
 def _check_scales(quantized: DynQuantTensor) -> None:
@@ -166,11 +166,11 @@ def _error_sums(
     if isinstance(quantized, DynQuantTensor):
         _check_scales(quantized)
         if array.size:
-            rows = float_rows(array, *quantized.format.rows_of(array.shape))
-            _core.error_sums(rows, *runs_of(quantized), length, sums)
+            rows = float_matrix(array, *quantized.format.rows_of(array.shape))
+            _core.error_sums(rows, *kernel_args(quantized), length, sums)
     else:
         check_finite(quantized, "quantized")
         if array.size:
-            rows, values = (float_rows(a, 1, array.size) for a in (array, quantized))
+            rows, values = (float_matrix(a, 1, array.size) for a in (array, quantized))
             _core.error_sums_of(rows, values, length, sums)
     return array, sums, length

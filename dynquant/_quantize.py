@@ -1,4 +1,4 @@
-"""Dynamic quantisation: scales and codes from the values at hand."""
+"""Dynamic quantization: scales and codes from the values at hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ._tensor import (
     packed_format,
     tensor_of_checked,
 )
-from ._threads import over_rows
+from ._threads import parallel_ranges
 from ._validate import (
     F32,
     I8,
@@ -27,8 +27,8 @@ from ._validate import (
     as_thread_count,
     check_finite,
     checked_out,
-    float_rows,
-    held,
+    float_matrix,
+    as_exported,
     raise_non_finite,
 )
 from .errors import ParameterError, ShapeMismatchError, shown
@@ -89,7 +89,7 @@ def compute_scale(x: ArrayLike, clip_val: float, mode: DynamicScaleMode = _MAX_A
     clip = as_clip(clip_val)
     scale = np.empty(1, F32)
     rank = rank_of(mode, array.size)
-    if not _core.scale_rows(float_rows(array, 1, array.size), scale, clip, rank, rank, array.size or 1):
+    if not _core.scale_rows(float_matrix(array, 1, array.size), scale, clip, rank, rank, array.size or 1):
         raise_non_finite(array, "x")
     if not np.isfinite(scale[0]):
         raise ParameterError(f"clip_val: expected a scale within float32, got {scale[0]} with {clip}")
@@ -99,7 +99,7 @@ def compute_scale(x: ArrayLike, clip_val: float, mode: DynamicScaleMode = _MAX_A
 def dynamic_quantize_int8(
     x: ArrayLike, mode: DynamicScaleMode = _MAX_ABS, *, out: NDArray[np.int8] | None = None
 ) -> DynQuantTensor:
-    """Quantise `x` to int8 with one scale: `dynamic_quantize` with `DynQuantFormat.INT8_PER_TENSOR`.
+    """Quantize `x` to int8 with one scale: `dynamic_quantize` with `DynQuantFormat.INT8_PER_TENSOR`.
 
     Examples
     --------
@@ -117,7 +117,7 @@ def dynamic_quantize_int8_per_row(
     out: NDArray[np.int8] | None = None,
     num_threads: int = 1,
 ) -> DynQuantTensor:
-    """Quantise every row of `x` to int8 with a scale of its own.
+    """Quantize every row of `x` to int8 with a scale of its own.
 
     `dynamic_quantize` with `DynQuantFormat.INT8_PER_ROW`. A row's codes and scale depend on that row alone.
 
@@ -133,7 +133,7 @@ def dynamic_quantize_int8_per_row(
 def dynamic_quantize_int4(
     x: ArrayLike, mode: DynamicScaleMode = _MAX_ABS, *, packed: bool = False
 ) -> DynQuantTensor:
-    """Quantise `x` to 4-bit codes with one scale: `dynamic_quantize` with `DynQuantFormat.INT4_PER_TENSOR`.
+    """Quantize `x` to 4-bit codes with one scale: `dynamic_quantize` with `DynQuantFormat.INT4_PER_TENSOR`.
 
     Examples
     --------
@@ -153,7 +153,7 @@ def dynamic_quantize(
     out: NDArray[Any] | None = None,
     num_threads: int = 1,
 ) -> DynQuantTensor:
-    """Quantise `x`, with scales computed from its own values.
+    """Quantize `x`, with scales computed from its own values.
 
     Parameters
     ----------
@@ -245,7 +245,7 @@ def dynamic_quantize_linear(x: ArrayLike) -> tuple[NDArray[np.uint8], np.float32
     """
     array = as_floats(x, "x")
     check_finite(array, "x")
-    rows = float_rows(array, 1, array.size)
+    rows = float_matrix(array, 1, array.size)
     least, most = (np.float32(bound) for bound in _core.min_max(rows))
     with np.errstate(all="ignore"):
         scale = (most - least) / np.float32(255)
@@ -277,7 +277,7 @@ def quantize_named(
 ) -> DynQuantTensor:
     """`dynamic_quantize` for an argument called `name`."""
     if out is not None:
-        x = held(x, name)
+        x = as_exported(x, name)
     array = as_floats(x, name)
     shape = array.shape
     scales_shape: int | tuple[int, ...]
@@ -297,17 +297,17 @@ def quantize_named(
     data_shape, dtype = (fmt.data_shape(shape), U8) if packed else (shape, I8)
     data = empty(data_shape, dtype) if out is None else checked_out(out, data_shape, dtype, array, x)
     scales = empty(scales_shape, F32)
-    rows = float_rows(array, m, k)
+    rows = float_matrix(array, m, k)
 
     # A new array may be given up half written; the caller's may not.
     check_first = out is not None and scales.size > 1
     if check_first:
-        finite = over_rows(_core.scale_rows, (rows, scales, clip, rank, last_rank, group), m, threads)
+        finite = parallel_ranges(_core.scale_rows, (rows, scales, clip, rank, last_rank, group), m, threads)
     else:
         work = (rows, scales, clip, rank, last_rank, packed, group, data)
-        finite = over_rows(_core.quantize_rows, work, m, threads)
+        finite = parallel_ranges(_core.dynamic_quantize_rows, work, m, threads)
     if not finite:
         raise_non_finite(array, name)
     if check_first:
-        over_rows(_core.code_rows, (rows, scales, None, clip, rank < 0, packed, group, data), m, threads)
+        parallel_ranges(_core.quantize_rows, (rows, scales, None, clip, rank < 0, packed, group, data), m, threads)
     return tensor_of_checked(data, scales, shape, fmt)

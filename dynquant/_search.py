@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _MAX_ABS = MaxAbs()
 _ALPHAS = tuple(i / 20 for i in range(21))
 
-# What is worked on at once: bytes of quantised weights over all candidates, and floats of inputs and outputs.
+# What is worked on at once: bytes of quantized weights over all candidates, and floats of inputs and outputs.
 _LAYER_BYTES = 1 << 24
 _ROW_FLOATS = 1 << 19
 # Outputs are taken in whole panels of the kernels, which are of 32 at most.
@@ -67,7 +67,7 @@ def search_alpha(
     symmetric: bool | None = None,
     hadamard: bool = False,
 ) -> AlphaSearch:
-    """The migration strength that costs the output of a quantised layer least on calibration data.
+    """The migration strength that costs the output of a quantized layer least on calibration data.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ def search_alpha(
         Divide the squared error of each token by the token's squared output. Otherwise the few tokens with
         the largest outputs may decide alone.
     bits, group_size, symmetric, hadamard
-        How the layer will be quantised, as in `QuantLinear.from_float`.
+        How the layer will be quantized, as in `QuantLinear.from_float`.
 
     Returns
     -------
@@ -114,7 +114,7 @@ def search_alpha(
     Channels that were never active have factor 1 in either mode.
 
     The maxima that the factors come from are those of the very rows that are measured, so the error is an
-    optimistic one, and with few tokens the best alpha a little too large; see `relative`.
+    optimiztic one, and with few tokens the best alpha a little too large; see `relative`.
 
     Examples
     --------

@@ -20,8 +20,8 @@ from ._validate import (
     as_number,
     check_finite,
     checked_out,
-    float_rows,
-    held,
+    float_matrix,
+    as_exported,
     raise_non_finite,
 )
 from .errors import (
@@ -186,7 +186,7 @@ def channel_magnitudes(matrix: NDArray[Any], mode: DynamicScaleMode) -> NDArray[
     for first in range(0, k, width):
         columns = np.ascontiguousarray(matrix[:, first : first + width].T)
         part = ranked[first : first + width]
-        _core.scale_rows(float_rows(columns, *columns.shape), part, 1.0, rank, rank, tokens)
+        _core.scale_rows(float_matrix(columns, *columns.shape), part, 1.0, rank, rank, tokens)
     # A ranked 0 says that the channel is rarely active, and nothing of its size when it is.
     np.copyto(ranked, amax, where=ranked == 0)
     return ranked
@@ -224,7 +224,7 @@ def _equation_4(
 
 def _column_amax(matrix: NDArray[Any], name: str) -> NDArray[np.float32]:
     bits = np.zeros(matrix.shape[1], np.int32)
-    _core.column_amax(float_rows(matrix, *matrix.shape), bits)
+    _core.column_amax(float_matrix(matrix, *matrix.shape), bits)
     if bits.max() >= _NON_FINITE_BITS:
         raise_non_finite(matrix, name)
     return bits.view(F32)
@@ -300,7 +300,7 @@ def smooth_weights(
 def _scale_columns(
     x: Any, factors: Any, out: NDArray[np.float32] | None, name: str, *, divide: bool
 ) -> NDArray[np.float32]:
-    x, factors = held(x, name), held(factors, "factors")
+    x, factors = as_exported(x, name), as_exported(factors, "factors")
     array = as_floats(x, name)
     if array.ndim == 0:
         raise ShapeMismatchError("(..., in_features)", array.shape, name)
@@ -310,7 +310,7 @@ def _scale_columns(
     else:
         checked_out(out, array.shape, F32, f, factors, in_place=x)
     m, k = out.size // max(f.size, 1), f.size
-    if not _core.scale_columns(float_rows(array, m, k), f, divide, out):
+    if not _core.scale_columns(float_matrix(array, m, k), f, divide, out):
         raise_non_finite(array, name)
     return out
 
@@ -328,7 +328,7 @@ def as_factors(x: Any, name: str, k: int | None = None) -> NDArray[np.float32]:
 def fold_smooth_factors(
     factors: ArrayLike, gamma: ArrayLike, beta: ArrayLike | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """Fold smoothing factors into the normalisation before the layer, so that smoothing costs nothing.
+    """Fold smoothing factors into the normalization before the layer, so that smoothing costs nothing.
 
     Parameters
     ----------

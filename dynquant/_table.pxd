@@ -5,24 +5,24 @@ from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
 
 # Cells that count the magnitudes of one channel in a calibration.
 cdef enum:
-    WINDOW = 90
+    CHANNEL_BINS = 90
 
 
 ctypedef struct Kernels:
-    # convert.pxi
+    # widen.pxi
     void (*widen_f16_f32)(const uint16_t* x, float* out, Py_ssize_t n) noexcept nogil
     void (*widen_bf16_f32)(const uint16_t* x, float* out, Py_ssize_t n) noexcept nogil
     # scale.pxi
     int32_t (*amax_bits_f32)(const float* x, Py_ssize_t n) noexcept nogil
     int32_t (*amax_bits_below_f32)(const float* x, int32_t bits, Py_ssize_t n) noexcept nogil
     Py_ssize_t (*count_below_f32)(const float* x, int32_t bits, Py_ssize_t n) noexcept nogil
-    Py_ssize_t (*keep_between_f32)(const float* x, int32_t low, int32_t high, int32_t* kept, Py_ssize_t room,
+    Py_ssize_t (*collect_between_f32)(const float* x, int32_t low, int32_t high, int32_t* candidates, Py_ssize_t capacity,
                                    int64_t* below, int* finite, Py_ssize_t n) noexcept nogil
     void (*count_top_bits_f32)(const float* x, Py_ssize_t* counts, Py_ssize_t n) noexcept nogil
     void (*count_next_bits_f32)(const float* x, int32_t prefix, int shift, Py_ssize_t* counts,
                                 Py_ssize_t n) noexcept nogil
     # quantize.pxi
-    void (*quantize_row_f32_s8)(const float* x, float scale, int32_t clip, bint within, bint stream,
+    void (*quantize_row_f32_s8)(const float* x, float scale, int32_t clip, bint in_range, bint nontemporal,
                                 int8_t* codes, Py_ssize_t n) noexcept nogil
     void (*quantize_row_f32_u8)(const float* x, float scale, int32_t zero_point, uint8_t* codes,
                                 Py_ssize_t n) noexcept nogil
@@ -30,7 +30,7 @@ ctypedef struct Kernels:
                                 Py_ssize_t n) noexcept nogil
     void (*pack_row_s8_s4)(const int8_t* codes, uint8_t* packed, Py_ssize_t n) noexcept nogil
     # dequantize.pxi
-    void (*dequantize_row_s8_f32)(const int8_t* codes, float scale, bint stream, float* out,
+    void (*dequantize_row_s8_f32)(const int8_t* codes, float scale, bint nontemporal, float* out,
                                   Py_ssize_t n) noexcept nogil
     void (*unpack_row_s4_s8)(const uint8_t* packed, int8_t* codes, Py_ssize_t n) noexcept nogil
     void (*shift_row_u4_s8)(int8_t* codes, int32_t zero_point, Py_ssize_t n) noexcept nogil
@@ -39,14 +39,14 @@ ctypedef struct Kernels:
     void (*column_amax_4_rows_f32)(const float* x, Py_ssize_t stride, int32_t* amax_bits,
                                    Py_ssize_t n) noexcept nogil
     bint (*reciprocals_f32)(const float* factors, float* reciprocals, Py_ssize_t n) noexcept nogil
-    void (*divide_row_f32)(const float* x, const float* factors, const float* reciprocals, Py_ssize_t ahead,
+    void (*divide_row_f32)(const float* x, const float* factors, const float* reciprocals, Py_ssize_t prefetch_distance,
                            float* out, Py_ssize_t n) noexcept nogil
     void (*multiply_row_f32)(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil
     # dot.pxi
     int64_t (*dot_s8s8_s64)(const int8_t* w, const int8_t* a, Py_ssize_t k) noexcept nogil
     void (*matvec_s8s8_f32)(const int8_t* w, const float* w_scales, const int8_t* a, float a_scale,
                             float* out, Py_ssize_t rows, Py_ssize_t k) noexcept nogil
-    # gemm.pxi
+    # matmul_s8.pxi
     Py_ssize_t panel_outputs
     Py_ssize_t (*panel_bytes)(Py_ssize_t k) noexcept nogil
     Py_ssize_t (*activation_bytes)(Py_ssize_t k) noexcept nogil
@@ -57,8 +57,8 @@ ctypedef struct Kernels:
     void (*gemm_s8s8_f32)(const uint8_t* panels, const float* w_scales, const float* bias,
                           const uint8_t* a, const float* a_scales, float* out, Py_ssize_t out_stride,
                           Py_ssize_t m, Py_ssize_t n, Py_ssize_t k) noexcept nogil
-    # gemm_u4.pxi
-    Py_ssize_t fetched_from
+    # matmul_u4.pxi
+    Py_ssize_t prefetch_from
     Py_ssize_t (*group_panel_bytes)(Py_ssize_t k, Py_ssize_t group) noexcept nogil
     Py_ssize_t (*group_activation_bytes)(Py_ssize_t k, Py_ssize_t group) noexcept nogil
     void (*pack_panel_u4)(const uint8_t* w, const float* scales, const uint8_t* zero_points, Py_ssize_t rows,
@@ -72,7 +72,7 @@ ctypedef struct Kernels:
     void (*gemm_u4s8_f32)(const uint8_t* panels, const float* scales, const uint8_t* zero_points,
                           const float* bias, const uint8_t* a, const float* a_scales, float* out,
                           Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group,
-                          Py_ssize_t ahead) noexcept nogil
+                          Py_ssize_t prefetch_distance) noexcept nogil
     # stats.pxi
     void (*min_max_row_f32)(const float* x, float* least, float* most, Py_ssize_t n) noexcept nogil
     double (*sum_row_f32_f64)(const float* x, Py_ssize_t n) noexcept nogil
@@ -81,7 +81,7 @@ ctypedef struct Kernels:
     void (*error_sums_row_f32_f64)(const float* x, const float* value, double* sums,
                                    Py_ssize_t n) noexcept nogil
     void (*count_bins_f32)(const float* x, int64_t* counts, Py_ssize_t n) noexcept nogil
-    void (*count_windows_row_f32)(const float* x, const int32_t* amax_bits, uint32_t* counts,
+    void (*count_channel_bins_row_f32)(const float* x, const int32_t* amax_bits, uint32_t* counts,
                                   Py_ssize_t n) noexcept nogil
     # hadamard.pxi
     void (*hadamard_row_f32)(float* x, Py_ssize_t n, float scale) noexcept nogil

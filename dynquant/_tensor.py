@@ -1,4 +1,4 @@
-"""Scale modes, formats, and the quantised tensor."""
+"""Scale modes, formats, and the quantized tensor."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ class DynQuantTensor:
         None where codes are symmetric. Otherwise of the shape of `scales`: the codes are then 0..15, which
         only a packed format can have, and stand for ``(code - zero_point) * scale``.
     shape : tuple of int
-        Shape of the tensor that was quantised.
+        Shape of the tensor that was quantized.
     format : DynQuantFormat
 
     Raises
@@ -297,7 +297,7 @@ class DynQuantTensor:
 
     @property
     def element_count(self) -> int:
-        """How many elements were quantised."""
+        """How many elements were quantized."""
         return math.prod(self.shape)
 
     @property
@@ -334,7 +334,7 @@ class DynQuantTensor:
             out = np.empty(self.shape, F32)
         else:
             checked_out(out, self.shape, F32, self.data, self.scales, self.zero_points)
-        _core.dequantize_rows(*runs_of(self), out.reshape(self.format.rows_of(self.shape)))
+        _core.dequantize_rows(*kernel_args(self), out.reshape(self.format.rows_of(self.shape)))
         return out
 
     def __repr__(self) -> str:
@@ -356,7 +356,7 @@ def tensor_of_checked(
     zero_points: NDArray[np.uint8] | None = None,
 ) -> DynQuantTensor:
     """A tensor of arrays that are known to fit; skips the checks, which cost more than a small call."""
-    tensor: DynQuantTensor = _core.filled(DynQuantTensor, data, scales, zero_points, shape, format)
+    tensor: DynQuantTensor = _core.new_unchecked(DynQuantTensor, data, scales, zero_points, shape, format)
     return tensor
 
 
@@ -398,7 +398,7 @@ def check_field(array: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[A
         raise ShapeMismatchError(shape, array.shape, name)
 
 
-def as_run(array: NDArray[Any]) -> NDArray[Any]:
+def as_flat(array: NDArray[Any]) -> NDArray[Any]:
     """Codes or scales in one run, as the kernels take them: int8 for packed codes, a view where it can be."""
     run = np.ascontiguousarray(array).reshape(-1)
     if not run.flags.aligned:
@@ -406,7 +406,7 @@ def as_run(array: NDArray[Any]) -> NDArray[Any]:
     return run.view(I8) if run.dtype == U8 else run
 
 
-def runs_of(
+def kernel_args(
     tensor: DynQuantTensor,
 ) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.uint8] | None, bool, int]:
     """Codes, scales, zero points, whether packed, and elements of a group, as the kernels take them."""
@@ -414,7 +414,7 @@ def runs_of(
     if zero_points is not None:
         zero_points = np.ascontiguousarray(zero_points).reshape(-1)
     _, k = fmt.rows_of(tensor.shape)
-    return as_run(tensor.data), as_run(tensor.scales), zero_points, fmt.packed, fmt.group_of(k)
+    return as_flat(tensor.data), as_flat(tensor.scales), zero_points, fmt.packed, fmt.group_of(k)
 
 
 def packed_format(format: DynQuantFormat, packed: bool) -> DynQuantFormat:

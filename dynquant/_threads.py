@@ -17,7 +17,7 @@ _MOST_THREADS = 1024
 _FRAMES = 32
 
 
-def over_rows(work: Callable[..., bool], args: tuple[Any, ...], m: int, num_threads: int) -> bool:
+def parallel_ranges(work: Callable[..., bool], args: tuple[Any, ...], m: int, num_threads: int) -> bool:
     """Call ``work(*args, first, end)`` for `num_threads` runs of nearly equal length that cover ``range(m)``.
 
     There are at most `m` runs, and 1024. `work` without ``first, end`` covers all of it. The caller's thread

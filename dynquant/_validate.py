@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from numpy import ndarray
 
-from ._core import FloatRows, all_finite, apart, fits
+from ._core import FloatMatrix, all_finite, disjoint, is_plain_out
 from .errors import (
     DTypeError,
     EmptyInputError,
@@ -38,7 +38,7 @@ _SEARCH_BLOCK = 1 << 16
 
 
 def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
-    # ml_dtypes' type, recognised without importing it.
+    # ml_dtypes' type, recognized without importing it.
     return dtype.kind == "V" and dtype.name == "bfloat16"
 
 
@@ -56,7 +56,7 @@ def as_array(x: Any, name: str) -> NDArray[Any]:
         raise DTypeError(f"{name}: expected a float array, got {type(x).__name__} ({error})") from error
 
 
-def held(x: Any, name: str) -> Any:
+def as_exported(x: Any, name: str) -> Any:
     """`x`, or the array that another object offers: the memory that `out` has to be apart from.
 
     Lists, tuples, numbers and None have none.
@@ -91,19 +91,19 @@ def _is_literal(x: Any) -> bool:
     return isinstance(x, (int, float)) or (isinstance(x, (list, tuple)) and all(map(_is_literal, x)))
 
 
-def float_rows(array: NDArray[Any], m: int, k: int) -> FloatRows:
+def float_matrix(array: NDArray[Any], m: int, k: int) -> FloatMatrix:
     """The array that `as_floats` gave, seen by the kernels as m rows of k."""
     dtype = array.dtype
     if dtype is F32 or dtype == F32:
-        return FloatRows(array, _KIND_F32, m, k)
-    return FloatRows(array, _KIND_F16 if dtype == F16 else _KIND_BF16, m, k)
+        return FloatMatrix(array, _KIND_F32, m, k)
+    return FloatMatrix(array, _KIND_F16 if dtype == F16 else _KIND_BF16, m, k)
 
 
 def raise_non_finite(array: NDArray[Any], name: str) -> NoReturn:
     """Raise for the first element of `array`, which has one, that is NaN or infinite."""
     flat = array.reshape(-1)
     for start in range(0, flat.size, _SEARCH_BLOCK):
-        with np.errstate(invalid="ignore"):  # NumPy warns of a signalling NaN in bfloat16
+        with np.errstate(invalid="ignore"):  # NumPy warns of a signaling NaN in bfloat16
             finite = np.isfinite(flat[start : start + _SEARCH_BLOCK])
         if not finite.all():
             index = start + int(np.argmin(finite))
@@ -114,7 +114,7 @@ def raise_non_finite(array: NDArray[Any], name: str) -> NoReturn:
 
 
 def check_finite(array: NDArray[Any], name: str) -> None:
-    if not all_finite(float_rows(array, 1, array.size)):
+    if not all_finite(float_matrix(array, 1, array.size)):
         raise_non_finite(array, name)
 
 
@@ -174,8 +174,8 @@ def checked_out(
     with `in_place`, one more, only by being the very same elements.
     """
     apart_from = inputs if in_place is None or in_place is out else (*inputs, in_place)
-    if type(out) is ndarray and out.dtype is dtype and fits(out, shape, apart_from):
-        return out  # as nearly always; what follows takes as long as quantising a thousand floats
+    if type(out) is ndarray and out.dtype is dtype and is_plain_out(out, shape, apart_from):
+        return out  # as nearly always; what follows takes as long as quantizing a thousand floats
     if type(out) is not ndarray and (
         not isinstance(out, ndarray) or hasattr(out, "mask") or isinstance(out, np.matrix)
     ):
@@ -187,7 +187,7 @@ def checked_out(
         raise ShapeMismatchError(shape, out.shape, "out")
     if not out.flags.carray:
         _raise_layout(out)
-    if not all(apart(out, x) for x in inputs if isinstance(x, ndarray)):
+    if not all(disjoint(out, x) for x in inputs if isinstance(x, ndarray)):
         raise LayoutError("out: expected memory apart from every input, got memory that overlaps one")
     if isinstance(in_place, ndarray) and not _apart_or_same(out, in_place):
         raise LayoutError("out: expected the input itself or memory apart from it, got a partial overlap")
@@ -205,7 +205,7 @@ def _raise_layout(out: NDArray[Any]) -> NoReturn:
 
 
 def _apart_or_same(out: NDArray[Any], x: NDArray[Any]) -> bool:
-    if out is x or apart(out, x):
+    if out is x or disjoint(out, x):
         return True
     return out.ctypes.data == x.ctypes.data and out.dtype == x.dtype and x.flags.c_contiguous
 

@@ -1,4 +1,4 @@
-"""Quantising the weights of a linear layer, once, ahead of the products."""
+"""Quantizing the weights of a linear layer, once, ahead of the products."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 
 from . import _core
 from ._gptq import SecondMoments, calibration_batches, compensate
-from ._tensor import DynQuantFormat, DynQuantTensor, as_run, tensor_of_checked
-from ._threads import over_rows
-from ._validate import F32, U8, as_flag, as_matrix, as_thread_count, check_finite, float_rows
+from ._tensor import DynQuantFormat, DynQuantTensor, as_flat, tensor_of_checked
+from ._threads import parallel_ranges
+from ._validate import F32, U8, as_flag, as_matrix, as_thread_count, check_finite, float_matrix
 from .errors import ParameterError, shown
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def quantize_weights(
     calibration: ArrayLike | Iterable[ArrayLike] | None = None,
     num_threads: int = 1,
 ) -> DynQuantTensor:
-    """Quantise a weight matrix.
+    """Quantize a weight matrix.
 
     Parameters
     ----------
@@ -125,16 +125,16 @@ def quantize_matrix(
     name: str,
 ) -> DynQuantTensor:
     """`quantize_weights` for a finite matrix called `name`, and options and batches that are checked."""
-    rows, group = float_rows(w, *w.shape), fmt.group_of(w.shape[1])
+    rows, group = float_matrix(w, *w.shape), fmt.group_of(w.shape[1])
     scales = np.empty(fmt.scales_shape(w.shape), F32)
     zero_points = None if symmetric else np.empty(scales.shape, U8)
     s, z = scales.reshape(-1), None if zero_points is None else zero_points.reshape(-1)
-    over_rows(_core.fit_rows, (rows, s, z, fmt.clip if symmetric else 15, search, group), len(w), threads)
+    parallel_ranges(_core.fit_rows, (rows, s, z, fmt.clip if symmetric else 15, search, group), len(w), threads)
     if not np.isfinite(scales).all():
         raise ParameterError(f"{name}: expected the range of each group within float32, got one beyond it")
     data = np.empty(fmt.data_shape(w.shape), fmt.data_dtype)
-    over_rows(
-        _core.code_rows, (rows, s, z, fmt.clip, not search, fmt.packed, group, as_run(data)), len(w), threads
+    parallel_ranges(
+        _core.quantize_rows, (rows, s, z, fmt.clip, not search, fmt.packed, group, as_flat(data)), len(w), threads
     )
     tensor = tensor_of_checked(data, scales, w.shape, fmt, zero_points)
     if batches is None:

@@ -17,9 +17,9 @@ from libc.string cimport memchr, memset
 from dynquant._core cimport (
     Floats,
     QuantRow,
-    code_activation,
-    code_group_activation,
-    code_row,
+    quantize_activation,
+    quantize_group_activation,
+    quantize_row,
     kernels,
     multiply_group_panels,
     multiply_panels,
@@ -29,7 +29,7 @@ from dynquant._core cimport (
     percentile_rank,
     scale_columns_of_rows,
     scale_of,
-    value_row,
+    dequantize_row,
 )
 from dynquant._table cimport Kernels
 
@@ -69,7 +69,7 @@ cdef extern from "include/dynquant.h" nogil:
                            int64_t k, int64_t group_size, void* scratch, float* out) noexcept
 
 
-cdef extern from "kernels/simd.h" nogil:
+cdef extern from "kernels/simd/simd.h" nogil:
     float dq_float(int32_t b)
 
 
@@ -166,11 +166,11 @@ cdef inline QuantRow row_of_codes(const int8_t* codes, const float* scale, bint 
                                   int64_t n) noexcept nogil:
     cdef QuantRow row
     row.codes, row.scales, row.zero_points, row.packed = <int8_t*> codes, scale, NULL, packed
-    row.group, row.within = n if n > 0 else 1, False
+    row.group, row.in_range = n if n > 0 else 1, False
     return row
 
 
-cdef inline int quantize_row(const float* x, int64_t n, float scale, int32_t clip, bint packed,
+cdef inline int quantize_given(const float* x, int64_t n, float scale, int32_t clip, bint packed,
                              int8_t* codes) noexcept nogil:
     cdef Floats row = floats(x, n)
     cdef QuantRow coded = row_of_codes(codes, &scale, packed, n)
@@ -178,38 +178,38 @@ cdef inline int quantize_row(const float* x, int64_t n, float scale, int32_t cli
         return DYNQUANT_BAD_ARGUMENT
     if not all_finite(x, n):
         return DYNQUANT_NON_FINITE
-    code_row(&row, &coded, clip)
+    quantize_row(&row, &coded, clip)
     return DYNQUANT_OK
 
 
-cdef inline int dynamic_quantize_row(const float* x, int64_t n, int32_t clip, bint packed, int8_t* codes,
+cdef inline int quantize_dynamic(const float* x, int64_t n, int32_t clip, bint packed, int8_t* codes,
                                      float* scale) noexcept nogil:
     cdef Floats row = floats(x, n)
     cdef QuantRow coded = row_of_codes(codes, scale, packed, n)
     cdef int status = dynquant_amax_scale_f32(x, n, clip, scale)
-    coded.within = True
+    coded.in_range = True
     if status == DYNQUANT_OK:
-        code_row(&row, &coded, clip)
+        quantize_row(&row, &coded, clip)
     return status
 
 
 cdef int dynquant_quantize_row_f32_s8(const float* x, int64_t n, float scale, int32_t clip,
                                       int8_t* codes) noexcept nogil:
-    return quantize_row(x, n, scale, clip, False, codes)
+    return quantize_given(x, n, scale, clip, False, codes)
 
 
 cdef int dynquant_quantize_row_f32_s4(const float* x, int64_t n, float scale, uint8_t* packed) noexcept nogil:
-    return quantize_row(x, n, scale, 7, True, <int8_t*> packed)
+    return quantize_given(x, n, scale, 7, True, <int8_t*> packed)
 
 
 cdef int dynquant_dynamic_quantize_row_f32_s8(const float* x, int64_t n, int8_t* codes,
                                               float* scale) noexcept nogil:
-    return dynamic_quantize_row(x, n, 127, False, codes, scale)
+    return quantize_dynamic(x, n, 127, False, codes, scale)
 
 
 cdef int dynquant_dynamic_quantize_row_f32_s4(const float* x, int64_t n, uint8_t* packed,
                                               float* scale) noexcept nogil:
-    return dynamic_quantize_row(x, n, 7, True, <int8_t*> packed, scale)
+    return quantize_dynamic(x, n, 7, True, <int8_t*> packed, scale)
 
 
 cdef int dynquant_dequantize_row_s8_f32(const int8_t* codes, int64_t n, float scale,
@@ -217,7 +217,7 @@ cdef int dynquant_dequantize_row_s8_f32(const int8_t* codes, int64_t n, float sc
     cdef QuantRow row = row_of_codes(codes, &scale, False, n)
     if not (is_length(n) and is_finite(scale)):
         return DYNQUANT_BAD_ARGUMENT
-    value_row(&row, False, out, n)
+    dequantize_row(&row, False, out, n)
     return DYNQUANT_OK
 
 
@@ -226,7 +226,7 @@ cdef int dynquant_dequantize_row_s4_f32(const uint8_t* packed, int64_t n, float 
     cdef QuantRow row = row_of_codes(<const int8_t*> packed, &scale, True, n)
     if not (is_length(n) and is_finite(scale)):
         return DYNQUANT_BAD_ARGUMENT
-    value_row(&row, False, out, n)
+    dequantize_row(&row, False, out, n)
     return DYNQUANT_OK
 
 
@@ -272,8 +272,8 @@ cdef inline char* line_of(const void* memory) noexcept nogil:
 
 
 # Bytes for `count` times `each`, a line before them and the way to the first line; -1 if beyond memory.
-cdef inline int64_t bytes_of(int64_t count, int64_t each) noexcept nogil:
-    return LINE - 1 + LINE + count * each if is_shape(count, each) else -1
+cdef inline int64_t bytes_of(int64_t count, int64_t item_bytes) noexcept nogil:
+    return LINE - 1 + LINE + count * item_bytes if is_shape(count, item_bytes) else -1
 
 
 cdef int64_t dynquant_w8a8_packed_bytes(int64_t n, int64_t k) noexcept nogil:
@@ -316,7 +316,7 @@ cdef int quantize_activations(const float* x, int64_t m, int64_t k, float* scale
         if status != DYNQUANT_OK:
             return status
         row = floats(x + r * k, k)
-        code_activation(&row, scales[r], a + r * kernels.activation_bytes(k))
+        quantize_activation(&row, scales[r], a + r * kernels.activation_bytes(k))
     return DYNQUANT_OK
 
 
@@ -482,7 +482,7 @@ cdef int dynquant_w4a8_matmul(const void* packed, const float* bias, const float
         if status != DYNQUANT_OK:
             return status
         row = floats(x + r * k, k)
-        code_group_activation(&row, a_scales[r], group, codes, a + r * width)
+        quantize_group_activation(&row, a_scales[r], group, codes, a + r * width)
     scales = <const float*> (panels + panel_bytes_of(n, k, group))
     multiply_group_panels(panels, scales, <const uint8_t*> (scales + scales_of(n, k, group)), bias, a,
                           a_scales, out, m, n, k, group, 0, panels_of(n))

@@ -93,7 +93,7 @@ def tree(tmp_path_factory):
         (None, set()),
         ("dynquant/_core.pyi", set()),
         ("dynquant/kernels/gemm_u4.pxi", ISAS),
-        ("dynquant/kernels/simd.h", MODULES),
+        ("dynquant/kernels/simd/simd.h", MODULES),
         ("dynquant/cpu.h", {"_core"}),
         ("dynquant/include/dynquant.h", {"capi"}),
         ("dynquant/_core.pxd", {"_core", "capi"}),
@@ -149,7 +149,7 @@ def test_the_vector_steps_compile(flags):
     compiler = [shutil.which("cc") or pytest.skip("no cc"), "-fsyntax-only", "-xc", *flags]
     if subprocess.run([*compiler, os.devnull], capture_output=True).returncode:
         pytest.skip(f"the compiler has no {flags}")
-    done = subprocess.run([*compiler, ROOT / "dynquant/kernels/simd.h"], capture_output=True, text=True)
+    done = subprocess.run([*compiler, ROOT / "dynquant/kernels/simd/simd.h"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -21,7 +21,7 @@ cdef int check_size(Py_ssize_t size, Py_ssize_t needed) except -1:
 @cython.final
 @cython.no_gc
 @cython.freelist(8)
-cdef class FloatRows:
+cdef class FloatMatrix:
     """m rows of k floats that follow each other in `x`, a C-contiguous array of the format `kind`."""
 
     cdef Py_buffer view
@@ -51,11 +51,11 @@ cdef class FloatRows:
 
 
 # A typed memoryview, which also knows shape and dtype, takes three times as long to make, and that is as long
-# as quantising a thousand floats.
+# as quantizing a thousand floats.
 @cython.final
 @cython.no_gc
 @cython.freelist(8)
-cdef class Memory:
+cdef class RawBuffer:
     """The memory of an array, kept while this lives; unless told otherwise, writable and C-contiguous."""
 
     cdef Py_buffer view
@@ -67,15 +67,15 @@ cdef class Memory:
         PyBuffer_Release(&self.view)
 
 
-def fits(out not None, tuple shape not None, tuple inputs not None):
+def is_plain_out(out not None, tuple shape not None, tuple inputs not None):
     """Whether `out` is a writable, aligned, C-contiguous array of `shape` that is apart from `inputs`.
 
     False where any of these is more than a plain array: then it is to be looked at closely.
     """
-    cdef Memory x, y
+    cdef RawBuffer x, y
     cdef Py_ssize_t i, n = len(shape)
     try:
-        x = Memory(out, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS)
+        x = RawBuffer(out, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS)
     except (ValueError, BufferError):
         return False
     if x.view.ndim != n or <size_t> x.view.buf % <size_t> x.view.itemsize:
@@ -88,20 +88,20 @@ def fits(out not None, tuple shape not None, tuple inputs not None):
             continue
         if type(inputs[i]) is not type(out):
             return False
-        y = Memory(inputs[i], PyBUF_STRIDES)
-        if not views_apart(&x.view, &y.view):
+        y = RawBuffer(inputs[i], PyBUF_STRIDES)
+        if not views_disjoint(&x.view, &y.view):
             return False
     return True
 
 
-def apart(a not None, b not None):
+def disjoint(a not None, b not None):
     """Whether no element of `a`, an array of any layout, lies between the first and the last byte of `b`."""
-    cdef Memory x = Memory(a, PyBUF_STRIDES)
-    cdef Memory y = Memory(b, PyBUF_STRIDES)
-    return views_apart(&x.view, &y.view)
+    cdef RawBuffer x = RawBuffer(a, PyBUF_STRIDES)
+    cdef RawBuffer y = RawBuffer(b, PyBUF_STRIDES)
+    return views_disjoint(&x.view, &y.view)
 
 
-cdef bint views_apart(const Py_buffer* x, const Py_buffer* y) noexcept:
+cdef bint views_disjoint(const Py_buffer* x, const Py_buffer* y) noexcept:
     return x.len == 0 or y.len == 0 or last_byte(x) < first_byte(y) or last_byte(y) < first_byte(x)
 
 
@@ -123,10 +123,10 @@ cdef const char* last_byte(const Py_buffer* view) noexcept:
     return last
 
 
-def filled(type cls not None, data, scales, zero_points, shape, format):
+def new_unchecked(type cls not None, data, scales, zero_points, shape, format):
     """A new object of a frozen dataclass with these five slots.
 
-    The dataclass's own way, object.__setattr__ for each, takes as long as quantising a thousand floats.
+    The dataclass's own way, object.__setattr__ for each, takes as long as quantizing a thousand floats.
     """
     tensor = PyType_GenericNew(cls, NULL, NULL)
     PyObject_GenericSetAttr(tensor, "data", data)
@@ -154,12 +154,12 @@ cdef inline Py_ssize_t block_len(Py_ssize_t start, Py_ssize_t n) noexcept nogil:
 
 
 # The same where only scratch is short: float32 is taken at once.
-cdef inline Py_ssize_t run_len(const Floats* x, Py_ssize_t start, Py_ssize_t end) noexcept nogil:
+cdef inline Py_ssize_t span_len(const Floats* x, Py_ssize_t start, Py_ssize_t end) noexcept nogil:
     return end - start if x.kind == F32 else block_len(start, end)
 
 
 # Floats start .. start + n of x, as floats of their own.
-cdef inline Floats part_of(const Floats* x, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
+cdef inline Floats floats_at(const Floats* x, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
     cdef Floats part
     part.kind = x.kind
     part.data = x.data + start * (4 if x.kind == F32 else 2)

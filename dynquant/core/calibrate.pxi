@@ -1,7 +1,7 @@
 # Statistics of calibration sets.
 
 
-def moments(FloatRows x not None):
+def moments(FloatMatrix x not None):
     """(n, min, max, mean, sum of squared deviations) of all elements, which are finite; n > 0.
 
     Within a block the deviations are taken from the block's own mean; blocks are merged by the formula of
@@ -11,23 +11,23 @@ def moments(FloatRows x not None):
     cdef const float* block
     cdef Py_ssize_t start = 0, n
     cdef Floats flat
-    cdef float least, most
+    cdef float x_min, x_max
     cdef double mean = 0, m2 = 0, delta, block_mean
     with nogil:
         flat = x.flat()
         block = block_of(&flat, 0, 1, scratch)
-        least = most = block[0]
+        x_min = x_max = block[0]
         while start < flat.n:
             n = block_len(start, flat.n)
             block = block_of(&flat, start, n, scratch)
-            kernels.min_max_row_f32(block, &least, &most, n)
+            kernels.min_max_row_f32(block, &x_min, &x_max, n)
             block_mean = kernels.sum_row_f32_f64(block, n) / n
             m2 += kernels.square_deviation_row_f32_f64(block, block_mean, n)
             delta = block_mean - mean
             m2 += delta * delta * (<double> start * n / (start + n))
             mean += delta * n / (start + n)
             start += n
-    return flat.n, least, most, mean, m2
+    return flat.n, x_min, x_max, mean, m2
 
 
 def ranked_magnitude(list batches not None, Py_ssize_t rank):
@@ -38,7 +38,7 @@ def ranked_magnitude(list batches not None, Py_ssize_t rank):
     if parts == NULL:
         raise MemoryError
     for i in range(n):
-        parts[i] = (<FloatRows> batches[i]).flat()
+        parts[i] = (<FloatMatrix> batches[i]).flat()
     with nogil:
         bits = ranked_bits(parts, n, rank)
     PyMem_Free(parts)
@@ -69,13 +69,13 @@ cdef inline void add_product_to_pair(double* pair, double m, double v) noexcept 
 cdef void add_block_sums(const float* x, Py_ssize_t n, double* sums) noexcept nogil:
     cdef double total = kernels.sum_row_f32_f64(x, n)
     cdef double m = <float> (total / n)
-    cdef double rest[2]
-    rest[0], rest[1] = 2 * total, 0
-    add_to_pair(rest, -n * m)
+    cdef double residual[2]
+    residual[0], residual[1] = 2 * total, 0
+    add_to_pair(residual, -n * m)
     add_to_pair(sums, total)
     add_to_pair(sums + 2, kernels.square_deviation_row_f32_f64(x, m, n))
-    add_product_to_pair(sums + 2, m, rest[0])
-    add_product_to_pair(sums + 2, m, rest[1])
+    add_product_to_pair(sums + 2, m, residual[0])
+    add_product_to_pair(sums + 2, m, residual[1])
 
 
 def bin_of_rank(const int64_t[::1] counts not None, int64_t rank):
@@ -90,22 +90,22 @@ def bin_of_rank(const int64_t[::1] counts not None, int64_t rank):
 
 # window[c - shift] += source[c]; what would fall below the window goes to its first cell. shift is not
 # negative; were it, because two threads change one calibrator, nothing would be written past the window.
-cdef void add_window(const uint32_t* source, Py_ssize_t shift, uint32_t* window) noexcept nogil:
-    cdef Py_ssize_t c, place
-    for c in range(WINDOW):
-        place = c - shift if c > shift else 0
-        window[place if place < WINDOW else WINDOW - 1] += source[c]
+cdef void add_histogram(const uint32_t* source, Py_ssize_t shift, uint32_t* histogram) noexcept nogil:
+    cdef Py_ssize_t c, index
+    for c in range(CHANNEL_BINS):
+        index = c - shift if c > shift else 0
+        histogram[index if index < CHANNEL_BINS else CHANNEL_BINS - 1] += source[c]
 
 
 # Moves the window of one channel up to a new largest magnitude, which is not below the old one.
-cdef void raise_window(uint32_t* window, int32_t* amax_bits, int32_t new_bits) noexcept nogil:
-    cdef uint32_t before[WINDOW]
+cdef void shift_histogram(uint32_t* histogram, int32_t* amax_bits, int32_t new_bits) noexcept nogil:
+    cdef uint32_t before[CHANNEL_BINS]
     cdef Py_ssize_t shift = (new_bits >> 20) - (amax_bits[0] >> 20)
     amax_bits[0] = new_bits
     if shift:
-        memcpy(before, window, sizeof(before))
-        memset(window, 0, sizeof(before))
-        add_window(before, shift, window)
+        memcpy(before, histogram, sizeof(before))
+        memset(histogram, 0, sizeof(before))
+        add_histogram(before, shift, histogram)
 
 
 @cython.final
@@ -121,28 +121,28 @@ cdef class CalibratorState:
     cdef double[::1] sums
     cdef int64_t[::1] bins
     cdef int32_t[::1] amax_bits
-    cdef uint32_t[:, ::1] windows
+    cdef uint32_t[:, ::1] histograms
 
     def __cinit__(self, int64_t[::1] count not None, float[::1] extremes not None, double[::1] sums not None,
                   int64_t[::1] bins not None, int32_t[::1] amax_bits not None,
-                  uint32_t[:, ::1] windows not None):
+                  uint32_t[:, ::1] histograms not None):
         self.count, self.extremes, self.sums, self.bins = count, extremes, sums, bins
-        self.amax_bits, self.windows = amax_bits, windows
+        self.amax_bits, self.histograms = amax_bits, histograms
 
-    def update(self, FloatRows x not None, const int32_t[::1] new_bits not None):
+    def update(self, FloatMatrix x not None, const int32_t[::1] new_bits not None):
         """Add all elements, which are finite; no column's magnitude is above new_bits, nor new_bits below."""
         cdef float scratch[BLOCK]
         cdef Py_ssize_t r, start, n
         cdef Floats row, flat = x.flat()
         with nogil:
-            self.raise_windows(new_bits)
-            for r in range(x.m if self.windows.shape[0] else 0):
+            self.shift_histograms(new_bits)
+            for r in range(x.m if self.histograms.shape[0] else 0):
                 row = x.row(r)
                 start = 0
                 while start < x.k:
                     n = block_len(start, x.k)
-                    kernels.count_windows_row_f32(block_of(&row, start, n, scratch), &new_bits[start],
-                                                  &self.windows[start, 0], n)
+                    kernels.count_channel_bins_row_f32(block_of(&row, start, n, scratch), &new_bits[start],
+                                                  &self.histograms[start, 0], n)
                     start += n
             start = 0
             while start < flat.n:
@@ -159,10 +159,10 @@ cdef class CalibratorState:
         cdef Py_ssize_t i, j
         cdef double sums[4]
         with nogil:
-            self.raise_windows(new_bits)
-            for j in range(self.windows.shape[0]):
+            self.shift_histograms(new_bits)
+            for j in range(self.histograms.shape[0]):
                 i = (self.amax_bits[j] >> 20) - (other.amax_bits[j] >> 20)
-                add_window(&other.windows[j, 0], i, &self.windows[j, 0])
+                add_histogram(&other.histograms[j, 0], i, &self.histograms[j, 0])
             self.extremes[0] = min(self.extremes[0], other.extremes[0])
             self.extremes[1] = max(self.extremes[1], other.extremes[1])
             memcpy(sums, &other.sums[0], sizeof(sums))
@@ -172,10 +172,10 @@ cdef class CalibratorState:
                 self.bins[i] += other.bins[i]
             self.count[0] += other.count[0]
 
-    cdef void raise_windows(self, const int32_t[::1] new_bits) noexcept nogil:
+    cdef void shift_histograms(self, const int32_t[::1] new_bits) noexcept nogil:
         cdef Py_ssize_t j
-        for j in range(self.windows.shape[0]):
-            raise_window(&self.windows[j, 0], &self.amax_bits[j], new_bits[j])
+        for j in range(self.histograms.shape[0]):
+            shift_histogram(&self.histograms[j, 0], &self.amax_bits[j], new_bits[j])
 
     cdef void add_block(self, const float* block, Py_ssize_t n) noexcept nogil:
         kernels.min_max_row_f32(block, &self.extremes[0], &self.extremes[1], n)
@@ -185,24 +185,24 @@ cdef class CalibratorState:
 
 # Float bits that stand for one cell of a window: the middle of its bin; 0 in the lowest bin of all; in the
 # first cell, which also holds what lies lower, the upper edge.
-cdef int32_t cell_bits(Py_ssize_t cell, int32_t amax_bits) noexcept nogil:
-    cdef Py_ssize_t b = (amax_bits >> 20) - (WINDOW - 1) + cell
+cdef int32_t bin_bits(Py_ssize_t bin, int32_t amax_bits) noexcept nogil:
+    cdef Py_ssize_t b = (amax_bits >> 20) - (CHANNEL_BINS - 1) + bin
     if b <= 0:
         return 0
-    return <int32_t> ((b + 1) << 20 if cell == 0 else (b << 20) | (1 << 19))
+    return <int32_t> ((b + 1) << 20 if bin == 0 else (b << 20) | (1 << 19))
 
 
 def channel_percentiles(const uint32_t[:, ::1] counts not None, const int32_t[::1] amax_bits not None,
                         int64_t rank, float[::1] out not None):
     """out[j] = the magnitude at place `rank` in channel j, as its cell gives it, at most the largest."""
-    cdef Py_ssize_t j, cell
+    cdef Py_ssize_t j, bin
     cdef int64_t left
     cdef int32_t bits
     with nogil:
         for j in range(counts.shape[0]):
-            left, cell = rank, 0
-            while cell + 1 < WINDOW and left >= counts[j, cell]:
-                left -= counts[j, cell]
-                cell += 1
-            bits = cell_bits(cell, amax_bits[j])
+            left, bin = rank, 0
+            while bin + 1 < CHANNEL_BINS and left >= counts[j, bin]:
+                left -= counts[j, bin]
+                bin += 1
+            bits = bin_bits(bin, amax_bits[j])
             out[j] = dq_float(bits if bits < amax_bits[j] else amax_bits[j])

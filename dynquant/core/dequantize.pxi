@@ -2,7 +2,7 @@
 
 
 # Values start .. start + n of one row, n <= BLOCK where it is packed; past the caches with `stream`.
-cdef void value_block(const QuantRow* row, Py_ssize_t start, bint stream, float* out,
+cdef void dequantize_block(const QuantRow* row, Py_ssize_t start, bint nontemporal, float* out,
                       Py_ssize_t n) noexcept nogil:
     cdef int8_t unpacked[BLOCK + 1]
     cdef int8_t* codes = row.codes + start
@@ -15,17 +15,17 @@ cdef void value_block(const QuantRow* row, Py_ssize_t start, bint stream, float*
         end = group_end(i, row.group, start + n)
         if row.zero_points != NULL:
             kernels.shift_row_u4_s8(codes, row.zero_points[g], end - i)
-        kernels.dequantize_row_s8_f32(codes, row.scales[g], stream, out, end - i)
+        kernels.dequantize_row_s8_f32(codes, row.scales[g], nontemporal, out, end - i)
         codes += end - i
         out += end - i
         i = end
 
 
-cdef void value_row(const QuantRow* row, bint stream, float* out, Py_ssize_t n) noexcept nogil:
+cdef void dequantize_row(const QuantRow* row, bint nontemporal, float* out, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t start = 0, count
     while start < n:
         count = block_len(start, n) if row.packed else n
-        value_block(row, start, stream, out + start, count)
+        dequantize_block(row, start, nontemporal, out + start, count)
         start += count
 
 
@@ -35,7 +35,7 @@ def dequantize_rows(const int8_t[::1] codes not None, const float[::1] scales no
     """out = codes * scales; with zero points, for packed codes only, (codes - zero_points) * scales."""
     cdef Py_ssize_t r, k = out.shape[1]
     # Not in short groups: each of them would wait until its values have arrived.
-    cdef bint stream = out.shape[0] * k >= STREAM and group >= BLOCK
+    cdef bint nontemporal = out.shape[0] * k >= NONTEMPORAL_FROM and group >= BLOCK
     cdef QuantRow q
     cdef const uint8_t* z = NULL
     if out.shape[0] == 0 or k == 0:
@@ -46,4 +46,4 @@ def dequantize_rows(const int8_t[::1] codes not None, const float[::1] scales no
     with nogil:
         for r in range(out.shape[0]):
             q = quant_row(&codes[0], &scales[0], z, packed, group, k, r)
-            value_row(&q, stream, &out[r, 0], k)
+            dequantize_row(&q, nontemporal, &out[r, 0], k)

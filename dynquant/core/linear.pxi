@@ -23,17 +23,17 @@ cdef Floats prepared_row(Floats x, const float* factors, Py_ssize_t block, float
 @cython.final
 @cython.no_gc
 cdef class Activations:
-    """Quantised rows of activations, at most m at a time, for one PackedLinear; and scratch for one row."""
+    """Quantized rows of activations, at most m at a time, for one PackedLinear; and scratch for one row."""
     cdef Aligned memory
     cdef float* prepared
     cdef float* scales
     cdef int8_t* codes
-    cdef Py_ssize_t m, room
+    cdef Py_ssize_t m, capacity
 
     # All that quantize needs, so that it cannot fail when some rows of a result are written.
     def __cinit__(self, PackedLinear layer not None, Py_ssize_t m):
         cdef Py_ssize_t rows = m * layer.activation_bytes()
-        self.room = m
+        self.capacity = m
         self.memory = aligned_memory(rows + (layer.k + m) * <Py_ssize_t> sizeof(float) + layer.k)
         self.prepared = <float*> (self.memory.data + rows)
         self.scales = self.prepared + layer.k
@@ -83,7 +83,7 @@ cdef class PackedLinear:
         return kernels.panel_bytes(self.k)
 
     cpdef Py_ssize_t activation_bytes(self):
-        """Bytes that a row of activations takes when quantised."""
+        """Bytes that a row of activations takes when quantized."""
         if self.group:
             return kernels.group_activation_bytes(self.k, self.group)
         return kernels.activation_bytes(self.k)
@@ -123,24 +123,24 @@ cdef class PackedLinear:
     def unpack_int4(self, uint8_t[:, ::1] codes not None, float[:, ::1] scales not None,
                     uint8_t[:, ::1] zero_points):
         """The inverse of pack_int4."""
-        cdef Py_ssize_t each = panel_scales(self.k, self.group), p, c
+        cdef Py_ssize_t scale_stride = panel_scales(self.k, self.group), p, c
         cdef uint8_t* z = NULL
         with nogil:
             for p in range(self.panel_count):
                 c = p * kernels.panel_outputs
                 if zero_points is not None:
                     z = &zero_points[c, 0]
-                kernels.unpack_panel_u4(self.panels + p * self.panel_bytes(), self.scales + p * each,
-                                        self.zero_points + p * each, &codes[c, 0], &scales[c, 0], z,
+                kernels.unpack_panel_u4(self.panels + p * self.panel_bytes(), self.scales + p * scale_stride,
+                                        self.zero_points + p * scale_stride, &codes[c, 0], &scales[c, 0], z,
                                         outputs_of(self.n, c), self.k, self.group)
 
-    def quantize(self, FloatRows x not None, Activations a not None):
-        """Quantise the rows of x into `a`; returns whether they are finite, and stops at one that is not."""
-        cdef Py_ssize_t r, width = self.activation_bytes()
+    def quantize(self, FloatMatrix x not None, Activations a not None):
+        """Quantize the rows of x into `a`; returns whether they are finite, and stops at one that is not."""
+        cdef Py_ssize_t r, row_bytes = self.activation_bytes()
         cdef Floats row
         cdef bint finite = True
         cdef const float* factors = NULL
-        check_size(a.room, x.m)
+        check_size(a.capacity, x.m)
         check_size(x.k, self.k)
         if self.factors is not None:
             factors = &self.factors[0]
@@ -152,9 +152,9 @@ cdef class PackedLinear:
                 if not finite:
                     break
                 if self.group:
-                    code_group_activation(&row, a.scales[r], self.group, a.codes, a.memory.data + r * width)
+                    quantize_group_activation(&row, a.scales[r], self.group, a.codes, a.memory.data + r * row_bytes)
                 else:
-                    code_activation(&row, a.scales[r], a.memory.data + r * width)
+                    quantize_activation(&row, a.scales[r], a.memory.data + r * row_bytes)
         return finite
 
     def multiply(self, Activations a not None, float[:, ::1] out not None, Py_ssize_t first=0,

@@ -1,6 +1,6 @@
 # Integer products: packing weights into panels, activations into the kernels' form, and the order of panels and rows.
 cdef enum:
-    FETCHED_AHEAD = 1 << 13  # bytes
+    PREFETCH_DISTANCE = 1 << 13  # bytes
     OUT_ROWS = 64  # rows of the result that a core's prefetchers follow
     OUTPUTS = 256  # outputs taken together: 1 KiB of each row of the result
     OUTPUTS_BYTES = 1 << 20  # their weights, which a core's own cache should hold
@@ -46,36 +46,36 @@ cdef inline Py_ssize_t panel_scales(Py_ssize_t k, Py_ssize_t group) noexcept nog
 cdef void pack_group_panels(const uint8_t* w, const float* scales, const uint8_t* zero_points, Py_ssize_t n,
                             uint8_t* panels, float* panels_scales, uint8_t* panels_zero_points, Py_ssize_t k,
                             Py_ssize_t group) noexcept nogil:
-    cdef Py_ssize_t groups = (k + group - 1) // group, each = panel_scales(k, group), p, c
+    cdef Py_ssize_t groups = (k + group - 1) // group, scale_stride = panel_scales(k, group), p, c
     cdef const uint8_t* z = NULL
     for p in range(panels_of(n)):
         c = p * kernels.panel_outputs
         if zero_points != NULL:
             z = zero_points + c * groups
         kernels.pack_panel_u4(w + c * ((k + 1) // 2), scales + c * groups, z, outputs_of(n, c),
-                              panels + p * kernels.group_panel_bytes(k, group), panels_scales + p * each,
-                              panels_zero_points + p * each, k, group)
+                              panels + p * kernels.group_panel_bytes(k, group), panels_scales + p * scale_stride,
+                              panels_zero_points + p * scale_stride, k, group)
 
 
 # Codes of one row in the form that gemm_s8s8_f32 takes.
-cdef void code_activation(const Floats* x, float scale, uint8_t* a) noexcept nogil:
+cdef void quantize_activation(const Floats* x, float scale, uint8_t* a) noexcept nogil:
     cdef int8_t codes[BLOCK]
     cdef Py_ssize_t start = 0, n
     cdef QuantRow q
-    q.scales, q.zero_points, q.group, q.within = &scale, NULL, x.n, True
+    q.scales, q.zero_points, q.group, q.in_range = &scale, NULL, x.n, True
     while start < x.n:
         n = block_len(start, x.n)
-        code_block(x, &q, start, n, 127, False, codes)
+        quantize_block(x, &q, start, n, 127, False, codes)
         kernels.pack_activation_s8(codes, a, start, n, x.n)
         start += n
 
 
 # The same in the form that gemm_u4s8_f32 takes; codes (x.n,) is scratch.
-cdef void code_group_activation(const Floats* x, float scale, Py_ssize_t group, int8_t* codes,
+cdef void quantize_group_activation(const Floats* x, float scale, Py_ssize_t group, int8_t* codes,
                                 uint8_t* a) noexcept nogil:
     cdef QuantRow q
-    q.codes, q.scales, q.zero_points, q.group, q.packed, q.within = codes, &scale, NULL, x.n, False, True
-    code_run(x, &q, 0, x.n, 127)
+    q.codes, q.scales, q.zero_points, q.group, q.packed, q.in_range = codes, &scale, NULL, x.n, False, True
+    quantize_span(x, &q, 0, x.n, 127)
     kernels.pack_group_activation_s8(codes, a, x.n, group)
 
 
@@ -93,21 +93,21 @@ cdef inline Py_ssize_t rows_together(Py_ssize_t m) noexcept nogil:
 
 
 cdef inline Py_ssize_t outputs_together(Py_ssize_t m, Py_ssize_t k, Py_ssize_t left) noexcept nogil:
-    cdef Py_ssize_t most = 2 * OUTPUTS if 2 * OUTPUTS * k <= OUTPUTS_BYTES else OUTPUTS
-    return left if m <= OUT_ROWS or left < most else most
+    cdef Py_ssize_t max_outputs = 2 * OUTPUTS if 2 * OUTPUTS * k <= OUTPUTS_BYTES else OUTPUTS
+    return left if m <= OUT_ROWS or left < max_outputs else max_outputs
 
 
 # out (m, n) = a . weights + bias for the outputs of panels first .. end; no bias where it is NULL.
 cdef void multiply_panels(const uint8_t* panels, const float* w_scales, const float* bias, const uint8_t* a,
                           const float* a_scales, float* out, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
                           Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    cdef Py_ssize_t width = kernels.panel_bytes(k), stride = kernels.activation_bytes(k)
+    cdef Py_ssize_t panel_stride = kernels.panel_bytes(k), stride = kernels.activation_bytes(k)
     cdef Py_ssize_t rows = rows_together(m), c = first * kernels.panel_outputs, cols, r
     cdef Py_ssize_t last = end * kernels.panel_outputs if end < panels_of(n) else n
     while c < last:
         cols, r = outputs_together(m, k, last - c), 0
         while r < m:
-            kernels.gemm_s8s8_f32(panels + c // kernels.panel_outputs * width, w_scales + c,
+            kernels.gemm_s8s8_f32(panels + c // kernels.panel_outputs * panel_stride, w_scales + c,
                                   NULL if bias == NULL else bias + c, a + r * stride, a_scales + r,
                                   out + r * n + c, n, rows if m - r > rows else m - r, cols, k)
             r += rows
@@ -119,17 +119,17 @@ cdef void multiply_group_panels(const uint8_t* panels, const float* scales, cons
                                 const float* bias, const uint8_t* a, const float* a_scales, float* out,
                                 Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group,
                                 Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    cdef Py_ssize_t each = panel_scales(k, group), width = kernels.group_panel_bytes(k, group), p
+    cdef Py_ssize_t scale_stride = panel_scales(k, group), panel_stride = kernels.group_panel_bytes(k, group), p
     cdef Py_ssize_t stride = kernels.group_activation_bytes(k, group)
     cdef Py_ssize_t rows = rows_together(m), c = first * kernels.panel_outputs, cols, r
     cdef Py_ssize_t last = end * kernels.panel_outputs if end < panels_of(n) else n
     # With three streams to follow, the hardware's prefetcher is too slow for main memory.
-    cdef Py_ssize_t ahead = FETCHED_AHEAD if panels_of(n) * width >= kernels.fetched_from else 0
+    cdef Py_ssize_t prefetch_distance = PREFETCH_DISTANCE if panels_of(n) * panel_stride >= kernels.prefetch_from else 0
     while c < last:
         cols, r, p = outputs_together(m, k, last - c), 0, c // kernels.panel_outputs
         while r < m:
-            kernels.gemm_u4s8_f32(panels + p * width, scales + p * each, zero_points + p * each,
+            kernels.gemm_u4s8_f32(panels + p * panel_stride, scales + p * scale_stride, zero_points + p * scale_stride,
                                   NULL if bias == NULL else bias + c, a + r * stride, a_scales + r,
-                                  out + r * n + c, n, rows if m - r > rows else m - r, cols, k, group, ahead)
+                                  out + r * n + c, n, rows if m - r > rows else m - r, cols, k, group, prefetch_distance)
             r += rows
         c += cols

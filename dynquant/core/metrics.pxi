@@ -12,18 +12,18 @@ cdef struct Quantized:
 
 
 # The values of elements start .. start + n of all rows, n <= BLOCK, of k each.
-cdef void values_of_rows(const Quantized* q, Py_ssize_t start, float* value, Py_ssize_t n) noexcept nogil:
+cdef void dequantize_elements(const Quantized* q, Py_ssize_t start, float* value, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t end = start + n, stop
     cdef QuantRow row
     while start < end:
         row = quant_row(q.codes, q.scales, q.zero_points, q.packed, q.group, q.k, start // q.k)
         stop = min(end, (start // q.k + 1) * q.k)
-        value_block(&row, start % q.k, False, value, stop - start)
+        dequantize_block(&row, start % q.k, False, value, stop - start)
         value += stop - start
         start = stop
 
 
-cdef Quantized quantized(FloatRows x, const int8_t[::1] codes, const float[::1] scales,
+cdef Quantized quantized(FloatMatrix x, const int8_t[::1] codes, const float[::1] scales,
                          const uint8_t[::1] zero_points, bint packed, Py_ssize_t group) except *:
     cdef Quantized q
     check_codes(x.m, x.k, packed, group, codes.shape[0], scales.shape[0], zero_points)
@@ -34,7 +34,7 @@ cdef Quantized quantized(FloatRows x, const int8_t[::1] codes, const float[::1] 
     return q
 
 
-def sum_abs_error(FloatRows x not None, const int8_t[::1] codes not None, const float[::1] scales not None,
+def sum_abs_error(FloatMatrix x not None, const int8_t[::1] codes not None, const float[::1] scales not None,
                   const uint8_t[::1] zero_points, bint packed, Py_ssize_t group):
     """Sum of |x - value| over all elements, at least one, in double; `value` as dequantize_rows has it."""
     cdef float value[BLOCK]
@@ -46,7 +46,7 @@ def sum_abs_error(FloatRows x not None, const int8_t[::1] codes not None, const 
     with nogil:
         while start < flat.n:
             n = block_len(start, flat.n)
-            values_of_rows(&q, start, value, n)
+            dequantize_elements(&q, start, value, n)
             total += kernels.abs_error_row_f32_f64(block_of(&flat, start, n, scratch), value, n)
             start += n
     return total
@@ -65,7 +65,7 @@ cdef void add_error_sums(const Floats* x, const Floats* values, const Quantized*
         if values != NULL:
             other = block_of(values, start, n, value)
         else:
-            values_of_rows(q, start, value, n)
+            dequantize_elements(q, start, value, n)
         kernels.error_sums_row_f32_f64(block_of(x, start, n, scratch), other, &sums[r, 0], n)
         start += n
         if start == end:
@@ -73,7 +73,7 @@ cdef void add_error_sums(const Floats* x, const Floats* values, const Quantized*
             r += 1
 
 
-def error_sums(FloatRows x not None, const int8_t[::1] codes not None, const float[::1] scales not None,
+def error_sums(FloatMatrix x not None, const int8_t[::1] codes not None, const float[::1] scales not None,
                const uint8_t[::1] zero_points, bint packed, Py_ssize_t group, Py_ssize_t length,
                double[:, ::1] sums not None):
     """The sums of stats.pxi for x, not empty, against values of codes: a row for each `length` elements."""
@@ -83,7 +83,7 @@ def error_sums(FloatRows x not None, const int8_t[::1] codes not None, const flo
         add_error_sums(&flat, NULL, &q, length, sums)
 
 
-def error_sums_of(FloatRows x not None, FloatRows values not None, Py_ssize_t length,
+def error_sums_of(FloatMatrix x not None, FloatMatrix values not None, Py_ssize_t length,
                   double[:, ::1] sums not None):
     """The same for x against floats."""
     cdef Floats flat = x.flat(), value = values.flat()

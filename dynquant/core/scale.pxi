@@ -1,7 +1,7 @@
 # Scales: the largest magnitude, or a ranked one, over the largest code.
 cdef enum:
     MAX_STEPS = 8  # ranks so close to the top are reached from the largest magnitude downward
-    KEPT = 8192  # candidates that one pass keeps
+    CANDIDATES = 8192  # candidates that one pass keeps
     SAMPLE = 2048  # magnitudes that a sample has; divides KEPT
     SAMPLED = 1 << 16  # from so many floats on, a sample and one pass beat the radix selection's three
 
@@ -9,16 +9,16 @@ cdef enum:
 cdef int32_t amax_bits(const Floats* x) noexcept nogil:
     cdef float scratch[BLOCK]
     cdef Py_ssize_t start = 0, n
-    cdef int32_t b, most = 0
+    cdef int32_t b, amax = 0
     while start < x.n:
-        n = run_len(x, start, x.n)
+        n = span_len(x, start, x.n)
         b = kernels.amax_bits_f32(block_of(x, start, n, scratch), n)
-        most = b if b > most else most
+        amax = b if b > amax else amax
         start += n
-    return most
+    return amax
 
 
-def all_finite(FloatRows x not None):
+def all_finite(FloatMatrix x not None):
     """Whether no element is NaN or infinite."""
     cdef Floats flat = x.flat()
     cdef int32_t bits
@@ -27,18 +27,18 @@ def all_finite(FloatRows x not None):
     return bits < NON_FINITE
 
 
-def min_max(FloatRows x not None):
+def min_max(FloatMatrix x not None):
     """(min, max) of all elements, which are finite, and 0."""
     cdef float scratch[BLOCK]
     cdef Py_ssize_t start = 0, n
     cdef Floats flat = x.flat()
-    cdef float least = 0, most = 0
+    cdef float x_min = 0, amax = 0
     with nogil:
         while start < flat.n:
             n = block_len(start, flat.n)
-            kernels.min_max_row_f32(block_of(&flat, start, n, scratch), &least, &most, n)
+            kernels.min_max_row_f32(block_of(&flat, start, n, scratch), &x_min, &amax, n)
             start += n
-    return least, most
+    return x_min, amax
 
 
 # Bits of the magnitude at place `rank`, 0 the smallest, of all the parts' magnitudes together; at least
@@ -86,7 +86,7 @@ cdef void count_parts(const Floats* parts, Py_ssize_t n_parts, int32_t prefix, i
             start += n
 
 
-# The same for at most BLOCK floats, or 2 * BLOCK of float32, in passes over L1 that vectorise, and so cost
+# The same for at most BLOCK floats, or 2 * BLOCK of float32, in passes over L1 that vectorize, and so cost
 # less than one pass that increments counters. A rank close to the top is reached from the largest magnitude
 # in steps to the next lower one; otherwise the bits are fixed one at a time, from the top, by counting the
 # magnitudes below.
@@ -115,7 +115,7 @@ cdef int32_t ranked_bits_of_block(const Floats* x, Py_ssize_t rank) noexcept nog
 # `rank` is among them. -1 where it is not found so, because of how values are ordered: ranked_bits is not
 # called from here, since the scratch of both is more than a small stack has.
 cdef int32_t ranked_bits_by_sample(const Floats* x, Py_ssize_t rank) noexcept nogil:
-    cdef int32_t kept[KEPT]
+    cdef int32_t candidates[CANDIDATES]
     cdef int32_t sample[SAMPLE]
     cdef int32_t low = -1, high = NON_FINITE - 1, equal
     cdef int64_t below = 0
@@ -127,7 +127,7 @@ cdef int32_t ranked_bits_by_sample(const Floats* x, Py_ssize_t rank) noexcept no
         equal = low
         bracket(sample, <double> (rank - below) / found, &low, &high)
         low += low == equal
-        found = keep_between(x, low, high, kept, &below, &finite)
+        found = collect_between(x, low, high, candidates, &below, &finite)
         if not finite:
             return NON_FINITE
         if rank < below and low == equal + 1:
@@ -136,10 +136,10 @@ cdef int32_t ranked_bits_by_sample(const Floats* x, Py_ssize_t rank) noexcept no
             break
         if low == high:
             return low
-        if found <= KEPT:
-            return ranked_of(kept, found, rank - below)
+        if found <= CANDIDATES:
+            return ranked_of(candidates, found, rank - below)
         for i in range(SAMPLE):
-            sample[i] = kept[i * (KEPT // SAMPLE)]
+            sample[i] = candidates[i * (CANDIDATES // SAMPLE)]
     return -1
 
 
@@ -150,7 +150,7 @@ cdef inline int32_t bits_at(const Floats* x, Py_ssize_t i) noexcept nogil:
     if x.kind == F32:
         memcpy(&bits, x.data + i * <Py_ssize_t> sizeof(float), sizeof(bits))
         return bits & 0x7FFFFFFF
-    one = part_of(x, i, 1)
+    one = floats_at(x, i, 1)
     return amax_bits(&one)
 
 
@@ -163,9 +163,9 @@ cdef inline int32_t ranked_of(const int32_t* bits, Py_ssize_t n, Py_ssize_t rank
 
 # Narrows the bounds to where the magnitude at `place`, from 0 to 1, of what was sampled should be: four
 # standard deviations and a bit to either side.
-cdef void bracket(const int32_t* sample, double place, int32_t* low, int32_t* high) noexcept nogil:
-    cdef double middle = place * SAMPLE
-    cdef Py_ssize_t margin = <Py_ssize_t> (4 * sqrt(middle * (1 - place if place < 1 else 0))) + 4
+cdef void bracket(const int32_t* sample, double index, int32_t* low, int32_t* high) noexcept nogil:
+    cdef double middle = index * SAMPLE
+    cdef Py_ssize_t margin = <Py_ssize_t> (4 * sqrt(middle * (1 - index if index < 1 else 0))) + 4
     cdef Py_ssize_t first = <Py_ssize_t> middle - margin, last = <Py_ssize_t> middle + margin
     if first > 0:
         low[0] = max(low[0], ranked_of(sample, SAMPLE, first))
@@ -173,16 +173,16 @@ cdef void bracket(const int32_t* sample, double place, int32_t* low, int32_t* hi
         high[0] = min(high[0], ranked_of(sample, SAMPLE, last))
 
 
-cdef Py_ssize_t keep_between(const Floats* x, int32_t low, int32_t high, int32_t* kept, int64_t* below,
+cdef Py_ssize_t collect_between(const Floats* x, int32_t low, int32_t high, int32_t* candidates, int64_t* below,
                              int* finite) noexcept nogil:
     cdef float scratch[BLOCK]
-    cdef Py_ssize_t start = 0, n, found = 0, room
+    cdef Py_ssize_t start = 0, n, found = 0, capacity
     below[0] = 0
     while start < x.n:
-        n = run_len(x, start, x.n)
-        room = KEPT - found if found < KEPT else 0
-        found += kernels.keep_between_f32(block_of(x, start, n, scratch), low, high, kept + (KEPT - room),
-                                          room, below, finite, n)
+        n = span_len(x, start, x.n)
+        capacity = CANDIDATES - found if found < CANDIDATES else 0
+        found += kernels.collect_between_f32(block_of(x, start, n, scratch), low, high, candidates + (CANDIDATES - capacity),
+                                          capacity, below, finite, n)
         start += n
     return found
 
@@ -190,7 +190,7 @@ cdef Py_ssize_t keep_between(const Floats* x, int32_t low, int32_t high, int32_t
 cpdef Py_ssize_t percentile_rank(double p, Py_ssize_t n) noexcept nogil:
     """Index of percentile p, 0 < p <= 1, by nearest rank among n > 0 ascending magnitudes.
 
-    ``p * n`` is a float32 product up to n = 2**24, beyond which float32 cannot tell neighbouring ranks apart,
+    ``p * n`` is a float32 product up to n = 2**24, beyond which float32 cannot tell neighboring ranks apart,
     and a float64 product above.
     """
     cdef double product = <double> (<float> p * <float> n) if n <= 1 << 24 else p * <double> n
@@ -228,17 +228,17 @@ cdef bint group_scales(const Floats* x, float clip, Py_ssize_t rank, Py_ssize_t 
         return scale_of(x, clip, last_rank, scales)
     while start < x.n:
         end = group_end(start, group, x.n)
-        part = part_of(x, start, end - start)
+        part = floats_at(x, start, end - start)
         if not scale_of(&part, clip, last_rank if end == x.n else rank, &scales[start // group]):
             return False
         start = end
     return True
 
 
-def scale_rows(FloatRows x not None, scales not None, float clip, Py_ssize_t rank,
+def scale_rows(FloatMatrix x not None, scales not None, float clip, Py_ssize_t rank,
                Py_ssize_t last_rank, Py_ssize_t group, Py_ssize_t first=0, Py_ssize_t end=PY_SSIZE_T_MAX):
     """The scales of rows first .. end; returns whether they are finite, and stops at a row that is not."""
-    cdef Memory s = Memory(scales)
+    cdef RawBuffer s = RawBuffer(scales)
     cdef Py_ssize_t r, groups = s.view.len // <Py_ssize_t> sizeof(float) // (x.m or 1)
     cdef Floats row
     cdef bint finite = True

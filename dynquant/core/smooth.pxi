@@ -1,11 +1,11 @@
 # SmoothQuant: per-column maxima, factors, and products and quotients with factors.
 cdef enum:
-    MOST_DIVIDED = 0x5F800000  # the bits of 2**64, the largest |x| that is divided by a reciprocal
+    MAX_DIVIDED = 0x5F800000  # the bits of 2**64, the largest |x| that is divided by a reciprocal
     DIVIDED_ROWS = 32  # rows that share the reciprocals of one part of the factors
     COLUMNS = 1024  # factors taken together: a page of each row, where the hardware's prefetching ends
 
 
-def column_amax(FloatRows x not None, int32_t[::1] amax_bits not None):
+def column_amax(FloatMatrix x not None, int32_t[::1] amax_bits not None):
     """Fold the rows of x into the columns' largest magnitudes, given and kept as float bits."""
     cdef float scratch[BLOCK]
     cdef Py_ssize_t r = 0, start, n
@@ -72,12 +72,12 @@ cdef void scale_columns_of_block(const Floats* x, const float* factors, bint div
 cdef void scale_columns_of_finite(const Floats* x, const float* factors, bint divide, bint together,
                                   float* out, Py_ssize_t m, Py_ssize_t k) noexcept nogil:
     # Fewer than four do not make up for the reciprocals.
-    cdef Py_ssize_t most = DIVIDED_ROWS if together and m >= 4 else 1, rows
+    cdef Py_ssize_t max_rows = DIVIDED_ROWS if together and m >= 4 else 1, rows
     cdef Floats part
     while m > 0:
-        rows = m if m < most else most
+        rows = m if m < max_rows else max_rows
         m -= rows
-        part = part_of(x, m * k, rows * k)
+        part = floats_at(x, m * k, rows * k)
         scale_columns_of_block(&part, factors, divide, out + m * k, rows, k)
 
 
@@ -87,8 +87,8 @@ cdef bint scale_columns_of_rows(const Floats* x, const float* factors, bint divi
                                 Py_ssize_t k) noexcept nogil:
     cdef float side_by_side[COLUMNS]
     cdef int32_t bits = amax_bits(x)
-    cdef bint together = not divide or bits <= MOST_DIVIDED
-    cdef Py_ssize_t many = COLUMNS // k if k else 1, rest, i
+    cdef bint together = not divide or bits <= MAX_DIVIDED
+    cdef Py_ssize_t many = COLUMNS // k if k else 1, left_over, i
     cdef Floats part
     if bits >= NON_FINITE:
         return False
@@ -100,18 +100,18 @@ cdef bint scale_columns_of_rows(const Floats* x, const float* factors, bint divi
         return True
     for i in range(many):
         memcpy(side_by_side + i * k, factors, k * sizeof(float))
-    rest = m % many * k
+    left_over = m % many * k
     scale_columns_of_finite(x, side_by_side, divide, together, out, m // many, many * k)
-    part = part_of(x, m * k - rest, rest)
-    scale_columns_of_finite(&part, side_by_side, divide, together, out + m * k - rest, 1, rest)
+    part = floats_at(x, m * k - left_over, left_over)
+    scale_columns_of_finite(&part, side_by_side, divide, together, out + m * k - left_over, 1, left_over)
     return True
 
 
-def scale_columns(FloatRows x not None, factors not None, bint divide, out not None):
+def scale_columns(FloatMatrix x not None, factors not None, bint divide, out not None):
     """out = x / factors or x * factors, row by row; out may be x itself. Returns whether x is finite."""
     cdef Floats flat = x.flat()
-    cdef Memory f = Memory(factors, PyBUF_SIMPLE)
-    cdef Memory o = Memory(out)
+    cdef RawBuffer f = RawBuffer(factors, PyBUF_SIMPLE)
+    cdef RawBuffer o = RawBuffer(out)
     cdef bint finite
     check_size(f.view.len, x.k * <Py_ssize_t> sizeof(float))
     check_size(o.view.len, flat.n * <Py_ssize_t> sizeof(float))
@@ -123,8 +123,8 @@ def scale_columns(FloatRows x not None, factors not None, bint divide, out not N
 
 def all_positive(x not None):
     """Whether every element of a float32 vector, all of which are finite, is above 0."""
-    cdef Memory v = Memory(x, PyBUF_SIMPLE)
-    cdef float least = INFINITY, most = 0
+    cdef RawBuffer v = RawBuffer(x, PyBUF_SIMPLE)
+    cdef float x_min = INFINITY, max_rows = 0
     cdef Py_ssize_t n = v.view.len // <Py_ssize_t> sizeof(float)
-    kernels.min_max_row_f32(<const float*> v.view.buf, &least, &most, n)
-    return least > 0
+    kernels.min_max_row_f32(<const float*> v.view.buf, &x_min, &max_rows, n)
+    return x_min > 0

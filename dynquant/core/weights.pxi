@@ -5,15 +5,15 @@ cdef enum:
 
 # Scale, and zero point unless that is NULL, of codes for the range [least, most] around 0: symmetric codes in
 # [-levels, levels], or codes in [0, levels]. `most` is not -0.0, so neither is the scale.
-cdef void range_codes(float least, float most, int levels, float* scale, uint8_t* zero_point) noexcept nogil:
+cdef void range_codes(float x_min, float x_max, int levels, float* scale, uint8_t* zero_point) noexcept nogil:
     cdef float z
     if zero_point == NULL:
-        scale[0] = (most if most >= -least else -least) / levels
+        scale[0] = (x_max if x_max >= -x_min else -x_min) / levels
         return
-    scale[0] = (most - least) / levels
+    scale[0] = (x_max - x_min) / levels
     zero_point[0] = 0
     if scale[0] > 0:
-        z = -least / scale[0] + <float> 0.499999970197677612
+        z = -x_min / scale[0] + <float> 0.499999970197677612
         zero_point[0] = <uint8_t> (levels if z > levels else z)
 
 
@@ -29,8 +29,8 @@ cdef double square_error(const Floats* x, const QuantRow* row, int clip) noexcep
     memset(sums, 0, sizeof(sums))
     while start < x.n:
         n = block_len(start, x.n)
-        code_block(x, &coded, start, n, clip, False, codes)
-        value_block(&coded, 0, False, value, n)
+        quantize_block(x, &coded, start, n, clip, False, codes)
+        dequantize_block(&coded, 0, False, value, n)
         kernels.error_sums_row_f32_f64(block_of(x, start, n, scratch), value, sums, n)
         start += n
     return sums[1]
@@ -40,7 +40,7 @@ cdef double square_error(const Floats* x, const QuantRow* row, int clip) noexcep
 # ..., 10/32 which leaves the least squared error; the largest of equals.
 cdef void fit_group(const Floats* x, int levels, bint search, float* scale,
                     uint8_t* zero_point) noexcept nogil:
-    cdef float least = 0, most = 0, t, best_scale
+    cdef float x_min = 0, x_max = 0, t, best_scale
     cdef float scratch[BLOCK]
     cdef uint8_t best_zero_point = 0
     cdef double error, best = -1
@@ -49,16 +49,16 @@ cdef void fit_group(const Floats* x, int levels, bint search, float* scale,
     cdef QuantRow row
     while start < x.n:
         n = block_len(start, x.n)
-        kernels.min_max_row_f32(block_of(x, start, n, scratch), &least, &most, n)
+        kernels.min_max_row_f32(block_of(x, start, n, scratch), &x_min, &x_max, n)
         start += n
-    range_codes(least, most, levels, scale, zero_point)
+    range_codes(x_min, x_max, levels, scale, zero_point)
     if not search:
         return
     best_scale = scale[0]
-    row.scales, row.zero_points, row.group, row.within = scale, zero_point, x.n, False
+    row.scales, row.zero_points, row.group, row.in_range = scale, zero_point, x.n, False
     for i in range(SEARCH_STEPS):
         t = <float> (1 - i / 32.0)
-        range_codes(least * t, most * t, levels, scale, zero_point)
+        range_codes(x_min * t, x_max * t, levels, scale, zero_point)
         error = square_error(x, &row, levels)
         if best < 0 or error < best:
             best, best_scale = error, scale[0]
@@ -69,7 +69,7 @@ cdef void fit_group(const Floats* x, int levels, bint search, float* scale,
         zero_point[0] = best_zero_point
 
 
-def fit_rows(FloatRows x not None, float[::1] scales not None, uint8_t[::1] zero_points, int levels,
+def fit_rows(FloatMatrix x not None, float[::1] scales not None, uint8_t[::1] zero_points, int levels,
              bint search, Py_ssize_t group, Py_ssize_t first=0, Py_ssize_t end=PY_SSIZE_T_MAX):
     """Scales, and zero points if given, of the groups of finite rows first .. end; returns True."""
     cdef Py_ssize_t r, g, start, stop, groups = (x.k + group - 1) // group
@@ -81,7 +81,7 @@ def fit_rows(FloatRows x not None, float[::1] scales not None, uint8_t[::1] zero
             for g in range(groups):
                 start = g * group
                 stop = group_end(start, group, x.k)
-                part = part_of(&row, start, stop - start)
+                part = floats_at(&row, start, stop - start)
                 if zero_points is not None:
                     z = &zero_points[r * groups + g]
                 fit_group(&part, levels, search, &scales[r * groups + g], z)

@@ -5,74 +5,74 @@ from libc.math cimport copysignf, fabs
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcpy, memset
 
-from dynquant._table cimport WINDOW, Kernels
+from dynquant._table cimport CHANNEL_BINS, Kernels
 
 
-cdef extern from "kernels/simd.h" nogil:
-    enum: DQ_STEP
+cdef extern from "kernels/simd/simd.h" nogil:
+    enum: DQ_QUANTIZE_STEP
     float DQ_MAGIC
     enum: DQ_DOT_STEP
-    enum: DQ_STREAMS
-    enum: DQ_FETCHED_FROM
+    enum: DQ_CONCURRENT_PANELS
+    enum: DQ_PREFETCH_FROM
     enum: DQ_WIDEN_STEP
-    ctypedef struct dq_acc:
+    ctypedef struct dq_dot_acc:
         pass
     int32_t dq_bits(float x)
     float dq_float(int32_t b)
-    int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, bint within, bint stream,
+    int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, bint in_range, bint nontemporal,
                          int8_t* codes)
-    void dq_stream_end()
+    void dq_nontemporal_end()
     enum: DQ_VALUES
-    void dq_stream_values(const int8_t* codes, float scale, float* out)
+    void dq_nontemporal_values(const int8_t* codes, float scale, float* out)
     enum: DQ_QUOTIENTS
     int dq_quotients(const float* x, const float* factors, const float* reciprocals, float* out)
     float dq_widen(uint16_t h)
     void dq_widen_step(const uint16_t* x, float* out)
     enum: DQ_LANES
     enum: DQ_DEPTH
-    enum: DQ_RAISED
-    enum: DQ_TRIMMED
+    enum: DQ_BIAS
+    enum: DQ_SPLIT
     enum: DQ_PAIR
-    enum: DQ_ACTIVATIONS_STEP
-    ctypedef struct dq_sums:
+    enum: DQ_BIAS_STEP
+    ctypedef struct dq_acc:
         pass
     ctypedef struct dq_weights:
         pass
-    ctypedef struct dq_spread_act:
+    ctypedef struct dq_broadcast_act:
         pass
     enum: DQ_BETWEEN_STEP
     uint32_t dq_between_step(const float* x, int32_t low, int32_t high, int64_t* below, int* finite)
     int dq_lowest_bit(uint32_t bits)
     int dq_count_bits(uint32_t bits)
     void dq_prefetch(const void* bytes, size_t n)
-    dq_sums dq_sums_zero()
-    dq_sums dq_sums_load(const int32_t* s)
-    void dq_sums_store(int32_t* out, dq_sums s)
-    dq_spread_act dq_spread(const uint8_t* a)
+    dq_acc dq_acc_zero()
+    dq_acc dq_acc_load(const int32_t* s)
+    void dq_acc_store(int32_t* out, dq_acc s)
+    dq_broadcast_act dq_broadcast(const uint8_t* a)
     dq_weights dq_weights_load(const uint8_t* w)
-    dq_sums dq_sums_step(dq_sums acc, dq_weights w, dq_spread_act a)
-    uint32_t dq_activations_step(int8_t* a, int32_t* excess)
-    enum: DQ_STEPS
+    dq_acc dq_acc_step(dq_acc acc, dq_weights w, dq_broadcast_act a)
+    uint32_t dq_bias_step(int8_t* a, int32_t* compensation)
+    enum: DQ_TILE_K_STEPS
     enum: DQ_TILE_ROWS
     enum: DQ_TILES_FROM
-    void dq_tiles_begin(int rows, int deep)
+    void dq_tiles_begin(int rows, int tile_k_steps)
     void dq_tiles_end()
     void dq_tiles(const uint8_t* w, const uint8_t* a, Py_ssize_t stride, int rows, int32_t* sums,
-                  Py_ssize_t steps, int deep, bint add)
+                  Py_ssize_t k_steps, int tile_k_steps, bint add)
     enum: DQ_GROUP_TILES_FROM
-    void dq_unpack_units(const uint8_t* w, uint8_t* steps, Py_ssize_t units)
-    enum: DQ_CODES
-    enum: DQ_CODES_RUN
-    ctypedef struct dq_part:
+    void dq_unpack_k_blocks(const uint8_t* w, uint8_t* k_steps, Py_ssize_t k_blocks)
+    enum: DQ_K_BLOCK
+    enum: DQ_ACC16_STEPS
+    ctypedef struct dq_acc16:
         pass
     ctypedef struct dq_floats:
         pass
     ctypedef struct dq_codes:
         pass
     dq_codes dq_codes_load(const uint8_t* w)
-    dq_part dq_part_zero()
-    dq_part dq_codes_step(dq_part part, dq_codes w, dq_spread_act even, dq_spread_act odd)
-    dq_sums dq_part_add(dq_sums s, dq_part part)
+    dq_acc16 dq_acc16_zero()
+    dq_acc16 dq_acc16_step(dq_acc16 part, dq_codes w, dq_broadcast_act even, dq_broadcast_act odd)
+    dq_acc dq_acc_add16(dq_acc s, dq_acc16 part)
     dq_floats dq_floats_load(const float* x)
     void dq_floats_store(float* out, dq_floats x)
     dq_floats dq_floats_add(dq_floats x, dq_floats y)
@@ -80,16 +80,16 @@ cdef extern from "kernels/simd.h" nogil:
     dq_floats dq_floats_scale(dq_floats x, float scale)
     dq_floats dq_hadamard_lanes(dq_floats x)
     dq_floats dq_zero_points_load(const uint8_t* z)
-    dq_floats dq_group_add(dq_floats acc, dq_sums s, dq_floats zero_points, float a_sum, dq_floats scales)
-    dq_acc dq_acc_zero()
-    dq_acc dq_dot_step(dq_acc acc, const int8_t* w, const int8_t* a)
-    dq_acc dq_raised_step(dq_acc acc, const int8_t* w, const int8_t* a)
-    dq_acc dq_acc_add(dq_acc x, dq_acc y)
-    int32_t dq_acc_sum(dq_acc acc)
+    dq_floats dq_group_add(dq_floats acc, dq_acc s, dq_floats zero_points, float a_sum, dq_floats scales)
+    dq_dot_acc dq_dot_zero()
+    dq_dot_acc dq_dot_step(dq_dot_acc acc, const int8_t* w, const int8_t* a)
+    dq_dot_acc dq_dot_biased_step(dq_dot_acc acc, const int8_t* w, const int8_t* a)
+    dq_dot_acc dq_dot_add(dq_dot_acc x, dq_dot_acc y)
+    int32_t dq_dot_sum(dq_dot_acc acc)
 
 
 cdef enum:
-    AHEAD = 384  # floats that long rows are fetched ahead
+    PREFETCH_FLOATS = 384  # floats that long rows are fetched ahead
 
 
 # How many of the n floats at x come before the next line of the cache.
@@ -98,16 +98,18 @@ cdef inline Py_ssize_t before_line(const float* x, Py_ssize_t n) noexcept nogil:
     return i if i < n else n
 
 
-include "convert.pxi"
+include "widen.pxi"
 include "scale.pxi"
 include "quantize.pxi"
 include "dequantize.pxi"
 include "smooth.pxi"
-include "trim.pxi"
+include "split.pxi"
 include "dot.pxi"
-include "gemm.pxi"
-include "gemm_u4.pxi"
-include "stats.pxi"
+include "matmul_s8.pxi"
+include "matmul_u4.pxi"
+include "sums.pxi"
+include "metrics.pxi"
+include "calibrate.pxi"
 include "hadamard.pxi"
 
 
@@ -117,7 +119,7 @@ kernels.widen_bf16_f32 = widen_bf16_f32
 kernels.amax_bits_f32 = amax_bits_f32
 kernels.amax_bits_below_f32 = amax_bits_below_f32
 kernels.count_below_f32 = count_below_f32
-kernels.keep_between_f32 = keep_between_f32
+kernels.collect_between_f32 = collect_between_f32
 kernels.count_top_bits_f32 = count_top_bits_f32
 kernels.count_next_bits_f32 = count_next_bits_f32
 kernels.quantize_row_f32_s8 = quantize_row_f32_s8
@@ -141,7 +143,7 @@ kernels.pack_panel_s8 = pack_panel_s8
 kernels.unpack_panel_s8 = unpack_panel_s8
 kernels.pack_activation_s8 = pack_activation_s8
 kernels.gemm_s8s8_f32 = gemm_s8s8_f32
-kernels.fetched_from = DQ_FETCHED_FROM
+kernels.prefetch_from = DQ_PREFETCH_FROM
 kernels.group_panel_bytes = group_panel_bytes
 kernels.group_activation_bytes = group_activation_bytes
 kernels.pack_panel_u4 = pack_panel_u4
@@ -154,7 +156,7 @@ kernels.square_deviation_row_f32_f64 = square_deviation_row_f32_f64
 kernels.abs_error_row_f32_f64 = abs_error_row_f32_f64
 kernels.error_sums_row_f32_f64 = error_sums_row_f32_f64
 kernels.count_bins_f32 = count_bins_f32
-kernels.count_windows_row_f32 = count_windows_row_f32
+kernels.count_channel_bins_row_f32 = count_channel_bins_row_f32
 kernels.hadamard_row_f32 = hadamard_row_f32
 
 table = PyCapsule_New(&kernels, "dynquant._table.Kernels", NULL)

@@ -5,22 +5,22 @@
 # vectors that straddle two lines are written at two thirds of the speed. With `stream` they go past the
 # caches, and codes are fetched ahead: in memory that is twice as fast, for what is written need not be read
 # before.
-cdef void dequantize_row_s8_f32(const int8_t* codes, float scale, bint stream, float* out,
+cdef void dequantize_row_s8_f32(const int8_t* codes, float scale, bint nontemporal, float* out,
                                 Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i = 0
-    if stream or n >= 16 * DQ_VALUES:
+    if nontemporal or n >= 16 * DQ_VALUES:
         i = before_line(out, n)
-        dequantize_run(codes, scale, out, i)
-    if stream:
+        dequantize_span(codes, scale, out, i)
+    if nontemporal:
         while i + DQ_VALUES <= n:
-            dq_prefetch(codes + i + 4 * AHEAD, 1)
-            dq_stream_values(codes + i, scale, out + i)
+            dq_prefetch(codes + i + 4 * PREFETCH_FLOATS, 1)
+            dq_nontemporal_values(codes + i, scale, out + i)
             i += DQ_VALUES
-        dq_stream_end()
-    dequantize_run(codes + i, scale, out + i, n - i)
+        dq_nontemporal_end()
+    dequantize_span(codes + i, scale, out + i, n - i)
 
 
-cdef inline void dequantize_run(const int8_t* codes, float scale, float* out, Py_ssize_t n) noexcept nogil:
+cdef inline void dequantize_span(const int8_t* codes, float scale, float* out, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(n):
         out[i] = <float> codes[i] * scale

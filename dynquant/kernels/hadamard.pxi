@@ -1,6 +1,6 @@
 # The fast Walsh-Hadamard transform.
 cdef enum:
-    RUN_OF_VECTORS = 8 * DQ_LANES
+    EIGHT_VECTORS = 8 * DQ_LANES
 
 
 # x (n,), n a power of two -> H x * scale in place, H the Hadamard matrix in its natural (Sylvester) order.
@@ -9,12 +9,12 @@ cdef enum:
 cdef void hadamard_row_f32(float* x, Py_ssize_t n, float scale) noexcept nogil:
     cdef Py_ssize_t i = 0, half = 1
     cdef float last
-    if n >= RUN_OF_VECTORS:
-        last = scale if n == RUN_OF_VECTORS else 1
+    if n >= EIGHT_VECTORS:
+        last = scale if n == EIGHT_VECTORS else 1
         while i < n:
             hadamard_vectors(x + i, last)
-            i += RUN_OF_VECTORS
-        half = RUN_OF_VECTORS
+            i += EIGHT_VECTORS
+        half = EIGHT_VECTORS
     elif n >= DQ_LANES:
         last = scale if n == DQ_LANES else 1
         while i < n:

@@ -7,36 +7,36 @@
 cdef void divide_round_row(const float* x, float scale, int32_t clip, int8_t* codes,
                            Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
-    cdef float v, least = -clip, most = clip
+    cdef float v, min_code = -clip, max_code = clip
     for i in range(n):
         v = x[i] / scale
-        v = least if v < least else v
-        v = most if v > most else v
+        v = min_code if v < min_code else v
+        v = max_code if v > max_code else v
         codes[i] = <int8_t> <int32_t> (v + copysignf(<float> 0.499999970197677612, v))
 
 
-# Codes of DQ_STEP floats.
-cdef inline void quantize_step(const float* x, float scale, float lo, float hi, int32_t clip, bint within,
-                               bint stream, int8_t* codes) noexcept nogil:
-    if dq_quantize_step(x, lo, hi, clip, within, stream, codes):
-        divide_round_row(x, scale, clip, codes, DQ_STEP)
+# Codes of DQ_QUANTIZE_STEP floats.
+cdef inline void quantize_step(const float* x, float scale, float lo, float hi, int32_t clip, bint in_range,
+                               bint nontemporal, int8_t* codes) noexcept nogil:
+    if dq_quantize_step(x, lo, hi, clip, in_range, nontemporal, codes):
+        divide_round_row(x, scale, clip, codes, DQ_QUANTIZE_STEP)
 
 
-# Codes of n >= DQ_STEP floats, in steps from `start` on, `start` < DQ_STEP, between one from 0 and one that
+# Codes of n >= DQ_QUANTIZE_STEP floats, in steps from `start` on, `start` < DQ_QUANTIZE_STEP, between one from 0 and one that
 # ends with the row: these two may write again what others wrote. Called with constants for `within` and
 # `stream` only, so that each loop has one kind of store. A long row is fetched ahead, which makes memory a
 # sixth faster; in the caches it would cost that much.
-cdef inline void quantize_steps(const float* x, float scale, float lo, float hi, int32_t clip, bint within,
-                                bint stream, Py_ssize_t start, int8_t* codes, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i = start, last = n - DQ_STEP
+cdef inline void quantize_steps(const float* x, float scale, float lo, float hi, int32_t clip, bint in_range,
+                                bint nontemporal, Py_ssize_t start, int8_t* codes, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i = start, last = n - DQ_QUANTIZE_STEP
     if start:
-        quantize_step(x, scale, lo, hi, clip, within, False, codes)
+        quantize_step(x, scale, lo, hi, clip, in_range, False, codes)
     while i < last:
-        if stream:
-            dq_prefetch(x + i + AHEAD, DQ_STEP * sizeof(float))
-        quantize_step(x + i, scale, lo, hi, clip, within, stream, codes + i)
-        i += DQ_STEP
-    quantize_step(x + last, scale, lo, hi, clip, within, False, codes + last)
+        if nontemporal:
+            dq_prefetch(x + i + PREFETCH_FLOATS, DQ_QUANTIZE_STEP * sizeof(float))
+        quantize_step(x + i, scale, lo, hi, clip, in_range, nontemporal, codes + i)
+        i += DQ_QUANTIZE_STEP
+    quantize_step(x + last, scale, lo, hi, clip, in_range, False, codes + last)
 
 
 # x (n,), scale > 0 -> codes (n,) in [-clip, clip], exactly those of divide_round_row.
@@ -51,25 +51,25 @@ cdef inline void quantize_steps(const float* x, float scale, float lo, float hi,
 # long row go past the caches.
 # Loads that straddle cache lines cost up to a fifth of the speed, so the steps of a long row start at a line,
 # or where the codes are aligned if these are streamed. A short row does not make up for the one step more.
-cdef void quantize_row_f32_s8(const float* x, float scale, int32_t clip, bint within, bint stream,
+cdef void quantize_row_f32_s8(const float* x, float scale, int32_t clip, bint in_range, bint nontemporal,
                               int8_t* codes, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t start = 0
     cdef float r, lo, hi
-    if n < DQ_STEP or not (scale >= <float> 2.3509887016445750e-38
+    if n < DQ_QUANTIZE_STEP or not (scale >= <float> 2.3509887016445750e-38
                            and scale <= <float> 4.2535295865117308e+37):
         divide_round_row(x, scale, clip, codes, n)
         return
     r = <float> 1.0 / scale
     lo = r * <float> (1.0 - 4.76837158203125e-07)
     hi = r * <float> (1.0 + 4.76837158203125e-07)
-    if n < 8 * DQ_STEP:
-        stream = False
+    if n < 8 * DQ_QUANTIZE_STEP:
+        nontemporal = False
     else:
-        start = -(<Py_ssize_t> codes if stream else <Py_ssize_t> x >> 2) & (DQ_STEP - 1)
-    if stream:
+        start = -(<Py_ssize_t> codes if nontemporal else <Py_ssize_t> x >> 2) & (DQ_QUANTIZE_STEP - 1)
+    if nontemporal:
         quantize_steps(x, scale, lo, hi, clip, False, True, start, codes, n)
-        dq_stream_end()
-    elif within:
+        dq_nontemporal_end()
+    elif in_range:
         quantize_steps(x, scale, lo, hi, clip, True, False, start, codes, n)
     else:
         quantize_steps(x, scale, lo, hi, clip, False, False, start, codes, n)
@@ -80,11 +80,11 @@ cdef void quantize_row_f32_s8(const float* x, float scale, int32_t clip, bint wi
 cdef void quantize_row_f32_u8(const float* x, float scale, int32_t zero_point, uint8_t* codes,
                               Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
-    cdef float v, least = -zero_point, most = 255 - zero_point
+    cdef float v, min_code = -zero_point, max_code = 255 - zero_point
     for i in range(n):
         v = x[i] / scale
-        v = least if v < least else v
-        v = most if v > most else v
+        v = min_code if v < min_code else v
+        v = max_code if v > max_code else v
         codes[i] = <uint8_t> ((dq_bits(v + <float> DQ_MAGIC) + zero_point) & 0xFF)
 
 
@@ -94,11 +94,11 @@ cdef void quantize_row_f32_u8(const float* x, float scale, int32_t zero_point, u
 cdef void quantize_row_f32_u4(const float* x, float scale, int32_t zero_point, int8_t* codes,
                               Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
-    cdef float v, least = -zero_point, most = 15 - zero_point
+    cdef float v, min_code = -zero_point, max_code = 15 - zero_point
     for i in range(n):
         v = x[i] / scale
-        v = least if v < least else v
-        v = most if v > most else v
+        v = min_code if v < min_code else v
+        v = max_code if v > max_code else v
         codes[i] = <int8_t> (<int32_t> (v + copysignf(<float> 0.499999970197677612, v)) + zero_point)
 
 

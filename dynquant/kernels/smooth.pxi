@@ -1,7 +1,7 @@
 # Per-column magnitudes, and the two products with per-column factors.
 cdef enum:
-    LEAST_FACTOR = 0x21800000  # the bits of 2**-60
-    MOST_FACTOR = 0x5D800000  # of 2**60
+    MIN_FACTOR = 0x21800000  # the bits of 2**-60
+    MAX_FACTOR = 0x5D800000  # of 2**60
 
 
 # amax_bits[j] = max(amax_bits[j], bits of |x[j]|): one row folded into the columns' maxima.
@@ -34,32 +34,32 @@ cdef void column_amax_4_rows_f32(const float* x, Py_ssize_t stride, int32_t* ama
 # factor is very large or small.
 cdef bint reciprocals_f32(const float* factors, float* reciprocals, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
-    cdef int32_t beyond = DQ_QUOTIENTS == 0
+    cdef int32_t out_of_range = DQ_QUOTIENTS == 0
     for i in range(n):
         reciprocals[i] = <float> 1.0 / factors[i]
-        beyond |= not LEAST_FACTOR <= dq_bits(factors[i]) <= MOST_FACTOR
-    return not beyond
+        out_of_range |= not MIN_FACTOR <= dq_bits(factors[i]) <= MAX_FACTOR
+    return not out_of_range
 
 
 # out[j] = x[j] / factors[j]; the quicker way if reciprocals, as reciprocals_f32 gave them, are not NULL, and
 # then no |x| is above 2**64. out may be x itself. What comes `ahead` floats later, a part of the next row, is
 # fetched meanwhile: the hardware goes no further than to the end of a page. The vectors start at a line of
 # the cache: those that straddle two cost a tenth of the speed.
-cdef void divide_row_f32(const float* x, const float* factors, const float* reciprocals, Py_ssize_t ahead,
+cdef void divide_row_f32(const float* x, const float* factors, const float* reciprocals, Py_ssize_t prefetch_distance,
                          float* out, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i = before_line(out, n)
-    divide_run(x, factors, out, i)
+    divide_span(x, factors, out, i)
     while DQ_QUOTIENTS and reciprocals != NULL and i + DQ_QUOTIENTS <= n:
-        dq_prefetch(x + i + ahead, DQ_QUOTIENTS * sizeof(float))
+        dq_prefetch(x + i + prefetch_distance, DQ_QUOTIENTS * sizeof(float))
         if dq_quotients(x + i, factors + i, reciprocals + i, out + i):
-            divide_run(x + i, factors + i, out + i, DQ_QUOTIENTS)
+            divide_span(x + i, factors + i, out + i, DQ_QUOTIENTS)
         i += DQ_QUOTIENTS
-    divide_run(x + i, factors + i, out + i, n - i)
+    divide_span(x + i, factors + i, out + i, n - i)
 
 
 # Where out is x itself it has a loop of its own: between two pointers that may be equal the compiler's check
 # for overlap falls back to scalar code.
-cdef inline void divide_run(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil:
+cdef inline void divide_span(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
     if x == out:
         for i in range(n):
@@ -72,11 +72,11 @@ cdef inline void divide_run(const float* x, const float* factors, float* out, Py
 # out[j] = x[j] * factors[j]; out may be x itself. From a line on, as divide_row_f32.
 cdef void multiply_row_f32(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i = before_line(out, n)
-    multiply_run(x, factors, out, i)
-    multiply_run(x + i, factors + i, out + i, n - i)
+    multiply_span(x, factors, out, i)
+    multiply_span(x + i, factors + i, out + i, n - i)
 
 
-cdef inline void multiply_run(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil:
+cdef inline void multiply_span(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
     if x == out:
         for i in range(n):

@@ -1,4 +1,4 @@
-/* The intrinsics that dynquant/kernels/simd.h takes from AVX-512, VNNI and AMX, in vectors of gcc and clang that
+/* The intrinsics that dynquant/kernels/simd/simd.h takes from AVX-512, VNNI and AMX, in vectors of gcc and clang that
    any processor computes. Found in place of the compiler's own header, it lets the blocks for VNNI and AMX be
    compiled as they are, and tested, where these instruction sets are not at hand. For VNNI in AVX registers it is
    the compiler's own header that is found, with that one instruction replaced by those of AVX2. */

@@ -1,0 +1,379 @@
+# The exact integer product of int8 weights and int8 activations, on weights packed into panels.
+#
+# A panel holds the weights of PANEL = 2 * DQ_LANES outputs, as bytes without a sign, in blocks of at most
+# GEMM_BLOCK k: for each DQ_DEPTH k the weights of all the outputs, in the order of simd.h. A matrix
+# product reads the panels one after the other, each from start to end: so does one with a single row, at the
+# speed of memory.
+#
+# Activations lie row by row, each in activation_bytes(k), in blocks as the weights: a CodedBlock, four bytes
+# for each DQ_DEPTH k, and where DQ_TRIMMED is 1 the rests, each in a step of its own: trim.pxi says why.
+cdef enum:
+    ACC32_K = 1 << 16
+    PANEL = 2 * DQ_LANES
+    ROWS = 4
+    TILE = DQ_TILE_ROWS // 2
+
+
+# As long as a cache line, so that codes begin at one.
+cdef struct ActSegment:
+    int32_t compensation  # to be taken off each sum
+    int32_t residuals
+    int32_t unused[14]
+
+
+# Four bytes of activations that are to be multiplied with the weights of one step once more.
+cdef struct Residual:
+    int32_t step
+    int8_t codes[4]
+
+
+# A multiple of DQ_STEPS, an even number: tile_1 takes two at a time.
+cdef inline Py_ssize_t k_steps_of(Py_ssize_t k) noexcept nogil:
+    return (k + DQ_TILE_K_STEPS * DQ_DEPTH - 1) // (DQ_TILE_K_STEPS * DQ_DEPTH) * DQ_TILE_K_STEPS
+
+
+cdef Py_ssize_t panel_bytes(Py_ssize_t k) noexcept nogil:
+    return PANEL * DQ_DEPTH * k_steps_of(k)
+
+
+# Bytes of one block of a row of activations.
+cdef inline Py_ssize_t segment_bytes(Py_ssize_t k) noexcept nogil:
+    return (<Py_ssize_t> sizeof(ActSegment)
+            + k_steps_of(k) * (4 + (<Py_ssize_t> sizeof(Residual) if DQ_SPLIT else 0)))
+
+
+# An odd number of cache lines: rows a multiple of 4 KiB apart would fall into the same few places of the
+# cache, and a tile reads ROWS of them side by side.
+cdef Py_ssize_t activation_bytes(Py_ssize_t k) noexcept nogil:
+    cdef Py_ssize_t n = k // ACC32_K * segment_bytes(ACC32_K)
+    if k % ACC32_K:
+        n += segment_bytes(k % ACC32_K)
+    return ((n + 63) // 64 | 1) * 64
+
+
+cdef inline Py_ssize_t segment_k(Py_ssize_t start, Py_ssize_t k) noexcept nogil:
+    return k - start if k - start < ACC32_K else ACC32_K
+
+
+# A panel from w (rows, k), or with `back` the other way round: its whole steps, and then the last.
+# A run of steps is taken row by row, so that a line of w is read once while the run's part of the panel
+# stays in L1.
+cdef inline void move_panel(int8_t* w, Py_ssize_t k, Py_ssize_t rows, uint8_t* panel,
+                            bint back) noexcept nogil:
+    cdef Py_ssize_t r, i, span = 0, end, whole = k // DQ_DEPTH, last = k % DQ_DEPTH
+    while span < whole:
+        end = span + 16 if span + 16 < whole else whole
+        for r in range(rows):
+            for i in range(span, end):
+                move_bytes(w + r * k + i * DQ_DEPTH, panel + (i * PANEL + r) * DQ_DEPTH, DQ_DEPTH, back)
+        span = end
+    for r in range(rows):
+        move_bytes(w + r * k + whole * DQ_DEPTH, panel + (whole * PANEL + r) * DQ_DEPTH, last, back)
+
+
+cdef inline void move_bytes(int8_t* w, uint8_t* packed, Py_ssize_t n, bint back) noexcept nogil:
+    if back:
+        memcpy(w, packed, n)
+    else:
+        memcpy(packed, w, n)
+
+
+# w (rows, k) in [-128, 127], rows <= PANEL -> panel, panel_bytes(k). What is past the last output or k is 0.
+cdef void pack_panel_s8(const int8_t* w, Py_ssize_t rows, uint8_t* panel, Py_ssize_t k) noexcept nogil:
+    memset(panel, 0, panel_bytes(k))
+    move_panel(<int8_t*> w, k, rows, panel, False)
+    bias_weights(panel, panel_bytes(k))
+
+
+# panel -> w (rows, k): the inverse of pack_panel_s8.
+cdef void unpack_panel_s8(const uint8_t* panel, int8_t* w, Py_ssize_t rows, Py_ssize_t k) noexcept nogil:
+    cdef Py_ssize_t r
+    move_panel(w, k, rows, <uint8_t*> panel, True)
+    for r in range(rows):
+        bias_weights(<uint8_t*> w + r * k, k)
+
+
+cdef inline uint8_t* codes_of(ActSegment* segment) noexcept nogil:
+    return <uint8_t*> (segment + 1)
+
+
+# Trims the pairs in `beyond` of DQ_ACTIVATIONS_STEP codes, the first of which is at `start` of a block of k.
+# The block takes the rests.
+cdef inline void split_pairs(int8_t* codes, uint32_t out_of_range, ActSegment* segment, Py_ssize_t start,
+                            Py_ssize_t k) noexcept nogil:
+    cdef Residual* residuals = <Residual*> (codes_of(segment) + 4 * k_steps_of(k))
+    cdef Py_ssize_t j = 0
+    while out_of_range:
+        if out_of_range & 3:
+            residuals[segment.residuals].step = <int32_t> ((start + j) // 4)
+            memset(residuals[segment.residuals].codes, 0, 4)
+            split_pair(codes + j, residuals[segment.residuals].codes)
+            split_pair(codes + j + 2, residuals[segment.residuals].codes + 2)
+            segment.residuals += 1
+        j += 4
+        out_of_range >>= 2
+
+
+# codes (n,) in [-127, 127], at `start` of a row of k -> their part of the row a. Parts come one after the
+# other; each but the last is a multiple of DQ_ACTIVATIONS_STEP long, and none goes beyond a block. The codes
+# are used up: changed, trimmed, and filled up with zeros to a multiple of DQ_ACTIVATIONS_STEP.
+cdef void pack_activation_s8(int8_t* codes, uint8_t* a, Py_ssize_t start, Py_ssize_t n,
+                             Py_ssize_t k) noexcept nogil:
+    cdef ActSegment* segment = <ActSegment*> (a + start // ACC32_K * segment_bytes(ACC32_K))
+    cdef Py_ssize_t at = start % ACC32_K, i = 0
+    cdef int16_t* wide = <int16_t*> codes_of(segment) + at
+    cdef int32_t compensation = 0
+    cdef uint32_t out_of_range
+    if at == 0:
+        segment.compensation = segment.residuals = 0
+    memset(codes + n, 0, -n & (DQ_BIAS_STEP - 1))
+    while i < n:
+        out_of_range = dq_bias_step(codes + i, &compensation)
+        if DQ_SPLIT and out_of_range:
+            split_pairs(codes + i, out_of_range, segment, at + i, segment_k(start - at, k))
+        i += DQ_BIAS_STEP
+    segment.compensation += compensation
+    if DQ_DEPTH == 4:
+        memcpy(codes_of(segment) + at, codes, n)
+        memset(codes_of(segment) + at + n, 0, 4 * k_steps_of(at + n) - at - n)
+    else:
+        for i in range(DQ_DEPTH * k_steps_of(n)):
+            wide[i] = codes[i]
+
+
+# sums (PANEL,) = one block of a panel times one row of activations. No int32 wraps: a sum is at most
+# 2**16 * 127 * 255 = 2,122,383,360 < 2**31 in magnitude before the excess comes off.
+cdef inline void gemv(const uint8_t* segment, const uint8_t* a, int32_t* acc,
+                        Py_ssize_t k_steps) noexcept nogil:
+    cdef dq_acc s0 = dq_acc_zero(), s1 = s0
+    cdef dq_broadcast_act k, next
+    cdef Py_ssize_t i
+    for i in range(0, k_steps, 2):
+        k, next = dq_broadcast(a + 4 * i), dq_broadcast(a + 4 * i + 4)
+        s0 = dq_acc_step(s0, dq_weights_load(segment), k)
+        s1 = dq_acc_step(s1, dq_weights_load(segment + DQ_LANES * DQ_DEPTH), k)
+        segment += PANEL * DQ_DEPTH
+        s0 = dq_acc_step(s0, dq_weights_load(segment), next)
+        s1 = dq_acc_step(s1, dq_weights_load(segment + DQ_LANES * DQ_DEPTH), next)
+        segment += PANEL * DQ_DEPTH
+    dq_acc_store(acc, s0)
+    dq_acc_store(acc + DQ_LANES, s1)
+
+
+# sums (4, PANEL) = the same for one row and four panels, `apart` bytes from each other: DQ_STREAMS.
+cdef inline void gemv_4_panels(const uint8_t* segment, Py_ssize_t panel_stride, const uint8_t* a, int32_t* acc,
+                                Py_ssize_t k_steps) noexcept nogil:
+    cdef dq_acc s00 = dq_acc_zero(), s01 = s00, s10 = s00, s11 = s00, s20 = s00, s21 = s00, s30 = s00
+    cdef dq_acc s31 = s00
+    cdef const uint8_t* b1 = segment + panel_stride
+    cdef const uint8_t* b2 = b1 + panel_stride
+    cdef const uint8_t* b3 = b2 + panel_stride
+    cdef dq_broadcast_act k
+    cdef Py_ssize_t i, at
+    for i in range(k_steps):
+        k = dq_broadcast(a + 4 * i)
+        at = i * (PANEL * DQ_DEPTH)
+        s00 = dq_acc_step(s00, dq_weights_load(segment + at), k)
+        s01 = dq_acc_step(s01, dq_weights_load(segment + at + DQ_LANES * DQ_DEPTH), k)
+        s10 = dq_acc_step(s10, dq_weights_load(b1 + at), k)
+        s11 = dq_acc_step(s11, dq_weights_load(b1 + at + DQ_LANES * DQ_DEPTH), k)
+        s20 = dq_acc_step(s20, dq_weights_load(b2 + at), k)
+        s21 = dq_acc_step(s21, dq_weights_load(b2 + at + DQ_LANES * DQ_DEPTH), k)
+        s30 = dq_acc_step(s30, dq_weights_load(b3 + at), k)
+        s31 = dq_acc_step(s31, dq_weights_load(b3 + at + DQ_LANES * DQ_DEPTH), k)
+    store_tile(acc, s00, s01, s10, s11, s20, s21, s30, s31)
+
+
+cdef inline void store_tile(int32_t* acc, dq_acc s00, dq_acc s01, dq_acc s10, dq_acc s11, dq_acc s20,
+                            dq_acc s21, dq_acc s30, dq_acc s31) noexcept nogil:
+    dq_acc_store(acc, s00)
+    dq_acc_store(acc + DQ_LANES, s01)
+    dq_acc_store(acc + 2 * DQ_LANES, s10)
+    dq_acc_store(acc + 3 * DQ_LANES, s11)
+    dq_acc_store(acc + 4 * DQ_LANES, s20)
+    dq_acc_store(acc + 5 * DQ_LANES, s21)
+    dq_acc_store(acc + 6 * DQ_LANES, s30)
+    dq_acc_store(acc + 7 * DQ_LANES, s31)
+
+
+# sums (4, PANEL) = the same for four rows and one panel. They share the loads of the weights, and have the
+# next panel fetched meanwhile: with weights in the last cache or in memory that is worth a fifth. All lines
+# of it, or the hardware's prefetcher loses its way. Products with one row gain nothing by it.
+# Eight accumulators hide the latency of the multiply-adds, and fit the registers of every instruction set.
+# They have names because in an array, indexed by an unrolled loop, gcc writes them back to memory at every
+# step.
+cdef inline void microkernel_4(const uint8_t* segment, const uint8_t* a0, const uint8_t* a1, const uint8_t* a2,
+                        const uint8_t* a3, int32_t* acc, Py_ssize_t k_steps) noexcept nogil:
+    cdef dq_acc s00 = dq_acc_zero(), s01 = s00, s10 = s00, s11 = s00, s20 = s00, s21 = s00, s30 = s00
+    cdef dq_acc s31 = s00
+    cdef dq_weights w0, w1
+    cdef dq_broadcast_act k
+    cdef Py_ssize_t i
+    for i in range(k_steps):
+        dq_prefetch(segment + k_steps * (PANEL * DQ_DEPTH), PANEL * DQ_DEPTH)
+        w0 = dq_weights_load(segment)
+        w1 = dq_weights_load(segment + DQ_LANES * DQ_DEPTH)
+        k = dq_broadcast(a0 + 4 * i)
+        s00 = dq_acc_step(s00, w0, k)
+        s01 = dq_acc_step(s01, w1, k)
+        k = dq_broadcast(a1 + 4 * i)
+        s10 = dq_acc_step(s10, w0, k)
+        s11 = dq_acc_step(s11, w1, k)
+        k = dq_broadcast(a2 + 4 * i)
+        s20 = dq_acc_step(s20, w0, k)
+        s21 = dq_acc_step(s21, w1, k)
+        k = dq_broadcast(a3 + 4 * i)
+        s30 = dq_acc_step(s30, w0, k)
+        s31 = dq_acc_step(s31, w1, k)
+        segment += PANEL * DQ_DEPTH
+    store_tile(acc, s00, s01, s10, s11, s20, s21, s30, s31)
+
+
+# Adds the rests of one row to its sums (PANEL,).
+cdef inline void add_residuals(const uint8_t* segment, const ActSegment* a, int32_t* acc,
+                           Py_ssize_t k_steps) noexcept nogil:
+    cdef const Residual* residuals = <const Residual*> (codes_of(<ActSegment*> a) + 4 * k_steps)
+    cdef dq_acc s0 = dq_acc_load(acc), s1 = dq_acc_load(acc + DQ_LANES)
+    cdef const uint8_t* w
+    cdef dq_broadcast_act k
+    cdef Py_ssize_t i
+    for i in range(a.residuals):
+        w = segment + residuals[i].step * (PANEL * DQ_DEPTH)
+        k = dq_broadcast(<const uint8_t*> residuals[i].codes)
+        s0 = dq_acc_step(s0, dq_weights_load(w), k)
+        s1 = dq_acc_step(s1, dq_weights_load(w + DQ_LANES * DQ_DEPTH), k)
+    dq_acc_store(acc, s0)
+    dq_acc_store(acc + DQ_LANES, s1)
+
+
+# sums (rows, PANEL) for one panel and rows <= DQ_TILE_ROWS rows of a, `stride` bytes apart; or for one row
+# (panels, PANEL), panels being 1 or DQ_STREAMS, `apart` bytes apart. Two and three rows take the tile of
+# four, with the last row repeated.
+cdef inline void microkernel(const uint8_t* segment, Py_ssize_t panel_stride, Py_ssize_t panels, const uint8_t* a,
+                      Py_ssize_t stride, Py_ssize_t rows, int32_t* acc, Py_ssize_t k_steps) noexcept nogil:
+    cdef const uint8_t* codes = codes_of(<ActSegment*> a)
+    cdef Py_ssize_t r, p
+    if panels > 1:
+        gemv_4_panels(segment, panel_stride, codes, acc, k_steps)
+    elif rows == 1:
+        gemv(segment, codes, acc, k_steps)
+    elif rows >= DQ_TILES_FROM:
+        dq_tiles(segment, codes, stride, rows, acc, k_steps, DQ_TILE_K_STEPS, False)
+    else:
+        microkernel_4(segment, codes, codes + stride, codes + (rows - 1 if rows < 3 else 2) * stride,
+               codes + (rows - 1) * stride, acc, k_steps)
+    if DQ_SPLIT:
+        for r in range(rows):
+            for p in range(panels):
+                add_residuals(segment + p * panel_stride, <const ActSegment*> (a + r * stride), acc + (r + p) * PANEL,
+                          k_steps)
+
+
+# out[c] = float32(sum[c]) * w_scales[c] * a_scale + bias[c], in that order; no bias where it is NULL.
+cdef inline void finish_row(const int64_t* acc, const float* w_scales, float a_scale, const float* bias,
+                            float* out, Py_ssize_t cols) noexcept nogil:
+    cdef Py_ssize_t c
+    for c in range(cols):
+        out[c] = <float> acc[c] * w_scales[c] * a_scale
+    if bias != NULL:
+        for c in range(cols):
+            out[c] += bias[c]
+
+
+# finish_row for sums that fit int32 with the excess taken off, which is nearly always; cols <= ROWS * PANEL.
+# It vectorizes: values, which overlap nothing, need no look at where out lies.
+cdef inline void finish_row_s32(const int32_t* acc, int32_t compensation, const float* w_scales, float a_scale,
+                                const float* bias, float* out, Py_ssize_t cols) noexcept nogil:
+    cdef float values[ROWS * PANEL]
+    cdef Py_ssize_t c
+    for c in range(cols):
+        values[c] = <float> (acc[c] - compensation) * w_scales[c] * a_scale
+    if bias != NULL:
+        for c in range(cols):
+            values[c] += bias[c]
+    memcpy(out, values, cols * sizeof(float))
+
+
+# totals (panels or rows, PANEL) = tile over all blocks of k, each summed in int32 and added up in int64.
+cdef inline void microkernel_segments(const uint8_t* panel, Py_ssize_t panels, const uint8_t* a, Py_ssize_t stride,
+                                Py_ssize_t rows, int64_t* totals, Py_ssize_t k) noexcept nogil:
+    cdef int32_t acc[DQ_TILE_ROWS * PANEL]
+    cdef Py_ssize_t start = 0, n, i, r
+    cdef int32_t compensation
+    memset(totals, 0, DQ_TILE_ROWS * PANEL * sizeof(int64_t))
+    while start < k:
+        n = segment_k(start, k)
+        microkernel(panel + start * PANEL, panel_bytes(k), panels, a, stride, rows, acc, k_steps_of(n))
+        for r in range(rows):
+            compensation = (<const ActSegment*> (a + r * stride)).compensation
+            for i in range(r * PANEL, (r + panels) * PANEL):
+                totals[i] += acc[i] - compensation
+        a += segment_bytes(n)
+        start += n
+
+
+# How many of m rows are taken together when so many are done: more than are left where those are too few for
+# the tiles of the product, which are TILE rows high; some rows are then computed again.
+cdef inline Py_ssize_t rows_at_once(Py_ssize_t done, Py_ssize_t m) noexcept nogil:
+    cdef Py_ssize_t left = m - done
+    if DQ_TILES_FROM <= left < TILE <= m:
+        return TILE
+    return left if left < DQ_TILE_ROWS else DQ_TILE_ROWS
+
+
+# Panels times m rows of activations: out[r][c] = float32(exact sum) * w_scales[c] * a_scales[r] + bias[c]
+# for c < cols, rows of out `out_stride` apart. There is one panel, and cols <= PANEL; or one row and
+# DQ_STREAMS panels.
+cdef inline void gemm_panels(const uint8_t* panel, Py_ssize_t panels, const float* w_scales,
+                             const float* bias, const uint8_t* a, const float* a_scales, float* out,
+                             Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t cols,
+                             Py_ssize_t k) noexcept nogil:
+    cdef int32_t acc[DQ_TILE_ROWS * PANEL]
+    cdef int64_t totals[DQ_TILE_ROWS * PANEL]
+    cdef Py_ssize_t stride = activation_bytes(k), done = 0, r, rows
+    cdef const uint8_t* row
+    cdef const float* row_scales
+    cdef float* row_out
+    cdef int32_t compensation
+    while done < m:
+        rows = rows_at_once(done, m)
+        if done + rows > m:
+            done = m - rows
+        row, row_scales, row_out = a + done * stride, a_scales + done, out + done * out_stride
+        if k <= ACC32_K:
+            microkernel(panel, panel_bytes(k), panels, row, stride, rows, acc, k_steps_of(k))
+            for r in range(rows):
+                compensation = (<const ActSegment*> (row + r * stride)).compensation
+                if cols == PANEL:  # as a constant it takes half the time
+                    finish_row_s32(acc + r * PANEL, compensation, w_scales, row_scales[r], bias,
+                                   row_out + r * out_stride, PANEL)
+                else:
+                    finish_row_s32(acc + r * PANEL, compensation, w_scales, row_scales[r], bias,
+                                   row_out + r * out_stride, cols)
+        else:
+            microkernel_segments(panel, panels, row, stride, rows, totals, k)
+            for r in range(rows):
+                finish_row(totals + r * PANEL, w_scales, row_scales[r], bias, row_out + r * out_stride, cols)
+        done += rows
+
+
+# The panels of n outputs times m rows of activations: out (m, n), rows `out_stride` apart, + bias (n,) unless
+# that is NULL.
+cdef void gemm_s8s8_f32(const uint8_t* panels, const float* w_scales, const float* bias, const uint8_t* a,
+                        const float* a_scales, float* out, Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n,
+                        Py_ssize_t k) noexcept nogil:
+    cdef Py_ssize_t count, cols
+    if m >= DQ_TILES_FROM:
+        dq_tiles_begin(m if m < TILE else TILE, DQ_TILE_K_STEPS)
+    while n > 0:
+        count = DQ_CONCURRENT_PANELS if m == 1 and n > (DQ_CONCURRENT_PANELS - 1) * PANEL else 1
+        cols = n if n < count * PANEL else count * PANEL
+        gemm_panels(panels, count, w_scales, bias, a, a_scales, out, out_stride, m, cols, k)
+        panels += count * panel_bytes(k)
+        w_scales += cols
+        if bias != NULL:
+            bias += cols
+        out += cols
+        n -= cols
+    if m >= DQ_TILES_FROM:
+        dq_tiles_end()
