@@ -40,7 +40,7 @@ $(VENV)/installed-%: $(VENV)/installed
 	$(PIP) install --quiet "$$(echo dist/*.whl)[$*]"
 	@touch $@
 
-demo: $(VENV)/installed  ## quantise a real feed-forward block, every recipe beside NumPy
+demo: $(VENV)/installed  ## quantize a real feed-forward block, every recipe beside NumPy
 	$(BIN)/python bench/demo.py
 
 test: lint $(VENV)/installed-test  ## lint, then test the installed wheel on every instruction set

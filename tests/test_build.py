@@ -92,7 +92,7 @@ def tree(tmp_path_factory):
     [
         (None, set()),
         ("dynquant/_core.pyi", set()),
-        ("dynquant/kernels/gemm_u4.pxi", ISAS),
+        ("dynquant/kernels/matmul_u4.pxi", ISAS),
         ("dynquant/kernels/simd/simd.h", MODULES),
         ("dynquant/cpu.h", {"_core"}),
         ("dynquant/include/dynquant.h", {"capi"}),

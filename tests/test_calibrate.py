@@ -20,7 +20,7 @@ def check(batches, message=""):
     least, most, mean, std_dev, p99, suggested = reference.calib_stats(batches)
     spread = max(std_dev, abs(mean))
     assert (stats.min, stats.max, stats.p99, stats.suggested_scale) == (least, most, p99, suggested), message
-    # A mean that cancels is right to the size of what cancelled.
+    # A mean that cancels is right to the size of what canceled.
     assert stats.mean == pytest.approx(mean, rel=1e-6, abs=1e-12 * spread), message
     assert stats.std_dev == pytest.approx(std_dev, rel=1e-6, abs=1e-12 * spread), message
     return stats

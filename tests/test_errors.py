@@ -259,7 +259,7 @@ def test_every_kind_of_float16_infinity_and_nan(bits, isa):
 
 
 @pytest.mark.parametrize("bits", [0x7F81, 0xFF81, 0x7FBF])
-def test_signalling_nan_in_bfloat16(bits):
+def test_signaling_nan_in_bfloat16(bits):
     x = np.ones(9, pytest.importorskip("ml_dtypes").bfloat16)
     x.view(np.uint16)[4] = bits
     check_raises(NonFiniteError, "x: expected finite", {"index": 4}, dynamic_quantize_int8, x)

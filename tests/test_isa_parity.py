@@ -74,7 +74,7 @@ def compare(calls, offsets, longest=5 * LONGEST):
 
 
 def floats(rng, n):
-    """Half-way points between codes and their neighbours, mixed with every exponent, normals and zeros."""
+    """Half-way points between codes and their neighbors, mixed with every exponent, normals and zeros."""
     halves = ((rng.integers(-127, 127, n) + 0.5) * 0.37).astype(F32)
     near = (halves.view(np.int32) + rng.integers(-2, 3, n, dtype=np.int32)).view(F32)
     wide = (rng.standard_normal(n) * 2.0 ** rng.integers(-149, 127, n)).astype(F32)

@@ -286,7 +286,7 @@ def test_matvec_the_largest_sums(weight, sign, in_features, isa):
 
 
 def test_matvec_a_sum_that_no_int32_holds_is_exact(isa):
-    """Above 2**31, and even so apart from its neighbours: one product taken away shows."""
+    """Above 2**31, and even so apart from its neighbors: one product taken away shows."""
     k = 200_000
     weight = np.full((2, k), 127, np.int8)
     weight[1, 133_333 : 133_333 + 100] = 0

@@ -86,7 +86,7 @@ def orders(n, rng):
         "the sample is smaller": small,
         "equal": np.full(n, -2.5, F32),
         "two values": np.where(rng.random(n) < 0.37, F32(1), F32(-3)).astype(F32),
-        "two neighbours": np.where(rng.random(n) < 0.5, F32(1), np.nextafter(F32(1), F32(2))),
+        "two neighbors": np.where(rng.random(n) < 0.5, F32(1), np.nextafter(F32(1), F32(2))),
         "few values": np.round(x),
         "clipped": np.clip(x, -2, 2),
         "half of them zero": np.maximum(x, 0),
@@ -148,7 +148,7 @@ def test_rank(p, n):
         (0.07, 100, 6),
         # The float32 product is a little above 30, the float64 one is 30.
         (0.3, 100, 30),
-        # float32 rounds the product to the even neighbour below.
+        # float32 rounds the product to the even neighbor below.
         ((2**24 - 1.6) / 2**24, 2**24, 2**24 - 3),
         # Above 2**24 elements ranks are told apart only by float64.
         (1 - 3 / (2**24 + 8), 2**24 + 8, 2**24 + 4),
@@ -161,7 +161,7 @@ def test_rank_of(p, n, rank):
 
 @pytest.mark.parametrize("n", [2**24, 2**24 + 9])
 def test_percentile_on_either_side_of_2_to_24(n):
-    """All zero but for the ten largest magnitudes, so that neighbouring ranks have different values."""
+    """All zero but for the ten largest magnitudes, so that neighboring ranks have different values."""
     x = np.zeros(n, np.float16)
     x[np.random.default_rng(0).choice(n, 10, replace=False)] = np.arange(1, 11)
     for below_top in (0, 1, 2, 3, 6):

@@ -282,8 +282,8 @@ def test_silent_channels_of_a_real_layer_that_speak_later():
 
 
 def layer_norm(x, gamma, beta):
-    centred = x - x.mean(axis=-1, keepdims=True)
-    y = centred / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + F32(1e-5)) * gamma
+    centerd = x - x.mean(axis=-1, keepdims=True)
+    y = centerd / np.sqrt(np.square(centerd).mean(axis=-1, keepdims=True) + F32(1e-5)) * gamma
     return y if beta is None else y + beta
 
 

@@ -34,7 +34,7 @@ from dynquant import (
     w8a8_matmul,
     w8a8_matvec,
 )
-from dynquant._threads import over_rows
+from dynquant._threads import parallel_ranges
 
 X = np.random.default_rng(0).standard_normal((53, 700)).astype(F32)
 FORMATS = [
@@ -139,7 +139,7 @@ def test_an_interrupt_waits_for_the_threads(monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "join", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        over_rows(work, (), 4, 2)
+        parallel_ranges(work, (), 4, 2)
     assert ended == [2]
 
 
@@ -167,7 +167,7 @@ def test_an_interrupt_while_a_thread_starts(monkeypatch, delay):
         patch.setattr(threading.Thread, "_bootstrap", delayed)
         patch.setattr(threading.Event, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            over_rows(work, (), 4, 2)
+            parallel_ranges(work, (), 4, 2)
     at_return = list(begun)
     time.sleep(0.1)
     assert begun == ended == at_return
@@ -178,7 +178,7 @@ def test_at_the_end_of_the_stack():
     """RecursionError, whatever the depth at which it comes."""
 
     def nested(depth):
-        return nested(depth - 1) if depth else over_rows(lambda first, end: True, (), 4, 2)
+        return nested(depth - 1) if depth else parallel_ranges(lambda first, end: True, (), 4, 2)
 
     raised = 0
     for depth in range(sys.getrecursionlimit() - 400, sys.getrecursionlimit()):

@@ -80,7 +80,7 @@ formats = st.one_of(
 )
 isas = st.sampled_from(ISAS)
 threads = st.sampled_from([1, 1, 1, 1, 1, 1, 1, 2, 3])
-NUMBERS = ["normal", "halves", "every exponent", "subnormal", "huge", "zeros", "neighbours"]
+NUMBERS = ["normal", "halves", "every exponent", "subnormal", "huge", "zeros", "neighbors"]
 DTYPES = [F32, F32, np.float16, np.float64, ml_dtypes.bfloat16, np.dtype(">f4")]
 LAYOUTS = ["C", "F", "strided", "reversed", "unaligned", "read-only", "broadcast"]
 
@@ -98,7 +98,7 @@ def numbers_of(kind, shape, rng):
         flat = rng.choice(np.array([3.4e38, -3.4e38, 1e38, 1.0], F32), n)
     elif kind == "zeros":
         flat = np.where(rng.random(n) < 0.05, F32(-1), F32(-0.0))
-    elif kind == "neighbours":
+    elif kind == "neighbors":
         flat = (0x3F800000 + rng.integers(0, 9, n)).astype(np.uint32).view(F32)
     else:
         flat = rng.standard_normal(n) * np.exp2(rng.integers(-9, 9, n))
@@ -136,7 +136,7 @@ def arrays(draw, shape=shapes, numbers=NUMBERS):
     return x, np.ascontiguousarray(x, F32).reshape(x.shape)
 
 
-def matrices(m, k, numbers=("normal", "halves", "zeros", "neighbours")):
+def matrices(m, k, numbers=("normal", "halves", "zeros", "neighbors")):
     """Of numbers whose products stay within float32."""
     return arrays((m, k), numbers)
 
@@ -534,7 +534,7 @@ def layers(data, isa, num_threads):
             a, turned = (hadamard_transform(each, block_size=block) for each in (a, turned))
         if calibration is None:
             q = quantize_weights(turned, **options)
-            assert_equal(layer(x), QuantLinear(q)(a), "layer of quantised weights")
+            assert_equal(layer(x), QuantLinear(q)(a), "layer of quantized weights")
         given_arrays = layer.to_arrays()
         for name in ("smooth", "hadamard"):
             given_arrays.pop(name, None)

@@ -65,7 +65,7 @@ LAYER = QuantLinear.from_float(FLOAT_WEIGHT, BIAS)
 LAYER4 = QuantLinear.from_float(FLOAT_WEIGHT, BIAS, bits=4, group_size=3, smooth=FACTORS, hadamard=True)
 CALIBRATOR = calibrator_of([A], K)
 SAVED = os.path.join(tempfile.mkdtemp(prefix="dynquant"), "calibrator.npz")
-# More rows than are quantised at once.
+# More rows than are quantized at once.
 MANY = np.random.default_rng(2).standard_normal((20, 30_000)).astype(F32)
 WIDE = QuantLinear.from_float(MANY[:2])
 

@@ -116,8 +116,8 @@ def distributions(n, rng):
         "sorted": np.sort(normal),
         "reversed": np.sort(normal)[::-1].copy(),
         "mostly zero": np.where(rng.random(n) < 0.01, normal, F32(0)),
-        # Neighbouring floats: they differ only in the lowest bits of the pattern.
-        "neighbours": (0x3F800000 + rng.integers(0, 1000, n)).astype(np.int32).view(F32),
+        # Neighboring floats: they differ only in the lowest bits of the pattern.
+        "neighbors": (0x3F800000 + rng.integers(0, 1000, n)).astype(np.int32).view(F32),
         "subnormal": rng.integers(0, 5000, n).astype(np.int32).view(F32),
         "outliers": np.where(rng.random(n) < 0.001, normal * F32(1e4), normal),
         "every exponent": bits.view(F32),

@@ -182,7 +182,7 @@ def w8a8_matvec(weight, weight_scales, activation):
 
 
 def w8a8_matmul(weight, weight_scales, x, bias=None):
-    """`weight` (N, K) of codes; `x` (M, K) quantised row by row."""
+    """`weight` (N, K) of codes; `x` (M, K) quantized row by row."""
     a, a_scales = quantize(x, per_row=True)
     # Products of integers added up in float64 are exact below 2**53, and BLAS adds them fast.
     sums = a.astype(np.float64) @ weight.T.astype(np.float64)
@@ -192,7 +192,7 @@ def w8a8_matmul(weight, weight_scales, x, bias=None):
 
 
 def w4a8_matmul(codes, scales, zero_points, size, x, bias=None):
-    """`codes` (N, K) with `zero_points` (N, groups) taken off, or None; `x` (M, K) quantised row by row."""
+    """`codes` (N, K) with `zero_points` (N, groups) taken off, or None; `x` (M, K) quantized row by row."""
     a, a_scales = quantize(x, per_row=True)
     total = np.zeros((len(x), len(codes)), F32)
     for g, (w, part) in enumerate(zip(groups(codes, size), groups(a, size), strict=True)):

@@ -1,4 +1,4 @@
-/* A C program that embeds CPython and has dynquant quantise memory that the program owns, without a copy.
+/* A C program that embeds CPython and has dynquant quantize memory that the program owns, without a copy.
    It shows a memoryview over the program's floats, an `out=` over its bytes, the same work through the C
    table, and a clean end: views released before the memory goes away, Py_FinalizeEx() == 0.
    Build: cc quantize_own_buffer.c -I<dynquant.get_include()> $(python3-config --embed --cflags --ldflags) */

@@ -48,7 +48,7 @@ cdef class KeyCache:
         self.used += n
 
     def scores(self, const float[::1] query not None):
-        """The product of `query` (dim,), quantised too, with every key: exact integer sums, then scaled."""
+        """The product of `query` (dim,), quantized too, with every key: exact integer sums, then scaled."""
         cdef Py_ssize_t i, dim = self.codes.shape[1]
         cdef int8_t[::1] codes = np.empty(dim, np.int8)
         cdef float[::1] out = np.empty(self.used, np.float32)
