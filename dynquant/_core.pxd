@@ -5,6 +5,13 @@ from libc.stdint cimport int8_t, int32_t, uint8_t
 from dynquant._table cimport Kernels
 
 
+cdef enum:
+    # Input formats, as _validate.py numbers them.
+    F32 = 0
+    F16 = 1
+    BF16 = 2
+
+
 # Float input of one call: float32, or one of the 16-bit formats, which are widened block by block.
 cdef struct Floats:
     const char* data
@@ -13,7 +20,8 @@ cdef struct Floats:
 
 
 # One row of a quantized tensor. Every `group` elements have a scale, and a zero point unless the codes are
-# symmetric and zero_points NULL. `within`: each scale is that of the group's largest magnitude.
+# symmetric and zero_points NULL. in_range: each scale is that of its group's largest magnitude, so that no code
+# needs clamping.
 cdef struct QuantRow:
     int8_t* codes
     const float* scales
@@ -23,6 +31,19 @@ cdef struct QuantRow:
     bint in_range
 
 
+# Weights of n outputs and k inputs in the form that the kernels of `table` take. With group 0 they are int8, and
+# scales (n,) are not packed; otherwise 4-bit, with the scales and zero points of all panels. No bias where NULL.
+cdef struct PackedWeights:
+    const Kernels* table
+    Py_ssize_t n
+    Py_ssize_t k
+    Py_ssize_t group
+    uint8_t* panels
+    float* scales
+    uint8_t* zero_points
+    const float* bias
+
+
 cdef Kernels* kernels
 cpdef Py_ssize_t percentile_rank(double p, Py_ssize_t n) noexcept nogil
 cdef bint scale_of(const Floats* x, float clip, Py_ssize_t rank, float* scale) noexcept nogil
@@ -30,18 +51,13 @@ cdef void quantize_row(const Floats* x, const QuantRow* row, int32_t clip) noexc
 cdef void dequantize_row(const QuantRow* row, bint nontemporal, float* out, Py_ssize_t n) noexcept nogil
 cdef bint scale_columns_of_rows(const Floats* x, const float* factors, bint divide, float* out, Py_ssize_t m,
                                 Py_ssize_t k) noexcept nogil
-cdef Py_ssize_t panels_of(Py_ssize_t n) noexcept nogil
-cdef void pack_panels(const int8_t* w, Py_ssize_t n, uint8_t* panels, Py_ssize_t k) noexcept nogil
-cdef void quantize_activation(const Floats* x, float scale, uint8_t* a) noexcept nogil
-cdef void multiply_panels(const uint8_t* panels, const float* w_scales, const float* bias, const uint8_t* a,
-                          const float* a_scales, float* out, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
-                          Py_ssize_t first, Py_ssize_t end) noexcept nogil
-cdef void pack_group_panels(const uint8_t* w, const float* scales, const uint8_t* zero_points, Py_ssize_t n,
-                            uint8_t* panels, float* panels_scales, uint8_t* panels_zero_points, Py_ssize_t k,
-                            Py_ssize_t group) noexcept nogil
-cdef void quantize_group_activation(const Floats* x, float scale, Py_ssize_t group, int8_t* codes,
-                                uint8_t* a) noexcept nogil
-cdef void multiply_group_panels(const uint8_t* panels, const float* scales, const uint8_t* zero_points,
-                                const float* bias, const uint8_t* a, const float* a_scales, float* out,
-                                Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group,
-                                Py_ssize_t first, Py_ssize_t end) noexcept nogil
+cdef Py_ssize_t panels_of(const Kernels* table, Py_ssize_t n) noexcept nogil
+cdef Py_ssize_t panel_bytes(const Kernels* table, Py_ssize_t k, Py_ssize_t group) noexcept nogil
+cdef Py_ssize_t panel_scales(const Kernels* table, Py_ssize_t k, Py_ssize_t group) noexcept nogil
+cdef Py_ssize_t activation_bytes(const Kernels* table, Py_ssize_t k, Py_ssize_t group) noexcept nogil
+cdef void pack_weights(const PackedWeights* w, const uint8_t* codes, const float* scales,
+                       const uint8_t* zero_points) noexcept nogil
+cdef void quantize_activation(const Kernels* table, const Floats* x, float scale, Py_ssize_t group,
+                              int8_t* scratch, uint8_t* a) noexcept nogil
+cdef void multiply_panels(const PackedWeights* w, const uint8_t* a, const float* a_scales, float* out,
+                          Py_ssize_t m, Py_ssize_t first, Py_ssize_t end) noexcept nogil

@@ -19,6 +19,23 @@ class FloatMatrix:
     k: int
     def __new__(cls, x: NDArray[Any], kind: int, m: int, k: int) -> FloatMatrix: ...
 
+@final
+class CodeMatrix:
+    m: int
+    k: int
+    group: int
+    def __new__(
+        cls,
+        codes: NDArray[Any],
+        scales: NDArray[Any],
+        zero_points: NDArray[Any] | None,
+        m: int,
+        k: int,
+        group: int,
+        packed: bool,
+        writable: bool = ...,
+    ) -> CodeMatrix: ...
+
 def is_plain_out(out: NDArray[Any], shape: tuple[int, ...], inputs: tuple[Any, ...]) -> bool: ...
 def disjoint(a: NDArray[Any], b: NDArray[Any]) -> bool: ...
 def new_unchecked(cls: type, data: Any, scales: Any, zero_points: Any, shape: Any, format: Any) -> Any: ...
@@ -38,55 +55,17 @@ def scale_rows(
     end: int = ...,
 ) -> bool: ...
 def quantize_rows(
-    x: FloatMatrix,
-    scales: _F32,
-    zero_points: _U8 | None,
-    clip: int,
-    in_range: bool,
-    packed: bool,
-    group: int,
-    codes: NDArray[Any],
-    first: int = ...,
-    end: int = ...,
+    x: FloatMatrix, q: CodeMatrix, clip: int, in_range: bool, first: int = ..., end: int = ...
 ) -> bool: ...
 def dynamic_quantize_rows(
-    x: FloatMatrix,
-    scales: _F32,
-    clip: int,
-    rank: int,
-    last_rank: int,
-    packed: bool,
-    group: int,
-    codes: NDArray[Any],
-    first: int = ...,
-    end: int = ...,
+    x: FloatMatrix, q: CodeMatrix, clip: int, rank: int, last_rank: int, first: int = ..., end: int = ...
 ) -> bool: ...
-def dequantize_rows(
-    codes: _I8, scales: _F32, zero_points: _U8 | None, packed: bool, group: int, out: _F32
-) -> None: ...
-def sum_abs_error(
-    x: FloatMatrix, codes: _I8, scales: _F32, zero_points: _U8 | None, packed: bool, group: int
-) -> float: ...
-def error_sums(
-    x: FloatMatrix,
-    codes: _I8,
-    scales: _F32,
-    zero_points: _U8 | None,
-    packed: bool,
-    group: int,
-    length: int,
-    sums: _F64,
-) -> None: ...
+def dequantize_rows(q: CodeMatrix, out: _F32) -> None: ...
+def sum_abs_error(x: FloatMatrix, q: CodeMatrix) -> float: ...
+def error_sums(x: FloatMatrix, q: CodeMatrix, length: int, sums: _F64) -> None: ...
 def error_sums_of(x: FloatMatrix, values: FloatMatrix, length: int, sums: _F64) -> None: ...
 def fit_rows(
-    x: FloatMatrix,
-    scales: _F32,
-    zero_points: _U8 | None,
-    levels: int,
-    search: bool,
-    group: int,
-    first: int = ...,
-    end: int = ...,
+    x: FloatMatrix, q: CodeMatrix, levels: int, search: bool, first: int = ..., end: int = ...
 ) -> bool: ...
 def min_max(x: FloatMatrix) -> tuple[float, float]: ...
 def quantize_u8(x: FloatMatrix, scale: float, zero_point: int, codes: NDArray[np.uint8]) -> None: ...
@@ -104,20 +83,20 @@ def w8a8_matvec(
 
 @final
 class Activations:
-    def __new__(cls, layer: PackedLinear, m: int) -> Activations: ...
+    def __new__(cls, layer: PackedLinear, capacity: int) -> Activations: ...
 
 @final
 class PackedLinear:
+    n: int
     panel_count: int
     weight_bytes: int
+    smooth: _F32 | None
     def __new__(
-        cls, n: int, k: int, group: int, bias: _F32 | None, factors: _F32 | None, block: int
+        cls, n: int, k: int, group: int, bias: _F32 | None, smooth: _F32 | None, block: int
     ) -> PackedLinear: ...
     def activation_bytes(self) -> int: ...
-    def pack_int8(self, weight: _I8, scales: _F32) -> None: ...
-    def unpack_int8(self, weight: _I8, scales: _F32) -> None: ...
-    def pack_int4(self, codes: _U8, scales: _F32, zero_points: _U8 | None) -> None: ...
-    def unpack_int4(self, codes: _U8, scales: _F32, zero_points: _U8 | None) -> None: ...
+    def pack(self, q: CodeMatrix) -> None: ...
+    def unpack(self, q: CodeMatrix) -> None: ...
     def quantize(self, x: FloatMatrix, a: Activations) -> bool: ...
     def multiply(self, a: Activations, out: _F32, first: int = ..., end: int = ...) -> bool: ...
 

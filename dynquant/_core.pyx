@@ -1,18 +1,23 @@
-"""Entries from Python to the row kernels, on typed memoryviews and buffers."""
+"""Entries from Python to the row kernels."""
 
 # Design
 # ------
-# The facade has validated every argument: shapes agree, results are C-contiguous, writable and overlap no
-# input except where an entry allows it. Here only sizes are held against the memory itself (check_size).
-# Entries that small inputs reach take arrays as FloatRows and Memory, which are quicker to make than typed
-# memoryviews.
+# Three layers, one list of topics:
 #
-# An entry goes over rows and, within a row, over blocks of BLOCK floats. A block of float32 is read where it
-# lies; a block of float16 or bfloat16 is widened into a scratch array on the stack. So every row kernel sees
-# float32, and no loop over rows allocates.
+#   entries       `def` functions and classes below, in core/*.pxi. The facade (dynquant/_*.py) has validated every
+#                 argument: shapes agree, results are C-contiguous and writable, and overlap no input except where
+#                 an entry allows it. An entry checks only sizes against memory (check_size), releases the GIL
+#                 once, and calls row drivers.
+#   row drivers   `cdef` functions `noexcept nogil`, in the same files. They go over rows and, within a row, over
+#                 blocks of BLOCK floats. A block of float32 is read where it lies; one of float16 or bfloat16 is
+#                 widened into scratch on the stack. So every row kernel sees float32, and no loop allocates.
+#   row kernels   in kernels/*.pxi, compiled once for each instruction set. `kernels` points to the table of the
+#                 set in use. _isa.py sets it when the package is imported; later only tests and benchmarks do, to
+#                 compare sets. A PackedLinear keeps the table that it was packed for.
 #
-# `kernels` points to the table of the instruction set that _isa.py picked. It is set while the package is
-# imported, and then only by tests and benchmarks that compare instruction sets.
+# An entry takes FloatMatrix, CodeMatrix and RawBuffer where small inputs reach it, because they are quick to make.
+# Elsewhere it takes typed memoryviews, which also check dtype and number of axes. Arguments stand in one order:
+# input, codes, options, result, first and end.
 #
 # Entries that look for NaN and infinity return whether the input is finite; the facade finds the element and
 # raises.
@@ -34,7 +39,7 @@ from libc.math cimport INFINITY, ceil, pow, sqrt
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
 
-from dynquant._table cimport CHANNEL_BINS, Kernels
+from dynquant._table cimport CHANNEL_BINS, NON_FINITE, Kernels, groups_of
 
 
 cdef extern from "cpu.h" nogil:
@@ -58,10 +63,7 @@ cdef extern from "Python.h":
 
 cdef extern from "kernels/simd/simd.h" nogil:
     float dq_float(int32_t b)
-
-
-cdef enum:
-    NON_FINITE = 0x7F800000  # the bits of infinity; those of NaN are above
+    float DQ_BELOW_HALF
 
 
 kernels = NULL

@@ -10,7 +10,7 @@ import numpy as np
 from . import _core
 from ._gptq import calibration_batches
 from ._hadamard import hadamard_block, rotate_named
-from ._matmul import by_group, check_weight, multiply, packed_linear
+from ._matmul import check_weight, multiply, packed_linear
 from ._smooth import as_factors, smooth_activations, smooth_weights
 from ._tensor import DynQuantFormat, DynQuantTensor, check_field
 from ._validate import (
@@ -238,10 +238,9 @@ class QuantLinear:
         fmt, shape = self._format, (self._n, self._k)
         data, scales = np.empty(fmt.data_shape(shape), fmt.data_dtype), np.empty(fmt.scales_shape(shape), F32)
         zero_points = None if self._symmetric else np.empty(scales.shape, U8)
-        if fmt.bits == 8:
-            self._layer.unpack_int8(data, scales)
-        else:
-            self._layer.unpack_int4(data, *by_group(scales, zero_points))
+        self._layer.unpack(
+            _core.CodeMatrix(data, scales, zero_points, *shape, fmt.group_of(self._k), fmt.packed, True)
+        )
         return DynQuantTensor(data, scales, zero_points, shape, fmt)
 
     def weight_dequantized(self) -> NDArray[np.float32]:
@@ -297,9 +296,9 @@ class QuantLinear:
         if out is not None:
             checked_out(out, shape, F32, array, x)
         if len(lengths) == 2:
-            return multiply(self._layer, self._n, self._smooth, array, out, threads, "x")
+            return multiply(self._layer, array, out, threads, "x")
         rows, into = array.reshape(-1, self._k), None if out is None else out.reshape(-1, self._n)
-        y = multiply(self._layer, self._n, self._smooth, rows, into, threads, "x")
+        y = multiply(self._layer, rows, into, threads, "x")
         return y.reshape(shape) if out is None else out
 
     def __reduce__(self) -> tuple[Any, ...]:

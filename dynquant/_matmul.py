@@ -8,7 +8,7 @@ import numpy as np
 
 from . import _core
 from ._quantize import quantize_named
-from ._tensor import DynQuantFormat, DynQuantTensor, MaxAbs, check_arrays
+from ._tensor import DynQuantFormat, DynQuantTensor, MaxAbs, check_arrays, code_matrix
 from ._threads import parallel_ranges
 from ._validate import (
     F32,
@@ -171,7 +171,7 @@ def w8a8_matmul(
     if weight.size == 0:
         return _of_nothing(F32.type(0) * scales, offset, x, out, "activations")
     tensor = DynQuantTensor(weight, scales, None, (n, k), DynQuantFormat.INT8_PER_ROW)
-    return multiply(packed_linear(tensor, offset, None, 0), n, None, x, out, threads, "activations")
+    return multiply(packed_linear(tensor, offset, None, 0), x, out, threads, "activations")
 
 
 def w4a8_matvec(
@@ -320,16 +320,7 @@ def _multiply_int4(
     n, k = weight.shape
     if n == 0 or k == 0:
         return _of_nothing(np.zeros(n, F32), bias, x, out, name)
-    return multiply(packed_linear(weight, bias, None, 0), n, None, x, out, threads, name)
-
-
-def by_group(
-    scales: NDArray[np.float32], zero_points: NDArray[np.uint8] | None
-) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-    """Scales and zero points with an axis of groups, of length 1 where there is one group to a row."""
-    if scales.ndim == 2:
-        return scales, zero_points
-    return scales[:, None], None if zero_points is None else zero_points[:, None]
+    return multiply(packed_linear(weight, bias, None, 0), x, out, threads, name)
 
 
 def packed_linear(
@@ -340,16 +331,9 @@ def packed_linear(
 ) -> _core.PackedLinear:
     """Weights, not empty, in the form of the kernels in use."""
     n, k = weight.shape
-    data, scales = np.ascontiguousarray(weight.data), as_floats(weight.scales, "weight.scales")
-    if weight.format.bits == 8:
-        layer = _core.PackedLinear(n, k, 0, bias, smooth, block)
-        layer.pack_int8(data, scales)
-        return layer
-    layer = _core.PackedLinear(n, k, weight.format.group_of(k), bias, smooth, block)
-    zero_points = weight.zero_points
-    if zero_points is not None:
-        zero_points = np.ascontiguousarray(zero_points)
-    layer.pack_int4(data, *by_group(scales, zero_points))
+    group = 0 if weight.format.bits == 8 else weight.format.group_of(k)
+    layer = _core.PackedLinear(n, k, group, bias, smooth, block)
+    layer.pack(code_matrix(weight))
     return layer
 
 
@@ -369,30 +353,27 @@ def _of_nothing(
 
 def multiply(
     layer: _core.PackedLinear,
-    n: int,
-    smooth: NDArray[np.float32] | None,
     x: NDArray[Any],
     out: NDArray[np.float32] | None,
     threads: int,
     name: str,
 ) -> NDArray[np.float32]:
-    """Rows of `x` times packed weights with n outputs, a chunk of rows at a time."""
+    """Rows of `x` times packed weights, a chunk of rows at a time."""
     m, k = x.shape
-    y = np.empty((m, n), F32) if out is None else out
+    y = np.empty((m, layer.n), F32) if out is None else out
     most = max(_CHUNK_ROWS, _CHUNK_BYTES // layer.activation_bytes())
     if m > most:
-        _multiply_chunks(layer, smooth, x, y, _chunk_rows(m, most), out is not None, threads, name)
+        _multiply_chunks(layer, x, y, _chunk_rows(m, most), out is not None, threads, name)
         return y
     a = _core.Activations(layer, m)
     if not layer.quantize(float_matrix(x, m, k), a):
-        _raise_bad_row(x, smooth, name)
+        _raise_bad_row(x, layer.smooth, name)
     parallel_ranges(layer.multiply, (a, y), layer.panel_count, threads)
     return y
 
 
 def _multiply_chunks(
     layer: _core.PackedLinear,
-    smooth: NDArray[np.float32] | None,
     x: NDArray[Any],
     y: NDArray[np.float32],
     chunk: int,
@@ -408,10 +389,10 @@ def _multiply_chunks(
     outputs = [y[first : first + chunk] for first in range(0, len(x), chunk)]
     # A new array may be given up half written; the caller's may not.
     if check_first and not all(layer.quantize(part, a) for part in rows):
-        _raise_bad_row(x, smooth, name)
+        _raise_bad_row(x, layer.smooth, name)
     for part, into in zip(rows, outputs, strict=True):
         if not layer.quantize(part, a):
-            _raise_bad_row(x, smooth, name)
+            _raise_bad_row(x, layer.smooth, name)
         parallel_ranges(layer.multiply, (a, into), layer.panel_count, threads)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from . import _core
-from ._tensor import DynQuantTensor, kernel_args
+from ._tensor import DynQuantTensor, code_matrix
 from ._validate import as_flag, as_floats, check_finite, float_matrix
 from .errors import ParameterError, ShapeMismatchError
 
@@ -137,7 +137,7 @@ def quantization_mae(original: ArrayLike, quantized: DynQuantTensor) -> float:
     if array.size == 0:
         return 0.0
     rows = float_matrix(array, *quantized.format.rows_of(quantized.shape))
-    return _core.sum_abs_error(rows, *kernel_args(quantized)) / array.size
+    return _core.sum_abs_error(rows, code_matrix(quantized)) / array.size
 
 
 def _check_scales(quantized: DynQuantTensor) -> None:
@@ -155,7 +155,7 @@ def _checked_original(original: ArrayLike, shape: tuple[int, ...]) -> NDArray[An
 def _error_sums(
     original: ArrayLike, quantized: DynQuantTensor | ArrayLike, per_row: bool
 ) -> tuple[NDArray[Any], NDArray[np.float64], int]:
-    """The original, the sums of kernels/stats.pxi, (rows or 1, 6), and how many elements each is over."""
+    """The original, the sums of kernels/metrics.pxi, (rows or 1, 6), and how many elements each is over."""
     if not isinstance(quantized, DynQuantTensor):
         quantized = as_floats(quantized, "quantized")
     array = _checked_original(original, quantized.shape)
@@ -167,7 +167,7 @@ def _error_sums(
         _check_scales(quantized)
         if array.size:
             rows = float_matrix(array, *quantized.format.rows_of(array.shape))
-            _core.error_sums(rows, *kernel_args(quantized), length, sums)
+            _core.error_sums(rows, code_matrix(quantized), length, sums)
     else:
         check_finite(quantized, "quantized")
         if array.size:

@@ -298,16 +298,17 @@ def quantize_named(
     data = empty(data_shape, dtype) if out is None else checked_out(out, data_shape, dtype, array, x)
     scales = empty(scales_shape, F32)
     rows = float_matrix(array, m, k)
+    codes = _core.CodeMatrix(data, scales, None, m, k, group, packed, True)
 
     # A new array may be given up half written; the caller's may not.
     check_first = out is not None and scales.size > 1
     if check_first:
         finite = parallel_ranges(_core.scale_rows, (rows, scales, clip, rank, last_rank, group), m, threads)
     else:
-        work = (rows, scales, clip, rank, last_rank, packed, group, data)
+        work = (rows, codes, clip, rank, last_rank)
         finite = parallel_ranges(_core.dynamic_quantize_rows, work, m, threads)
     if not finite:
         raise_non_finite(array, name)
     if check_first:
-        parallel_ranges(_core.quantize_rows, (rows, scales, None, clip, rank < 0, packed, group, data), m, threads)
+        parallel_ranges(_core.quantize_rows, (rows, codes, clip, rank < 0), m, threads)
     return tensor_of_checked(data, scales, shape, fmt)

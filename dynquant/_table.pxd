@@ -3,9 +3,14 @@
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
 
 
-# Cells that count the magnitudes of one channel in a calibration.
 cdef enum:
-    CHANNEL_BINS = 90
+    CHANNEL_BINS = 90  # bins of the histogram that a calibration keeps of one channel
+    NON_FINITE = 0x7F800000  # the bits of infinity; those of NaN are above them
+
+
+# Groups of at most `group` elements in a row of k.
+cdef inline Py_ssize_t groups_of(Py_ssize_t k, Py_ssize_t group) noexcept nogil:
+    return (k + group - 1) // group
 
 
 ctypedef struct Kernels:

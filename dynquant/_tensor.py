@@ -334,7 +334,7 @@ class DynQuantTensor:
             out = np.empty(self.shape, F32)
         else:
             checked_out(out, self.shape, F32, self.data, self.scales, self.zero_points)
-        _core.dequantize_rows(*kernel_args(self), out.reshape(self.format.rows_of(self.shape)))
+        _core.dequantize_rows(code_matrix(self), out)
         return out
 
     def __repr__(self) -> str:
@@ -398,23 +398,20 @@ def check_field(array: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[A
         raise ShapeMismatchError(shape, array.shape, name)
 
 
-def as_flat(array: NDArray[Any]) -> NDArray[Any]:
-    """Codes or scales in one run, as the kernels take them: int8 for packed codes, a view where it can be."""
-    run = np.ascontiguousarray(array).reshape(-1)
-    if not run.flags.aligned:
-        run = run.copy()
-    return run.view(I8) if run.dtype == U8 else run
-
-
-def kernel_args(
-    tensor: DynQuantTensor,
-) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.uint8] | None, bool, int]:
-    """Codes, scales, zero points, whether packed, and elements of a group, as the kernels take them."""
+def code_matrix(tensor: DynQuantTensor) -> _core.CodeMatrix:
+    """The tensor as the kernels see it; arrays are copied only where they are strided or unaligned."""
     fmt, zero_points = tensor.format, tensor.zero_points
-    if zero_points is not None:
-        zero_points = np.ascontiguousarray(zero_points).reshape(-1)
-    _, k = fmt.rows_of(tensor.shape)
-    return as_flat(tensor.data), as_flat(tensor.scales), zero_points, fmt.packed, fmt.group_of(k)
+    m, k = fmt.rows_of(tensor.shape)
+    zero_points = None if zero_points is None else as_flat(zero_points)
+    return _core.CodeMatrix(
+        as_flat(tensor.data), as_flat(tensor.scales), zero_points, m, k, fmt.group_of(k), fmt.packed
+    )
+
+
+def as_flat(array: NDArray[Any]) -> NDArray[Any]:
+    """`array`, or a copy where it is strided or unaligned."""
+    flat = np.ascontiguousarray(array)
+    return flat if flat.flags.aligned else flat.copy()
 
 
 def packed_format(format: DynQuantFormat, packed: bool) -> DynQuantFormat:

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import _core
 from ._gptq import SecondMoments, calibration_batches, compensate
-from ._tensor import DynQuantFormat, DynQuantTensor, as_flat, tensor_of_checked
+from ._tensor import DynQuantFormat, DynQuantTensor, tensor_of_checked
 from ._threads import parallel_ranges
 from ._validate import F32, U8, as_flag, as_matrix, as_thread_count, check_finite, float_matrix
 from .errors import ParameterError, shown
@@ -128,14 +128,12 @@ def quantize_matrix(
     rows, group = float_matrix(w, *w.shape), fmt.group_of(w.shape[1])
     scales = np.empty(fmt.scales_shape(w.shape), F32)
     zero_points = None if symmetric else np.empty(scales.shape, U8)
-    s, z = scales.reshape(-1), None if zero_points is None else zero_points.reshape(-1)
-    parallel_ranges(_core.fit_rows, (rows, s, z, fmt.clip if symmetric else 15, search, group), len(w), threads)
+    data = np.empty(fmt.data_shape(w.shape), fmt.data_dtype)
+    codes = _core.CodeMatrix(data, scales, zero_points, *w.shape, group, fmt.packed, True)
+    parallel_ranges(_core.fit_rows, (rows, codes, fmt.clip if symmetric else 15, search), len(w), threads)
     if not np.isfinite(scales).all():
         raise ParameterError(f"{name}: expected the range of each group within float32, got one beyond it")
-    data = np.empty(fmt.data_shape(w.shape), fmt.data_dtype)
-    parallel_ranges(
-        _core.quantize_rows, (rows, s, z, fmt.clip, not search, fmt.packed, group, as_flat(data)), len(w), threads
-    )
+    parallel_ranges(_core.quantize_rows, (rows, codes, fmt.clip, not search), len(w), threads)
     tensor = tensor_of_checked(data, scales, w.shape, fmt, zero_points)
     if batches is None:
         return tensor

@@ -15,23 +15,25 @@ from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uintptr_t
 from libc.string cimport memchr, memset
 
 from dynquant._core cimport (
+    F32,
     Floats,
+    PackedWeights,
     QuantRow,
-    quantize_activation,
-    quantize_group_activation,
-    quantize_row,
+    activation_bytes,
+    dequantize_row,
     kernels,
-    multiply_group_panels,
     multiply_panels,
-    pack_group_panels,
-    pack_panels,
+    pack_weights,
+    panel_bytes,
+    panel_scales,
     panels_of,
     percentile_rank,
+    quantize_activation,
+    quantize_row,
     scale_columns_of_rows,
     scale_of,
-    dequantize_row,
 )
-from dynquant._table cimport Kernels
+from dynquant._table cimport NON_FINITE, Kernels, groups_of
 
 
 cdef extern from "include/dynquant.h" nogil:
@@ -74,8 +76,6 @@ cdef extern from "kernels/simd/simd.h" nogil:
 
 
 cdef enum:
-    F32 = 0
-    NON_FINITE_BITS = 0x7F800000
     LINE = 64
 
 
@@ -103,7 +103,7 @@ cdef inline bint is_finite(float value) noexcept nogil:
 
 
 cdef inline bint all_finite(const float* x, Py_ssize_t n) noexcept nogil:
-    return kernels.amax_bits_f32(x, n) < NON_FINITE_BITS
+    return kernels.amax_bits_f32(x, n) < NON_FINITE
 
 
 cdef inline Floats floats(const float* x, Py_ssize_t n) noexcept nogil:
@@ -134,7 +134,7 @@ cdef int dynquant_amax_f32(const float* x, int64_t n, float* amax) noexcept nogi
     if not is_length(n):
         return DYNQUANT_BAD_ARGUMENT
     bits = kernels.amax_bits_f32(x, n)
-    if bits >= NON_FINITE_BITS:
+    if bits >= NON_FINITE:
         return DYNQUANT_NON_FINITE
     amax[0] = dq_float(bits)
     return DYNQUANT_OK
@@ -280,17 +280,30 @@ cdef int64_t dynquant_w8a8_packed_bytes(int64_t n, int64_t k) noexcept nogil:
     # Within these lengths the bytes of one panel cannot overflow.
     if not (is_length(n) and is_shape(k, 2 * LINE)):
         return -1
-    return bytes_of(panels_of(n), kernels.panel_bytes(k))
+    return bytes_of(panels_of(kernels, n), kernels.panel_bytes(k))
+
+
+# The weights in memory that has been packed, or is about to be; group 0 for 8 bits.
+cdef inline PackedWeights weights_in(const void* packed, int64_t n, int64_t k, int64_t group) noexcept nogil:
+    cdef PackedWeights w
+    w.table, w.n, w.k, w.group = kernels, n, k, group
+    w.panels = <uint8_t*> line_of(packed) + LINE
+    w.scales, w.zero_points, w.bias = NULL, NULL, NULL
+    if group:
+        w.scales = <float*> (w.panels + panels_of(kernels, n) * panel_bytes(kernels, k, group))
+        w.zero_points = <uint8_t*> (w.scales + panels_of(kernels, n) * panel_scales(kernels, k, group))
+    return w
 
 
 cdef int dynquant_w8a8_pack(const int8_t* w, int64_t n, int64_t k, void* packed) noexcept nogil:
-    cdef char* line = line_of(packed)
-    cdef Label* label = <Label*> line
+    cdef Label* label = <Label*> line_of(packed)
+    cdef PackedWeights weights
     if dynquant_w8a8_packed_bytes(n, k) < 0:
         return DYNQUANT_BAD_ARGUMENT
     label.form, label.n, label.k, label.group = kernels, n, k, 0
     if k:
-        pack_panels(w, n, <uint8_t*> line + LINE, k)
+        weights = weights_in(packed, n, k, 0)
+        pack_weights(&weights, <const uint8_t*> w, NULL, NULL)
     return DYNQUANT_OK
 
 
@@ -306,9 +319,10 @@ cdef int64_t dynquant_w8a8_scratch_bytes(int64_t m, int64_t k) noexcept nogil:
     return bytes_of(m, kernels.activation_bytes(k) + <int64_t> sizeof(float))
 
 
-# scales (m,) and a (m, activation_bytes(k)) of the rows of x.
-cdef int quantize_activations(const float* x, int64_t m, int64_t k, float* scales, uint8_t* a) noexcept nogil:
-    cdef Py_ssize_t r
+# scales (m,) and a (m, activation_bytes) of the rows of x; scratch as quantize_activation takes it.
+cdef int quantize_activations(const float* x, int64_t m, int64_t k, int64_t group, float* scales, uint8_t* a,
+                              int8_t* scratch) noexcept nogil:
+    cdef Py_ssize_t r, width = activation_bytes(kernels, k, group)
     cdef Floats row
     cdef int status
     for r in range(m):
@@ -316,7 +330,7 @@ cdef int quantize_activations(const float* x, int64_t m, int64_t k, float* scale
         if status != DYNQUANT_OK:
             return status
         row = floats(x + r * k, k)
-        quantize_activation(&row, scales[r], a + r * kernels.activation_bytes(k))
+        quantize_activation(kernels, &row, scales[r], group, scratch, a + r * width)
     return DYNQUANT_OK
 
 
@@ -337,21 +351,22 @@ cdef int dynquant_w8a8_matmul(const void* packed, const float* w_scales, const f
     cdef float* a_scales = <float*> line_of(scratch)
     cdef uint8_t* a
     cdef int status
+    cdef PackedWeights w
     if not (is_shape(m, n) and is_shape(m, k) and dynquant_w8a8_scratch_bytes(m, k) >= 0
             and is_packed(packed, n, k, 0)):
         return DYNQUANT_BAD_ARGUMENT
     if not (all_finite(w_scales, n) and (bias == NULL or all_finite(bias, n))):
         return DYNQUANT_NON_FINITE
-    a = <uint8_t*> line_of(a_scales + m)
-    status = quantize_activations(x, m, k, a_scales, a)
-    if status != DYNQUANT_OK:
-        return status
     if k == 0:
         fill_rows(w_scales, bias, m, n, out)
-    else:
-        multiply_panels(<const uint8_t*> line_of(packed) + LINE, w_scales, bias, a, a_scales, out, m, n, k, 0,
-                        panels_of(n))
-    return DYNQUANT_OK
+        return DYNQUANT_OK
+    a = <uint8_t*> line_of(a_scales + m)
+    status = quantize_activations(x, m, k, 0, a_scales, a, NULL)
+    if status == DYNQUANT_OK:
+        w = weights_in(packed, n, k, 0)
+        w.scales, w.bias = <float*> w_scales, bias
+        multiply_panels(&w, a, a_scales, out, m, 0, panels_of(kernels, n))
+    return status
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -394,16 +409,6 @@ cdef inline int64_t group_of(int64_t k, int64_t group_size) noexcept nogil:
     return group_size if group_size < k else k
 
 
-# Scales of all the panels, or their zero points.
-cdef inline int64_t scales_of(int64_t n, int64_t k, int64_t group) noexcept nogil:
-    return panels_of(n) * kernels.panel_outputs * ((k + group - 1) // group)
-
-
-# Bytes of the panels, without scales and zero points; k > 0.
-cdef inline int64_t panel_bytes_of(int64_t n, int64_t k, int64_t group) noexcept nogil:
-    return panels_of(n) * kernels.group_panel_bytes(k, group)
-
-
 cdef int64_t dynquant_w4a8_packed_bytes(int64_t n, int64_t k, int64_t group_size) noexcept nogil:
     cdef int64_t group = group_of(k, group_size)
     # A weight that is a group of its own takes nine bytes, and outputs are filled up to a panel.
@@ -412,7 +417,8 @@ cdef int64_t dynquant_w4a8_packed_bytes(int64_t n, int64_t k, int64_t group_size
         return -1
     if k == 0:
         return bytes_of(0, 0)
-    return bytes_of(1, panel_bytes_of(n, k, group) + scales_of(n, k, group) * (<int64_t> sizeof(float) + 1))
+    return bytes_of(panels_of(kernels, n), panel_bytes(kernels, k, group)
+                    + panel_scales(kernels, k, group) * (<int64_t> sizeof(float) + 1))
 
 
 cdef inline bint are_nibbles(const uint8_t* codes, int64_t n) noexcept nogil:
@@ -425,23 +431,21 @@ cdef inline bint are_nibbles(const uint8_t* codes, int64_t n) noexcept nogil:
 
 cdef int dynquant_w4a8_pack(const uint8_t* w, const float* w_scales, const uint8_t* zero_points, int64_t n,
                             int64_t k, int64_t group_size, void* packed) noexcept nogil:
-    cdef char* line = line_of(packed)
-    cdef Label* label = <Label*> line
-    cdef int64_t group = group_of(k, group_size), groups
-    cdef uint8_t* panels = <uint8_t*> line + LINE
-    cdef float* scales
+    cdef Label* label = <Label*> line_of(packed)
+    cdef PackedWeights weights
+    cdef int64_t n_scales = 0
     if dynquant_w4a8_packed_bytes(n, k, group_size) < 0:
         return DYNQUANT_BAD_ARGUMENT
-    groups = (k + group - 1) // group if k else 0
-    if not all_finite(w_scales, n * groups):
+    if k:
+        n_scales = n * groups_of(k, group_of(k, group_size))
+    if not all_finite(w_scales, n_scales):
         return DYNQUANT_NON_FINITE
-    if zero_points != NULL and not are_nibbles(zero_points, n * groups):
+    if zero_points != NULL and not are_nibbles(zero_points, n_scales):
         return DYNQUANT_BAD_ARGUMENT
     label.form, label.n, label.k, label.group = kernels, n, k, group_size
     if k:
-        scales = <float*> (panels + panel_bytes_of(n, k, group))
-        pack_group_panels(w, w_scales, zero_points, n, panels, scales,
-                          <uint8_t*> (scales + scales_of(n, k, group)), k, group)
+        weights = weights_in(packed, n, k, group_of(k, group_size))
+        pack_weights(&weights, w, w_scales, zero_points)
     return DYNQUANT_OK
 
 
@@ -459,13 +463,9 @@ cdef int dynquant_w4a8_matmul(const void* packed, const float* bias, const float
                               int64_t k, int64_t group_size, void* scratch, float* out) noexcept nogil:
     cdef int64_t group = group_of(k, group_size)
     cdef float* a_scales = <float*> line_of(scratch)
-    cdef const uint8_t* panels = <const uint8_t*> line_of(packed) + LINE
-    cdef const float* scales
     cdef uint8_t* a
-    cdef int8_t* codes
-    cdef Floats row
+    cdef PackedWeights w
     cdef int status
-    cdef Py_ssize_t r, width
     if not (is_shape(m, n) and is_shape(m, k) and dynquant_w4a8_scratch_bytes(m, k, group_size) >= 0
             and is_packed(packed, n, k, group_size)):
         return DYNQUANT_BAD_ARGUMENT
@@ -474,19 +474,14 @@ cdef int dynquant_w4a8_matmul(const void* packed, const float* bias, const float
     if k == 0:
         fill_rows(NULL, bias, m, n, out)
         return DYNQUANT_OK
-    width = kernels.group_activation_bytes(k, group)
     a = <uint8_t*> line_of(a_scales + m)
-    codes = <int8_t*> a + m * width
-    for r in range(m):
-        status = scale_row(x + r * k, k, -1, 127, &a_scales[r])
-        if status != DYNQUANT_OK:
-            return status
-        row = floats(x + r * k, k)
-        quantize_group_activation(&row, a_scales[r], group, codes, a + r * width)
-    scales = <const float*> (panels + panel_bytes_of(n, k, group))
-    multiply_group_panels(panels, scales, <const uint8_t*> (scales + scales_of(n, k, group)), bias, a,
-                          a_scales, out, m, n, k, group, 0, panels_of(n))
-    return DYNQUANT_OK
+    status = quantize_activations(x, m, k, group, a_scales, a,
+                                  <int8_t*> a + m * activation_bytes(kernels, k, group))
+    if status == DYNQUANT_OK:
+        w = weights_in(packed, n, k, group)
+        w.bias = bias
+        multiply_panels(&w, a, a_scales, out, m, 0, panels_of(kernels, n))
+    return status
 
 
 # ---------------------------------------------------------------------------------------------------------

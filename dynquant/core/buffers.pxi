@@ -1,14 +1,10 @@
-# Arrays as the kernels see them: memory held against what is read and written, and floats widened block by block.
+# Arrays as the kernels see them: matrices of floats and of codes, checked against the memory that they lie in.
 cdef enum:
-    # Input formats, as _validate.py numbers them.
-    F32 = 0
-    F16 = 1
-    BF16 = 2
     BLOCK = 4096  # floats that are widened, and codes that are packed, together: 16 KiB, half of a small L1
 
 
-# Objects that are converted by code of their own may change arrays whose shape was looked at before, and a
-# subclass may say any shape: what is about to be read or written is held against the memory itself.
+# The facade has checked shapes, but objects that are converted by code of their own may have resized an array
+# since, and a subclass may report any shape. So lengths are checked again, against the memory itself.
 cdef int check_size(Py_ssize_t size, Py_ssize_t needed) except -1:
     if size < needed:
         from dynquant.errors import LayoutError
@@ -17,12 +13,16 @@ cdef int check_size(Py_ssize_t size, Py_ssize_t needed) except -1:
     return 0
 
 
-# One is made in every call, and can be part of no reference cycle.
+# The three classes below are made in nearly every call. A typed memoryview, which also knows shape and dtype,
+# takes three times as long to make, and that is as long as quantizing a thousand floats. They cannot be part of
+# a reference cycle.
+
+
 @cython.final
 @cython.no_gc
 @cython.freelist(8)
 cdef class FloatMatrix:
-    """m rows of k floats that follow each other in `x`, a C-contiguous array of the format `kind`."""
+    """m rows of k floats in `x`, a C-contiguous array of the format `kind`."""
 
     cdef Py_buffer view
     cdef int kind
@@ -50,13 +50,59 @@ cdef class FloatMatrix:
         return x
 
 
-# A typed memoryview, which also knows shape and dtype, takes three times as long to make, and that is as long
-# as quantizing a thousand floats.
+@cython.final
+@cython.no_gc
+@cython.freelist(8)
+cdef class CodeMatrix:
+    """m rows of k codes: a scale, and a zero point unless they are symmetric, for each `group` elements of a row.
+
+    `codes`, `scales` and `zero_points` are C-contiguous; packed codes take half a byte each. With `writable`
+    codes and scales are results.
+    """
+
+    cdef Py_buffer codes, scales, zero_points
+    cdef readonly Py_ssize_t m, k, group
+    cdef bint packed
+
+    def __cinit__(self, codes not None, scales not None, zero_points, Py_ssize_t m, Py_ssize_t k,
+                  Py_ssize_t group, bint packed, bint writable=False):
+        cdef int flags = PyBUF_WRITABLE if writable else PyBUF_SIMPLE
+        cdef Py_ssize_t n_scales = m * groups_of(k, group)
+        self.m, self.k, self.group, self.packed = m, k, group, packed
+        PyObject_GetBuffer(codes, &self.codes, flags)
+        PyObject_GetBuffer(scales, &self.scales, flags)
+        check_size(self.codes.len, m * bytes_of_row(k, packed))
+        check_size(self.scales.len, n_scales * <Py_ssize_t> sizeof(float))
+        if zero_points is not None:
+            PyObject_GetBuffer(zero_points, &self.zero_points, flags)
+            check_size(self.zero_points.len, n_scales)
+
+    def __dealloc__(self):
+        PyBuffer_Release(&self.codes)
+        PyBuffer_Release(&self.scales)
+        PyBuffer_Release(&self.zero_points)
+
+    cdef QuantRow row(self, Py_ssize_t r) noexcept nogil:
+        cdef QuantRow row
+        cdef Py_ssize_t groups = groups_of(self.k, self.group)
+        row.codes = <int8_t*> self.codes.buf + r * bytes_of_row(self.k, self.packed)
+        row.scales = <float*> self.scales.buf + r * groups
+        row.zero_points = NULL
+        if self.zero_points.buf != NULL:
+            row.zero_points = <uint8_t*> self.zero_points.buf + r * groups
+        row.group, row.packed, row.in_range = self.group, self.packed, False
+        return row
+
+
+cdef inline Py_ssize_t bytes_of_row(Py_ssize_t k, bint packed) noexcept nogil:
+    return (k + 1) // 2 if packed else k
+
+
 @cython.final
 @cython.no_gc
 @cython.freelist(8)
 cdef class RawBuffer:
-    """The memory of an array, kept while this lives; unless told otherwise, writable and C-contiguous."""
+    """The memory of one array, kept alive; by default writable and C-contiguous."""
 
     cdef Py_buffer view
 
@@ -68,9 +114,9 @@ cdef class RawBuffer:
 
 
 def is_plain_out(out not None, tuple shape not None, tuple inputs not None):
-    """Whether `out` is a writable, aligned, C-contiguous array of `shape` that is apart from `inputs`.
+    """Whether `out` is a writable, aligned, C-contiguous array of `shape`, disjoint from `inputs`.
 
-    False where any of these is more than a plain array: then it is to be looked at closely.
+    False too where one of them is more than a plain array; _validate.py then looks closely.
     """
     cdef RawBuffer x, y
     cdef Py_ssize_t i, n = len(shape)
@@ -137,7 +183,7 @@ def new_unchecked(type cls not None, data, scales, zero_points, shape, format):
     return tensor
 
 
-# Floats start .. start + n of x: where they lie, or, n <= BLOCK, widened into scratch.
+# Floats start .. start + n of x: where they lie, or, with n <= BLOCK, widened into scratch.
 cdef inline const float* block_of(const Floats* x, Py_ssize_t start, Py_ssize_t n,
                                   float* scratch) noexcept nogil:
     if x.kind == F32:
@@ -153,12 +199,12 @@ cdef inline Py_ssize_t block_len(Py_ssize_t start, Py_ssize_t n) noexcept nogil:
     return n - start if n - start < BLOCK else BLOCK
 
 
-# The same where only scratch is short: float32 is taken at once.
+# The same where only the scratch limits the length: float32 is not copied, so it is taken whole.
 cdef inline Py_ssize_t span_len(const Floats* x, Py_ssize_t start, Py_ssize_t end) noexcept nogil:
     return end - start if x.kind == F32 else block_len(start, end)
 
 
-# Floats start .. start + n of x, as floats of their own.
+# Floats start .. start + n of x.
 cdef inline Floats floats_at(const Floats* x, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
     cdef Floats part
     part.kind = x.kind
@@ -167,13 +213,13 @@ cdef inline Floats floats_at(const Floats* x, Py_ssize_t start, Py_ssize_t n) no
     return part
 
 
-# The end of the group that holds element i, or `end` where that comes first.
+# The end of the group of element i, or `end` where that comes first.
 cdef inline Py_ssize_t group_end(Py_ssize_t i, Py_ssize_t group, Py_ssize_t end) noexcept nogil:
     cdef Py_ssize_t next = (i // group + 1) * group
     return next if next < end else end
 
 
-# Memory that starts at a cache line: vectors that straddle two of them load at half the speed.
+# Memory that starts at a cache line: loads that straddle two lines run at half the speed.
 cdef struct Aligned:
     void* block
     uint8_t* data

@@ -1,9 +1,9 @@
 # Codes to floats.
 
 
-# Values start .. start + n of one row, n <= BLOCK where it is packed; past the caches with `stream`.
+# Values start .. start + n of one row, with n <= BLOCK where it is packed.
 cdef void dequantize_block(const QuantRow* row, Py_ssize_t start, bint nontemporal, float* out,
-                      Py_ssize_t n) noexcept nogil:
+                           Py_ssize_t n) noexcept nogil:
     cdef int8_t unpacked[BLOCK + 1]
     cdef int8_t* codes = row.codes + start
     cdef Py_ssize_t i = start, g, end, odd = start % 2
@@ -29,21 +29,17 @@ cdef void dequantize_row(const QuantRow* row, bint nontemporal, float* out, Py_s
         start += count
 
 
-def dequantize_rows(const int8_t[::1] codes not None, const float[::1] scales not None,
-                    const uint8_t[::1] zero_points, bint packed, Py_ssize_t group,
-                    float[:, ::1] out not None):
-    """out = codes * scales; with zero points, for packed codes only, (codes - zero_points) * scales."""
-    cdef Py_ssize_t r, k = out.shape[1]
-    # Not in short groups: each of them would wait until its values have arrived.
-    cdef bint nontemporal = out.shape[0] * k >= NONTEMPORAL_FROM and group >= BLOCK
-    cdef QuantRow q
-    cdef const uint8_t* z = NULL
-    if out.shape[0] == 0 or k == 0:
+def dequantize_rows(CodeMatrix q not None, out not None):
+    """out = codes * scales; with zero points, which only packed codes have, (codes - zero_points) * scales."""
+    cdef RawBuffer o = RawBuffer(out)
+    cdef Py_ssize_t r
+    # Not in short groups: each would wait until its values have been written.
+    cdef bint nontemporal = q.m * q.k >= NONTEMPORAL_FROM and q.group >= BLOCK
+    cdef QuantRow row
+    check_size(o.view.len, q.m * q.k * <Py_ssize_t> sizeof(float))
+    if q.k == 0:
         return
-    check_codes(out.shape[0], k, packed, group, codes.shape[0], scales.shape[0], zero_points)
-    if zero_points is not None:
-        z = &zero_points[0]
     with nogil:
-        for r in range(out.shape[0]):
-            q = quant_row(&codes[0], &scales[0], z, packed, group, k, r)
-            dequantize_row(&q, nontemporal, &out[r, 0], k)
+        for r in range(q.m):
+            row = q.row(r)
+            dequantize_row(&row, nontemporal, <float*> o.view.buf + r * q.k, q.k)

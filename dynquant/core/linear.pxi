@@ -1,7 +1,7 @@
 # A linear layer in the form that the kernels of one instruction set take.
 
 
-# x / factors, rotated in runs of `block` elements, in `prepared`; x itself where factors is NULL and block 0.
+# x / factors, rotated in spans of `block` elements, in `prepared`; x itself where factors is NULL and block 0.
 cdef Floats prepared_row(Floats x, const float* factors, Py_ssize_t block, float* prepared) noexcept nogil:
     cdef float scratch[BLOCK]
     cdef Py_ssize_t start = 0, n
@@ -23,116 +23,89 @@ cdef Floats prepared_row(Floats x, const float* factors, Py_ssize_t block, float
 @cython.final
 @cython.no_gc
 cdef class Activations:
-    """Quantized rows of activations, at most m at a time, for one PackedLinear; and scratch for one row."""
+    """Up to `capacity` quantized rows for one PackedLinear, and scratch for one row.
+
+    All that quantizing needs is allocated here, so that nothing can fail once rows of a result are written.
+    """
     cdef Aligned memory
     cdef float* prepared
     cdef float* scales
     cdef int8_t* codes
     cdef Py_ssize_t m, capacity
 
-    # All that quantize needs, so that it cannot fail when some rows of a result are written.
-    def __cinit__(self, PackedLinear layer not None, Py_ssize_t m):
-        cdef Py_ssize_t rows = m * layer.activation_bytes()
-        self.capacity = m
-        self.memory = aligned_memory(rows + (layer.k + m) * <Py_ssize_t> sizeof(float) + layer.k)
+    def __cinit__(self, PackedLinear layer not None, Py_ssize_t capacity):
+        cdef Py_ssize_t rows = capacity * layer.activation_bytes()
+        self.capacity = capacity
+        self.memory = aligned_memory(rows + (layer.w.k + capacity) * <Py_ssize_t> sizeof(float) + layer.w.k)
         self.prepared = <float*> (self.memory.data + rows)
-        self.scales = self.prepared + layer.k
-        self.codes = <int8_t*> (self.scales + m)
+        self.scales = self.prepared + layer.w.k
+        self.codes = <int8_t*> (self.scales + capacity)
 
     def __dealloc__(self):
         PyMem_RawFree(self.memory.block)
 
 
-# What a linear layer consists of, in the form that the kernels of one instruction set take.
 @cython.final
 cdef class PackedLinear:
-    """n outputs of k > 0 inputs: int8 weights, a scale for each output; or with a `group` > 0 4-bit weights.
+    """A linear layer, n outputs of k > 0 inputs, for the kernels that were in use when it was made.
 
-    Inputs are divided by `factors`, if there are any, and then rotated in runs of `block`, if that is not 0.
+    With group 0 the weights are int8 with one scale for each output, otherwise 4-bit with a scale and a zero point
+    for each group. Inputs are divided by `smooth`, unless None, and then rotated in spans of `block`, unless 0.
     """
-    cdef Py_ssize_t n, k, group, block
+    cdef PackedWeights w
     cdef Aligned memory
-    cdef uint8_t* panels
-    cdef float* scales
-    cdef uint8_t* zero_points
+    cdef Py_ssize_t block
     cdef const float[::1] bias, factors
-    cdef readonly Py_ssize_t panel_count, weight_bytes
+    cdef readonly Py_ssize_t n, panel_count, weight_bytes
+    cdef readonly object smooth
 
     def __cinit__(self, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group, const float[::1] bias,
-                  const float[::1] factors, Py_ssize_t block):
-        cdef Py_ssize_t panels, scales = 0, zero_points = 0
-        self.n, self.k, self.group, self.block = n, k, group, block
-        self.bias, self.factors = bias, factors
-        self.panel_count = panels_of(n)
-        panels = self.panel_count * self.panel_bytes()
+                  smooth, Py_ssize_t block):
+        cdef Py_ssize_t panels, scales = n, zero_points = 0
+        self.w.table, self.w.n, self.w.k, self.w.group = kernels, n, k, group
+        self.n, self.bias, self.smooth, self.factors, self.block = n, bias, smooth, smooth, block
+        self.panel_count = panels_of(kernels, n)
+        panels = self.panel_count * panel_bytes(kernels, k, group)
         if group:
-            zero_points = self.panel_count * panel_scales(k, group)
-        scales = (zero_points if group else n) * <Py_ssize_t> sizeof(float)
+            scales = zero_points = self.panel_count * panel_scales(kernels, k, group)
+        scales *= sizeof(float)
         self.weight_bytes = panels + scales + zero_points
         self.memory = aligned_memory(self.weight_bytes)
-        self.panels = self.memory.data
-        self.scales = <float*> (self.panels + panels)
-        self.zero_points = self.panels + panels + scales
+        self.w.panels = self.memory.data
+        self.w.scales = <float*> (self.w.panels + panels)
+        self.w.zero_points = self.w.panels + panels + scales
+        self.w.bias = NULL
+        if bias is not None:
+            self.w.bias = &bias[0]
 
     def __dealloc__(self):
         PyMem_RawFree(self.memory.block)
 
-    cdef Py_ssize_t panel_bytes(self) noexcept nogil:
-        if self.group:
-            return kernels.group_panel_bytes(self.k, self.group)
-        return kernels.panel_bytes(self.k)
-
     cpdef Py_ssize_t activation_bytes(self):
-        """Bytes that a row of activations takes when quantized."""
-        if self.group:
-            return kernels.group_activation_bytes(self.k, self.group)
-        return kernels.activation_bytes(self.k)
+        """Bytes of one row of quantized activations."""
+        return activation_bytes(self.w.table, self.w.k, self.w.group)
 
-    def pack_int8(self, const int8_t[:, ::1] weight not None, const float[::1] scales not None):
-        """Fill in the weights of a layer with group 0."""
-        check_size(weight.shape[0] * weight.shape[1], self.n * self.k)
-        check_size(scales.shape[0], self.n)
+    def pack(self, CodeMatrix q not None):
+        """Fill in the weights."""
+        self.check(q)
         with nogil:
-            memcpy(self.scales, &scales[0], self.n * sizeof(float))
-            pack_panels(&weight[0, 0], self.n, self.panels, self.k)
+            if self.w.group == 0:
+                memcpy(self.w.scales, q.scales.buf, self.w.n * sizeof(float))
+            pack_weights(&self.w, <const uint8_t*> q.codes.buf, <const float*> q.scales.buf,
+                         <const uint8_t*> q.zero_points.buf)
 
-    def unpack_int8(self, int8_t[:, ::1] weight not None, float[::1] scales not None):
-        """The inverse of pack_int8."""
-        cdef Py_ssize_t p, c
+    def unpack(self, CodeMatrix q not None):
+        """The inverse of pack."""
+        self.check(q)
         with nogil:
-            memcpy(&scales[0], self.scales, self.n * sizeof(float))
-            for p in range(self.panel_count):
-                c = p * kernels.panel_outputs
-                kernels.unpack_panel_s8(self.panels + p * self.panel_bytes(), &weight[c, 0],
-                                        outputs_of(self.n, c), self.k)
+            if self.w.group == 0:
+                memcpy(q.scales.buf, self.w.scales, self.w.n * sizeof(float))
+            unpack_weights(&self.w, <uint8_t*> q.codes.buf, <float*> q.scales.buf, <uint8_t*> q.zero_points.buf)
 
-    def pack_int4(self, const uint8_t[:, ::1] codes not None, const float[:, ::1] scales not None,
-                  const uint8_t[:, ::1] zero_points):
-        """Fill in the weights of a layer with groups; symmetric where zero_points is None."""
-        cdef const uint8_t* z = NULL
-        cdef Py_ssize_t groups = self.n * ((self.k + self.group - 1) // self.group)
-        check_size(codes.shape[0] * codes.shape[1], self.n * bytes_of_row(self.k, True))
-        check_size(scales.shape[0] * scales.shape[1], groups)
-        if zero_points is not None:
-            check_size(zero_points.shape[0] * zero_points.shape[1], groups)
-            z = &zero_points[0, 0]
-        with nogil:
-            pack_group_panels(&codes[0, 0], &scales[0, 0], z, self.n, self.panels, self.scales,
-                              self.zero_points, self.k, self.group)
-
-    def unpack_int4(self, uint8_t[:, ::1] codes not None, float[:, ::1] scales not None,
-                    uint8_t[:, ::1] zero_points):
-        """The inverse of pack_int4."""
-        cdef Py_ssize_t scale_stride = panel_scales(self.k, self.group), p, c
-        cdef uint8_t* z = NULL
-        with nogil:
-            for p in range(self.panel_count):
-                c = p * kernels.panel_outputs
-                if zero_points is not None:
-                    z = &zero_points[c, 0]
-                kernels.unpack_panel_u4(self.panels + p * self.panel_bytes(), self.scales + p * scale_stride,
-                                        self.zero_points + p * scale_stride, &codes[c, 0], &scales[c, 0], z,
-                                        outputs_of(self.n, c), self.k, self.group)
+    cdef int check(self, CodeMatrix q) except -1:
+        if q.m != self.w.n or q.k != self.w.k or q.packed != (self.w.group > 0):
+            raise SystemError("weights of another layer")
+        return 0
 
     def quantize(self, FloatMatrix x not None, Activations a not None):
         """Quantize the rows of x into `a`; returns whether they are finite, and stops at one that is not."""
@@ -141,7 +114,7 @@ cdef class PackedLinear:
         cdef bint finite = True
         cdef const float* factors = NULL
         check_size(a.capacity, x.m)
-        check_size(x.k, self.k)
+        check_size(x.k, self.w.k)
         if self.factors is not None:
             factors = &self.factors[0]
         a.m = x.m
@@ -151,26 +124,16 @@ cdef class PackedLinear:
                 finite = scale_of(&row, 127, -1, &a.scales[r])
                 if not finite:
                     break
-                if self.group:
-                    quantize_group_activation(&row, a.scales[r], self.group, a.codes, a.memory.data + r * row_bytes)
-                else:
-                    quantize_activation(&row, a.scales[r], a.memory.data + r * row_bytes)
+                quantize_activation(self.w.table, &row, a.scales[r], self.w.group, a.codes,
+                                    a.memory.data + r * row_bytes)
         return finite
 
     def multiply(self, Activations a not None, float[:, ::1] out not None, Py_ssize_t first=0,
                  Py_ssize_t end=PY_SSIZE_T_MAX):
         """out = a . weights + bias for the outputs of panels first .. end; returns True."""
-        cdef const float* bias = NULL
         if a.m == 0:
             return True
-        check_size(out.shape[0] * out.shape[1], a.m * self.n)
-        if self.bias is not None:
-            bias = &self.bias[0]
+        check_size(out.shape[0] * out.shape[1], a.m * self.w.n)
         with nogil:
-            if self.group:
-                multiply_group_panels(self.panels, self.scales, self.zero_points, bias, a.memory.data,
-                                      a.scales, &out[0, 0], a.m, self.n, self.k, self.group, first, end)
-            else:
-                multiply_panels(self.panels, self.scales, bias, a.memory.data, a.scales,
-                                &out[0, 0], a.m, self.n, self.k, first, end)
+            multiply_panels(&self.w, a.memory.data, a.scales, &out[0, 0], a.m, first, end)
         return True

@@ -20,73 +20,94 @@ def w8a8_matvec(const int8_t[:, ::1] weight not None, const float[::1] weight_sc
                                 weight.shape[0], weight.shape[1])
 
 
-cdef Py_ssize_t panels_of(Py_ssize_t n) noexcept nogil:
-    return (n + kernels.panel_outputs - 1) // kernels.panel_outputs
+# Panels of n outputs.
+cdef Py_ssize_t panels_of(const Kernels* table, Py_ssize_t n) noexcept nogil:
+    return (n + table.panel_outputs - 1) // table.panel_outputs
 
 
-# Outputs, of n, of the panel that starts at c.
-cdef inline Py_ssize_t outputs_of(Py_ssize_t n, Py_ssize_t c) noexcept nogil:
-    return n - c if n - c < kernels.panel_outputs else kernels.panel_outputs
+# Outputs, of n, of the panel whose first one is c.
+cdef inline Py_ssize_t outputs_of(const Kernels* table, Py_ssize_t n, Py_ssize_t c) noexcept nogil:
+    return n - c if n - c < table.panel_outputs else table.panel_outputs
 
 
-# w (n, k), k > 0 -> panels, panels_of(n) of them.
-cdef void pack_panels(const int8_t* w, Py_ssize_t n, uint8_t* panels, Py_ssize_t k) noexcept nogil:
-    cdef Py_ssize_t p, c
-    for p in range(panels_of(n)):
-        c = p * kernels.panel_outputs
-        kernels.pack_panel_s8(w + c * k, outputs_of(n, c), panels + p * kernels.panel_bytes(k), k)
+# Bytes of one panel of weights, without scales and zero points.
+cdef Py_ssize_t panel_bytes(const Kernels* table, Py_ssize_t k, Py_ssize_t group) noexcept nogil:
+    return table.group_panel_bytes(k, group) if group else table.panel_bytes(k)
 
 
-# Scales, or zero points, of one panel of 4-bit weights.
-cdef inline Py_ssize_t panel_scales(Py_ssize_t k, Py_ssize_t group) noexcept nogil:
-    return kernels.panel_outputs * ((k + group - 1) // group)
+# Bytes of one row of quantized activations.
+cdef Py_ssize_t activation_bytes(const Kernels* table, Py_ssize_t k, Py_ssize_t group) noexcept nogil:
+    return table.group_activation_bytes(k, group) if group else table.activation_bytes(k)
 
 
-# w (n, ceil(k / 2)), k > 0, scales and zero_points (n, groups) -> the same of all panels, as pack_panel_u4.
-cdef void pack_group_panels(const uint8_t* w, const float* scales, const uint8_t* zero_points, Py_ssize_t n,
-                            uint8_t* panels, float* panels_scales, uint8_t* panels_zero_points, Py_ssize_t k,
-                            Py_ssize_t group) noexcept nogil:
-    cdef Py_ssize_t groups = (k + group - 1) // group, scale_stride = panel_scales(k, group), p, c
-    cdef const uint8_t* z = NULL
-    for p in range(panels_of(n)):
-        c = p * kernels.panel_outputs
-        if zero_points != NULL:
-            z = zero_points + c * groups
-        kernels.pack_panel_u4(w + c * ((k + 1) // 2), scales + c * groups, z, outputs_of(n, c),
-                              panels + p * kernels.group_panel_bytes(k, group), panels_scales + p * scale_stride,
-                              panels_zero_points + p * scale_stride, k, group)
+# Scales of one panel, and as many zero points, of weights in groups.
+cdef Py_ssize_t panel_scales(const Kernels* table, Py_ssize_t k, Py_ssize_t group) noexcept nogil:
+    return table.panel_outputs * groups_of(k, group)
 
 
-# Codes of one row in the form that gemm_s8s8_f32 takes.
-cdef void quantize_activation(const Floats* x, float scale, uint8_t* a) noexcept nogil:
+# Fills the panels of w, k > 0, from codes: int8 (n, k), whose scales are not packed; or, in groups, 4-bit codes
+# (n, ceil(k / 2)) with scales and, unless NULL, zero_points (n, groups).
+cdef void pack_weights(const PackedWeights* w, const uint8_t* codes, const float* scales,
+                       const uint8_t* zero_points) noexcept nogil:
+    cdef Py_ssize_t p, c, groups, rows, width = panel_bytes(w.table, w.k, w.group)
+    cdef Py_ssize_t scale_stride = panel_scales(w.table, w.k, w.group) if w.group else 0
+    for p in range(panels_of(w.table, w.n)):
+        c = p * w.table.panel_outputs
+        rows = outputs_of(w.table, w.n, c)
+        if w.group:
+            groups = groups_of(w.k, w.group)
+            w.table.pack_panel_u4(codes + c * ((w.k + 1) // 2), scales + c * groups,
+                                  NULL if zero_points == NULL else <uint8_t*> zero_points + c * groups, rows,
+                                  w.panels + p * width, w.scales + p * scale_stride,
+                                  w.zero_points + p * scale_stride, w.k, w.group)
+        else:
+            w.table.pack_panel_s8(<const int8_t*> codes + c * w.k, rows, w.panels + p * width, w.k)
+
+
+# The inverse of pack_weights.
+cdef void unpack_weights(const PackedWeights* w, uint8_t* codes, float* scales,
+                         uint8_t* zero_points) noexcept nogil:
+    cdef Py_ssize_t p, c, groups, rows, width = panel_bytes(w.table, w.k, w.group)
+    cdef Py_ssize_t scale_stride = panel_scales(w.table, w.k, w.group) if w.group else 0
+    for p in range(panels_of(w.table, w.n)):
+        c = p * w.table.panel_outputs
+        rows = outputs_of(w.table, w.n, c)
+        if w.group:
+            groups = groups_of(w.k, w.group)
+            w.table.unpack_panel_u4(w.panels + p * width, w.scales + p * scale_stride,
+                                    w.zero_points + p * scale_stride, codes + c * ((w.k + 1) // 2),
+                                    scales + c * groups,
+                                    NULL if zero_points == NULL else zero_points + c * groups, rows, w.k, w.group)
+        else:
+            w.table.unpack_panel_s8(w.panels + p * width, <int8_t*> codes + c * w.k, rows, w.k)
+
+
+# Codes of one row of activations, in the form that the matrix product of `table` takes. `scratch` (x.n,) is used
+# with a group only.
+cdef void quantize_activation(const Kernels* table, const Floats* x, float scale, Py_ssize_t group,
+                              int8_t* scratch, uint8_t* a) noexcept nogil:
     cdef int8_t codes[BLOCK]
     cdef Py_ssize_t start = 0, n
     cdef QuantRow q
-    q.scales, q.zero_points, q.group, q.in_range = &scale, NULL, x.n, True
+    q.codes, q.scales, q.zero_points, q.group, q.packed, q.in_range = scratch, &scale, NULL, x.n, False, True
+    if group:
+        quantize_span(x, &q, 0, x.n, 127)
+        table.pack_group_activation_s8(scratch, a, x.n, group)
+        return
     while start < x.n:
         n = block_len(start, x.n)
         quantize_block(x, &q, start, n, 127, False, codes)
-        kernels.pack_activation_s8(codes, a, start, n, x.n)
+        table.pack_activation_s8(codes, a, start, n, x.n)
         start += n
 
 
-# The same in the form that gemm_u4s8_f32 takes; codes (x.n,) is scratch.
-cdef void quantize_group_activation(const Floats* x, float scale, Py_ssize_t group, int8_t* codes,
-                                uint8_t* a) noexcept nogil:
-    cdef QuantRow q
-    q.codes, q.scales, q.zero_points, q.group, q.packed, q.in_range = codes, &scale, NULL, x.n, False, True
-    quantize_span(x, &q, 0, x.n, 127)
-    kernels.pack_group_activation_s8(codes, a, x.n, group)
-
-
-# As how many rows of the result a product takes its m rows together: all of them, or nearly equal parts, of
-# whole tiles of 16.
+# How many of m rows a product takes together: all of them, or nearly equal parts of whole tiles of 16.
 #
-# A panel's outputs of one row are a line or two of the result, a whole row of it away from those of the next
-# row. A core's prefetchers follow some 64 rows that way; with more of them each line is waited for, which
-# made wide layers with few inputs two to five times slower. So when there are more, a part of the rows is
-# taken at a time, and as many outputs as make the run written to each row at least 1 KiB: their weights,
-# which the next part of the rows meets again, should not leave a core's own cache, and 2 KiB are enough.
+# The outputs that a panel gives for one row fill a line or two of the result, one whole row of it away from those
+# of the next row. The prefetchers of a core follow some 64 rows that way; with more of them every line is waited
+# for, which made wide layers with few inputs two to five times slower. So when there are more, a part of the rows
+# is taken at a time, and so many outputs that each row gets at least 1 KiB: the next part of the rows needs their
+# weights again, which should stay in the core's own cache. More than 2 KiB gain nothing.
 cdef inline Py_ssize_t rows_together(Py_ssize_t m) noexcept nogil:
     cdef Py_ssize_t parts = (m + OUT_ROWS - 1) // OUT_ROWS
     return m if parts < 2 else (m + 16 * parts - 1) // (16 * parts) * 16
@@ -97,39 +118,32 @@ cdef inline Py_ssize_t outputs_together(Py_ssize_t m, Py_ssize_t k, Py_ssize_t l
     return left if m <= OUT_ROWS or left < max_outputs else max_outputs
 
 
-# out (m, n) = a . weights + bias for the outputs of panels first .. end; no bias where it is NULL.
-cdef void multiply_panels(const uint8_t* panels, const float* w_scales, const float* bias, const uint8_t* a,
-                          const float* a_scales, float* out, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
-                          Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    cdef Py_ssize_t panel_stride = kernels.panel_bytes(k), stride = kernels.activation_bytes(k)
-    cdef Py_ssize_t rows = rows_together(m), c = first * kernels.panel_outputs, cols, r
-    cdef Py_ssize_t last = end * kernels.panel_outputs if end < panels_of(n) else n
+# out (m, n) = a . weights + bias for the outputs of panels first .. end.
+cdef void multiply_panels(const PackedWeights* w, const uint8_t* a, const float* a_scales, float* out,
+                          Py_ssize_t m, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef Py_ssize_t outputs = w.table.panel_outputs, stride = activation_bytes(w.table, w.k, w.group)
+    cdef Py_ssize_t rows = rows_together(m), c = first * outputs, cols, r
+    cdef Py_ssize_t last = end * outputs if end < panels_of(w.table, w.n) else w.n
     while c < last:
-        cols, r = outputs_together(m, k, last - c), 0
+        cols, r = outputs_together(m, w.k, last - c), 0
         while r < m:
-            kernels.gemm_s8s8_f32(panels + c // kernels.panel_outputs * panel_stride, w_scales + c,
-                                  NULL if bias == NULL else bias + c, a + r * stride, a_scales + r,
-                                  out + r * n + c, n, rows if m - r > rows else m - r, cols, k)
+            multiply_part(w, c, cols, a + r * stride, a_scales + r, out + r * w.n, min(rows, m - r))
             r += rows
         c += cols
 
 
-# The same for 4-bit weights.
-cdef void multiply_group_panels(const uint8_t* panels, const float* scales, const uint8_t* zero_points,
-                                const float* bias, const uint8_t* a, const float* a_scales, float* out,
-                                Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group,
-                                Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    cdef Py_ssize_t scale_stride = panel_scales(k, group), panel_stride = kernels.group_panel_bytes(k, group), p
-    cdef Py_ssize_t stride = kernels.group_activation_bytes(k, group)
-    cdef Py_ssize_t rows = rows_together(m), c = first * kernels.panel_outputs, cols, r
-    cdef Py_ssize_t last = end * kernels.panel_outputs if end < panels_of(n) else n
-    # With three streams to follow, the hardware's prefetcher is too slow for main memory.
-    cdef Py_ssize_t prefetch_distance = PREFETCH_DISTANCE if panels_of(n) * panel_stride >= kernels.prefetch_from else 0
-    while c < last:
-        cols, r, p = outputs_together(m, k, last - c), 0, c // kernels.panel_outputs
-        while r < m:
-            kernels.gemm_u4s8_f32(panels + p * panel_stride, scales + p * scale_stride, zero_points + p * scale_stride,
-                                  NULL if bias == NULL else bias + c, a + r * stride, a_scales + r,
-                                  out + r * n + c, n, rows if m - r > rows else m - r, cols, k, group, prefetch_distance)
-            r += rows
-        c += cols
+# The same for m rows and the `cols` outputs from c on, which starts a panel.
+cdef inline void multiply_part(const PackedWeights* w, Py_ssize_t c, Py_ssize_t cols, const uint8_t* a,
+                               const float* a_scales, float* out, Py_ssize_t m) noexcept nogil:
+    cdef Py_ssize_t p = c // w.table.panel_outputs, width = panel_bytes(w.table, w.k, w.group), scale_stride
+    cdef Py_ssize_t prefetch_distance = 0
+    cdef float* bias = NULL if w.bias == NULL else <float*> w.bias + c
+    if w.group == 0:
+        w.table.gemm_s8s8_f32(w.panels + p * width, w.scales + c, bias, a, a_scales, out + c, w.n, m, cols, w.k)
+        return
+    # A single row reads three streams, for which the hardware's prefetcher is too slow from main memory.
+    if panels_of(w.table, w.n) * width >= w.table.prefetch_from:
+        prefetch_distance = PREFETCH_DISTANCE
+    scale_stride = panel_scales(w.table, w.k, w.group)
+    w.table.gemm_u4s8_f32(w.panels + p * width, w.scales + p * scale_stride, w.zero_points + p * scale_stride,
+                          bias, a, a_scales, out + c, w.n, m, cols, w.k, w.group, prefetch_distance)

@@ -3,8 +3,8 @@ cdef enum:
     SEARCH_STEPS = 23  # ranges tried: 32/32, 31/32, ..., 10/32
 
 
-# Scale, and zero point unless that is NULL, of codes for the range [least, most] around 0: symmetric codes in
-# [-levels, levels], or codes in [0, levels]. `most` is not -0.0, so neither is the scale.
+# Scale, and zero point unless that is NULL, of codes for a range around 0: symmetric codes in [-levels, levels],
+# or codes in [0, levels]. x_max is not -0.0, so neither is the scale.
 cdef void range_codes(float x_min, float x_max, int levels, float* scale, uint8_t* zero_point) noexcept nogil:
     cdef float z
     if zero_point == NULL:
@@ -13,11 +13,11 @@ cdef void range_codes(float x_min, float x_max, int levels, float* scale, uint8_
     scale[0] = (x_max - x_min) / levels
     zero_point[0] = 0
     if scale[0] > 0:
-        z = -x_min / scale[0] + <float> 0.499999970197677612
+        z = -x_min / scale[0] + <float> DQ_BELOW_HALF
         zero_point[0] = <uint8_t> (levels if z > levels else z)
 
 
-# Squared error of x coded as `row` says, one group.
+# Squared error of one group x, quantized as `row` says.
 cdef double square_error(const Floats* x, const QuantRow* row, int clip) noexcept nogil:
     cdef int8_t codes[BLOCK]
     cdef float value[BLOCK]
@@ -36,8 +36,8 @@ cdef double square_error(const Floats* x, const QuantRow* row, int clip) noexcep
     return sums[1]
 
 
-# Scale and zero point of one group, of its range or, with `search`, of that range times the one of 1, 31/32,
-# ..., 10/32 which leaves the least squared error; the largest of equals.
+# Scale and zero point of one group. They cover its range or, with `search`, that range times whichever of 1,
+# 31/32, ..., 10/32 leaves the least squared error; of equals the largest.
 cdef void fit_group(const Floats* x, int levels, bint search, float* scale,
                     uint8_t* zero_point) noexcept nogil:
     cdef float x_min = 0, x_max = 0, t, best_scale
@@ -69,20 +69,20 @@ cdef void fit_group(const Floats* x, int levels, bint search, float* scale,
         zero_point[0] = best_zero_point
 
 
-def fit_rows(FloatMatrix x not None, float[::1] scales not None, uint8_t[::1] zero_points, int levels,
-             bint search, Py_ssize_t group, Py_ssize_t first=0, Py_ssize_t end=PY_SSIZE_T_MAX):
-    """Scales, and zero points if given, of the groups of finite rows first .. end; returns True."""
-    cdef Py_ssize_t r, g, start, stop, groups = (x.k + group - 1) // group
+def fit_rows(FloatMatrix x not None, CodeMatrix q not None, int levels, bint search, Py_ssize_t first=0,
+             Py_ssize_t end=PY_SSIZE_T_MAX):
+    """Scales, and zero points if q has them, of the groups of finite rows first .. end; returns True."""
+    cdef Py_ssize_t r, g, start, stop
     cdef Floats row, part
-    cdef uint8_t* z = NULL
+    cdef QuantRow coded
+    check_rows(x, q)
     with nogil:
         for r in range(first, end if end < x.m else x.m):
-            row = x.row(r)
-            for g in range(groups):
-                start = g * group
-                stop = group_end(start, group, x.k)
+            row, coded = x.row(r), q.row(r)
+            for g in range(groups_of(x.k, q.group)):
+                start = g * q.group
+                stop = group_end(start, q.group, x.k)
                 part = floats_at(&row, start, stop - start)
-                if zero_points is not None:
-                    z = &zero_points[r * groups + g]
-                fit_group(&part, levels, search, &scales[r * groups + g], z)
+                fit_group(&part, levels, search, <float*> coded.scales + g,
+                          NULL if coded.zero_points == NULL else <uint8_t*> coded.zero_points + g)
     return True

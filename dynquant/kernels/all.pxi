@@ -5,12 +5,13 @@ from libc.math cimport copysignf, fabs
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcpy, memset
 
-from dynquant._table cimport CHANNEL_BINS, Kernels
+from dynquant._table cimport CHANNEL_BINS, Kernels, groups_of
 
 
 cdef extern from "kernels/simd/simd.h" nogil:
     enum: DQ_QUANTIZE_STEP
     float DQ_MAGIC
+    float DQ_BELOW_HALF
     enum: DQ_DOT_STEP
     enum: DQ_CONCURRENT_PANELS
     enum: DQ_PREFETCH_FROM

@@ -33,10 +33,6 @@ cdef inline Py_ssize_t k_blocks_of_row(Py_ssize_t k, Py_ssize_t group) noexcept 
     return k // group * k_blocks_of(group) + k_blocks_of(k % group)
 
 
-cdef inline Py_ssize_t groups_of(Py_ssize_t k, Py_ssize_t group) noexcept nogil:
-    return (k + group - 1) // group
-
-
 # Blocks of at most EXACT k in a group of n.
 cdef inline Py_ssize_t blocks_of(Py_ssize_t n) noexcept nogil:
     return (n + EXACT_K - 1) // EXACT_K

@@ -12,7 +12,7 @@ cdef void divide_round_row(const float* x, float scale, int32_t clip, int8_t* co
         v = x[i] / scale
         v = min_code if v < min_code else v
         v = max_code if v > max_code else v
-        codes[i] = <int8_t> <int32_t> (v + copysignf(<float> 0.499999970197677612, v))
+        codes[i] = <int8_t> <int32_t> (v + copysignf(<float> DQ_BELOW_HALF, v))
 
 
 # Codes of DQ_QUANTIZE_STEP floats.
@@ -99,7 +99,7 @@ cdef void quantize_row_f32_u4(const float* x, float scale, int32_t zero_point, i
         v = x[i] / scale
         v = min_code if v < min_code else v
         v = max_code if v > max_code else v
-        codes[i] = <int8_t> (<int32_t> (v + copysignf(<float> 0.499999970197677612, v)) + zero_point)
+        codes[i] = <int8_t> (<int32_t> (v + copysignf(<float> DQ_BELOW_HALF, v)) + zero_point)
 
 
 # codes (n,) in [-8, 15] -> packed (ceil(n / 2),): the even element in the low nibble, an odd last one alone.

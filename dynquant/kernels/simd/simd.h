@@ -85,6 +85,10 @@ static inline int dq_lowest_bit(uint32_t bits) {
 #define DQ_MAGIC 12582912.0f
 #define DQ_MAGIC_BITS 0x4B400000
 
+/* The float below 0.5. Adding it, with the sign of v, and truncating rounds halves away from zero, exactly for
+   |v| < 2**22: the sum reaches the next integer for every v from the half up, and for none below it. */
+#define DQ_BELOW_HALF 0.499999970197677612f
+
 /* int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, int in_range, int nontemporal,
                         int8_t* codes)
 
