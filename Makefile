@@ -49,7 +49,7 @@ test: lint $(VENV)/installed-test  ## lint, then test the installed wheel on eve
 lint: $(VENV)/installed-lint  ## ruff, cython-lint, mypy, stubs against the built modules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
-	PATH="$(abspath $(BIN)):$$PATH" cython-lint dynquant/*.pyx dynquant/*.pxd dynquant/kernels/*.pxi tests/embed/*/*.pyx
+	PATH="$(abspath $(BIN)):$$PATH" cython-lint dynquant/*.pyx dynquant/*.pxd dynquant/core/*.pxi dynquant/kernels/*.pxi tests/embed/*/*.pyx
 	$(BIN)/mypy
 	$(BIN)/stubtest --ignore-missing-stub dynquant._core dynquant.capi
 

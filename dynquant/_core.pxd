@@ -20,8 +20,8 @@ cdef struct Floats:
 
 
 # One row of a quantized tensor. Every `group` elements have a scale, and a zero point unless the codes are
-# symmetric and zero_points NULL. in_range: each scale is that of its group's largest magnitude, so that no code
-# needs clamping.
+# symmetric and zero_points NULL. in_range: each scale is that of its group's largest magnitude, so that no
+# code needs clamping.
 cdef struct QuantRow:
     int8_t* codes
     const float* scales
@@ -31,8 +31,9 @@ cdef struct QuantRow:
     bint in_range
 
 
-# Weights of n outputs and k inputs in the form that the kernels of `table` take. With group 0 they are int8, and
-# scales (n,) are not packed; otherwise 4-bit, with the scales and zero points of all panels. No bias where NULL.
+# Weights of n outputs and k inputs in the form that the kernels of `table` take. With group 0 they are int8,
+# and scales (n,) are not packed; otherwise 4-bit, with the scales and zero points of all panels. No bias
+# where NULL.
 cdef struct PackedWeights:
     const Kernels* table
     Py_ssize_t n

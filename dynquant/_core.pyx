@@ -4,20 +4,21 @@
 # ------
 # Three layers, one list of topics:
 #
-#   entries       `def` functions and classes below, in core/*.pxi. The facade (dynquant/_*.py) has validated every
-#                 argument: shapes agree, results are C-contiguous and writable, and overlap no input except where
-#                 an entry allows it. An entry checks only sizes against memory (check_size), releases the GIL
-#                 once, and calls row drivers.
-#   row drivers   `cdef` functions `noexcept nogil`, in the same files. They go over rows and, within a row, over
-#                 blocks of BLOCK floats. A block of float32 is read where it lies; one of float16 or bfloat16 is
-#                 widened into scratch on the stack. So every row kernel sees float32, and no loop allocates.
-#   row kernels   in kernels/*.pxi, compiled once for each instruction set. `kernels` points to the table of the
-#                 set in use. _isa.py sets it when the package is imported; later only tests and benchmarks do, to
-#                 compare sets. A PackedLinear keeps the table that it was packed for.
+#   entries       `def` functions and classes, in core/*.pxi. The facade (dynquant/_*.py) has validated every
+#                 argument: shapes agree, results are C-contiguous and writable, and overlap no input except
+#                 where an entry allows it. An entry checks only sizes against memory (check_size), releases
+#                 the GIL once, and calls row drivers.
+#   row drivers   `cdef ... noexcept nogil` functions, in the same files. They go over rows and, within a row,
+#                 over blocks of BLOCK floats. A block of float32 is read where it lies; one of float16 or
+#                 bfloat16 is widened into scratch on the stack. So every row kernel sees float32, and no
+#                 loop allocates.
+#   row kernels   in kernels/*.pxi, compiled once for each instruction set. `kernels` points to the table of
+#                 the set in use. _isa.py sets it when the package is imported; later only tests and
+#                 benchmarks do, to compare sets. A PackedLinear keeps the table that it was packed for.
 #
-# An entry takes FloatMatrix, CodeMatrix and RawBuffer where small inputs reach it, because they are quick to make.
-# Elsewhere it takes typed memoryviews, which also check dtype and number of axes. Arguments stand in one order:
-# input, codes, options, result, first and end.
+# An entry takes FloatMatrix, CodeMatrix and RawBuffer where small inputs reach it, because they are quick to
+# make. Elsewhere it takes typed memoryviews, which also check dtype and number of axes. Arguments stand in
+# one order: input, codes, options, result, first and end.
 #
 # Entries that look for NaN and infinity return whether the input is finite; the facade finds the element and
 # raises.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import _core
-from ._validate import F32, as_count, as_floats, check_finite, checked_out, float_matrix, as_exported
+from ._validate import F32, as_count, as_exported, as_floats, check_finite, checked_out, float_matrix
 from .errors import ParameterError, ShapeMismatchError, shown
 
 if TYPE_CHECKING:

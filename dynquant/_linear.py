@@ -18,6 +18,7 @@ from ._validate import (
     U8,
     as_array,
     as_count,
+    as_exported,
     as_finite_vector,
     as_flag,
     as_floats,
@@ -29,7 +30,6 @@ from ._validate import (
     check_names,
     checked_out,
     float_matrix,
-    as_exported,
 )
 from ._weights import quantize_matrix, weight_format
 from .errors import (

@@ -12,6 +12,7 @@ from ._tensor import DynQuantFormat, DynQuantTensor, MaxAbs, check_arrays, code_
 from ._threads import parallel_ranges
 from ._validate import (
     F32,
+    as_exported,
     as_finite_vector,
     as_floats,
     as_int8_matrix,
@@ -19,7 +20,6 @@ from ._validate import (
     check_finite,
     checked_out,
     float_matrix,
-    as_exported,
 )
 from .errors import EmptyInputError, ParameterError, ShapeMismatchError, shown
 

@@ -23,12 +23,12 @@ from ._validate import (
     I8,
     U8,
     as_clip,
+    as_exported,
     as_floats,
     as_thread_count,
     check_finite,
     checked_out,
     float_matrix,
-    as_exported,
     raise_non_finite,
 )
 from .errors import ParameterError, ShapeMismatchError, shown

@@ -13,6 +13,7 @@ from ._quantize import rank_of
 from ._tensor import DynamicScaleMode, MaxAbs
 from ._validate import (
     F32,
+    as_exported,
     as_finite_vector,
     as_floats,
     as_matrices,
@@ -21,7 +22,6 @@ from ._validate import (
     check_finite,
     checked_out,
     float_matrix,
-    as_exported,
     raise_non_finite,
 )
 from .errors import (

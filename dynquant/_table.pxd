@@ -21,8 +21,9 @@ ctypedef struct Kernels:
     int32_t (*amax_bits_f32)(const float* x, Py_ssize_t n) noexcept nogil
     int32_t (*amax_bits_below_f32)(const float* x, int32_t bits, Py_ssize_t n) noexcept nogil
     Py_ssize_t (*count_below_f32)(const float* x, int32_t bits, Py_ssize_t n) noexcept nogil
-    Py_ssize_t (*collect_between_f32)(const float* x, int32_t low, int32_t high, int32_t* candidates, Py_ssize_t capacity,
-                                   int64_t* below, int* finite, Py_ssize_t n) noexcept nogil
+    Py_ssize_t (*collect_between_f32)(const float* x, int32_t low, int32_t high, int32_t* candidates,
+                                      Py_ssize_t capacity, int64_t* below, int* finite,
+                                      Py_ssize_t n) noexcept nogil
     void (*count_top_bits_f32)(const float* x, Py_ssize_t* counts, Py_ssize_t n) noexcept nogil
     void (*count_next_bits_f32)(const float* x, int32_t prefix, int shift, Py_ssize_t* counts,
                                 Py_ssize_t n) noexcept nogil
@@ -44,8 +45,8 @@ ctypedef struct Kernels:
     void (*column_amax_4_rows_f32)(const float* x, Py_ssize_t stride, int32_t* amax_bits,
                                    Py_ssize_t n) noexcept nogil
     bint (*reciprocals_f32)(const float* factors, float* reciprocals, Py_ssize_t n) noexcept nogil
-    void (*divide_row_f32)(const float* x, const float* factors, const float* reciprocals, Py_ssize_t prefetch_distance,
-                           float* out, Py_ssize_t n) noexcept nogil
+    void (*divide_row_f32)(const float* x, const float* factors, const float* reciprocals,
+                           Py_ssize_t prefetch_distance, float* out, Py_ssize_t n) noexcept nogil
     void (*multiply_row_f32)(const float* x, const float* factors, float* out, Py_ssize_t n) noexcept nogil
     # dot.pxi
     int64_t (*dot_s8s8_s64)(const int8_t* w, const int8_t* a, Py_ssize_t k) noexcept nogil
@@ -87,6 +88,6 @@ ctypedef struct Kernels:
                                    Py_ssize_t n) noexcept nogil
     void (*count_bins_f32)(const float* x, int64_t* counts, Py_ssize_t n) noexcept nogil
     void (*count_channel_bins_row_f32)(const float* x, const int32_t* amax_bits, uint32_t* counts,
-                                  Py_ssize_t n) noexcept nogil
+                                       Py_ssize_t n) noexcept nogil
     # hadamard.pxi
     void (*hadamard_row_f32)(float* x, Py_ssize_t n, float scale) noexcept nogil

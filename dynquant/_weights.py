@@ -129,7 +129,7 @@ def quantize_matrix(
     scales = np.empty(fmt.scales_shape(w.shape), F32)
     zero_points = None if symmetric else np.empty(scales.shape, U8)
     data = np.empty(fmt.data_shape(w.shape), fmt.data_dtype)
-    codes = _core.CodeMatrix(data, scales, zero_points, *w.shape, group, fmt.packed, True)
+    codes = _core.CodeMatrix(data, scales, zero_points, rows.m, rows.k, group, fmt.packed, True)
     parallel_ranges(_core.fit_rows, (rows, codes, fmt.clip if symmetric else 15, search), len(w), threads)
     if not np.isfinite(scales).all():
         raise ParameterError(f"{name}: expected the range of each group within float32, got one beyond it")

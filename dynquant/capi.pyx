@@ -171,7 +171,7 @@ cdef inline QuantRow row_of_codes(const int8_t* codes, const float* scale, bint 
 
 
 cdef inline int quantize_given(const float* x, int64_t n, float scale, int32_t clip, bint packed,
-                             int8_t* codes) noexcept nogil:
+                               int8_t* codes) noexcept nogil:
     cdef Floats row = floats(x, n)
     cdef QuantRow coded = row_of_codes(codes, &scale, packed, n)
     if not (is_length(n) and 0 <= scale <= FLT_MAX and 1 <= clip <= 127):
@@ -183,7 +183,7 @@ cdef inline int quantize_given(const float* x, int64_t n, float scale, int32_t c
 
 
 cdef inline int quantize_dynamic(const float* x, int64_t n, int32_t clip, bint packed, int8_t* codes,
-                                     float* scale) noexcept nogil:
+                                 float* scale) noexcept nogil:
     cdef Floats row = floats(x, n)
     cdef QuantRow coded = row_of_codes(codes, scale, packed, n)
     cdef int status = dynquant_amax_scale_f32(x, n, clip, scale)

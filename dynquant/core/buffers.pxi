@@ -1,4 +1,5 @@
-# Arrays as the kernels see them: matrices of floats and of codes, checked against the memory that they lie in.
+# Arrays as the kernels see them: matrices of floats and of codes, checked against the memory that they lie
+# in.
 cdef enum:
     BLOCK = 4096  # floats that are widened, and codes that are packed, together: 16 KiB, half of a small L1
 
@@ -14,8 +15,8 @@ cdef int check_size(Py_ssize_t size, Py_ssize_t needed) except -1:
 
 
 # The three classes below are made in nearly every call. A typed memoryview, which also knows shape and dtype,
-# takes three times as long to make, and that is as long as quantizing a thousand floats. They cannot be part of
-# a reference cycle.
+# takes three times as long to make, and that is as long as quantizing a thousand floats. They cannot be part
+# of a reference cycle.
 
 
 @cython.final
@@ -54,7 +55,7 @@ cdef class FloatMatrix:
 @cython.no_gc
 @cython.freelist(8)
 cdef class CodeMatrix:
-    """m rows of k codes: a scale, and a zero point unless they are symmetric, for each `group` elements of a row.
+    """m rows of k codes, each `group` elements of a row with a scale and, unless symmetric, a zero point.
 
     `codes`, `scales` and `zero_points` are C-contiguous; packed codes take half a byte each. With `writable`
     codes and scales are results.

@@ -142,7 +142,7 @@ cdef class CalibratorState:
                 while start < x.k:
                     n = block_len(start, x.k)
                     kernels.count_channel_bins_row_f32(block_of(&row, start, n, scratch), &new_bits[start],
-                                                  &self.histograms[start, 0], n)
+                                                       &self.histograms[start, 0], n)
                     start += n
             start = 0
             while start < flat.n:

@@ -30,7 +30,7 @@ cdef void dequantize_row(const QuantRow* row, bint nontemporal, float* out, Py_s
 
 
 def dequantize_rows(CodeMatrix q not None, out not None):
-    """out = codes * scales; with zero points, which only packed codes have, (codes - zero_points) * scales."""
+    """out = codes * scales, or (codes - zero_points) * scales; only packed codes have zero points."""
     cdef RawBuffer o = RawBuffer(out)
     cdef Py_ssize_t r
     # Not in short groups: each would wait until its values have been written.

@@ -1,7 +1,8 @@
 # A linear layer in the form that the kernels of one instruction set take.
 
 
-# x / factors, rotated in spans of `block` elements, in `prepared`; x itself where factors is NULL and block 0.
+# x / factors, rotated in spans of `block` elements, in `prepared`; x itself where factors is NULL and block
+# 0.
 cdef Floats prepared_row(Floats x, const float* factors, Py_ssize_t block, float* prepared) noexcept nogil:
     cdef float scratch[BLOCK]
     cdef Py_ssize_t start = 0, n
@@ -49,8 +50,9 @@ cdef class Activations:
 cdef class PackedLinear:
     """A linear layer, n outputs of k > 0 inputs, for the kernels that were in use when it was made.
 
-    With group 0 the weights are int8 with one scale for each output, otherwise 4-bit with a scale and a zero point
-    for each group. Inputs are divided by `smooth`, unless None, and then rotated in spans of `block`, unless 0.
+    With group 0 the weights are int8 with one scale for each output, otherwise 4-bit with a scale and a zero
+    point for each group. Inputs are divided by `smooth`, unless None, and then rotated in spans of `block`,
+    unless 0.
     """
     cdef PackedWeights w
     cdef Aligned memory
@@ -100,7 +102,8 @@ cdef class PackedLinear:
         with nogil:
             if self.w.group == 0:
                 memcpy(q.scales.buf, self.w.scales, self.w.n * sizeof(float))
-            unpack_weights(&self.w, <uint8_t*> q.codes.buf, <float*> q.scales.buf, <uint8_t*> q.zero_points.buf)
+            unpack_weights(&self.w, <uint8_t*> q.codes.buf, <float*> q.scales.buf,
+                           <uint8_t*> q.zero_points.buf)
 
     cdef int check(self, CodeMatrix q) except -1:
         if q.m != self.w.n or q.k != self.w.k or q.packed != (self.w.group > 0):

@@ -1,4 +1,5 @@
-# Integer products: packing weights into panels, activations into the kernels' form, and the order of panels and rows.
+# Integer products: packing weights into panels, activations into the kernels' form, and the order of panels
+# and rows.
 cdef enum:
     PREFETCH_DISTANCE = 1 << 13  # bytes
     OUT_ROWS = 64  # rows of the result that a core's prefetchers follow
@@ -45,8 +46,8 @@ cdef Py_ssize_t panel_scales(const Kernels* table, Py_ssize_t k, Py_ssize_t grou
     return table.panel_outputs * groups_of(k, group)
 
 
-# Fills the panels of w, k > 0, from codes: int8 (n, k), whose scales are not packed; or, in groups, 4-bit codes
-# (n, ceil(k / 2)) with scales and, unless NULL, zero_points (n, groups).
+# Fills the panels of w, k > 0, from codes: int8 (n, k), whose scales are not packed; or, in groups, 4-bit
+# codes (n, ceil(k / 2)) with scales and, unless NULL, zero_points (n, groups).
 cdef void pack_weights(const PackedWeights* w, const uint8_t* codes, const float* scales,
                        const uint8_t* zero_points) noexcept nogil:
     cdef Py_ssize_t p, c, groups, rows, width = panel_bytes(w.table, w.k, w.group)
@@ -77,13 +78,14 @@ cdef void unpack_weights(const PackedWeights* w, uint8_t* codes, float* scales,
             w.table.unpack_panel_u4(w.panels + p * width, w.scales + p * scale_stride,
                                     w.zero_points + p * scale_stride, codes + c * ((w.k + 1) // 2),
                                     scales + c * groups,
-                                    NULL if zero_points == NULL else zero_points + c * groups, rows, w.k, w.group)
+                                    NULL if zero_points == NULL else zero_points + c * groups, rows, w.k,
+                                    w.group)
         else:
             w.table.unpack_panel_s8(w.panels + p * width, <int8_t*> codes + c * w.k, rows, w.k)
 
 
-# Codes of one row of activations, in the form that the matrix product of `table` takes. `scratch` (x.n,) is used
-# with a group only.
+# Codes of one row of activations, in the form that the matrix product of `table` takes. `scratch` (x.n,) is
+# used with a group only.
 cdef void quantize_activation(const Kernels* table, const Floats* x, float scale, Py_ssize_t group,
                               int8_t* scratch, uint8_t* a) noexcept nogil:
     cdef int8_t codes[BLOCK]
@@ -103,11 +105,11 @@ cdef void quantize_activation(const Kernels* table, const Floats* x, float scale
 
 # How many of m rows a product takes together: all of them, or nearly equal parts of whole tiles of 16.
 #
-# The outputs that a panel gives for one row fill a line or two of the result, one whole row of it away from those
-# of the next row. The prefetchers of a core follow some 64 rows that way; with more of them every line is waited
-# for, which made wide layers with few inputs two to five times slower. So when there are more, a part of the rows
-# is taken at a time, and so many outputs that each row gets at least 1 KiB: the next part of the rows needs their
-# weights again, which should stay in the core's own cache. More than 2 KiB gain nothing.
+# The outputs that a panel gives for one row fill a line or two of the result, one whole row of it away from
+# those of the next row. The prefetchers of a core follow some 64 rows that way; with more of them every line
+# is waited for, which made wide layers with few inputs two to five times slower. So when there are more, a
+# part of the rows is taken at a time, and so many outputs that each row gets at least 1 KiB: the next part of
+# the rows needs their weights again, which should stay in the core's own cache. More than 2 KiB gain nothing.
 cdef inline Py_ssize_t rows_together(Py_ssize_t m) noexcept nogil:
     cdef Py_ssize_t parts = (m + OUT_ROWS - 1) // OUT_ROWS
     return m if parts < 2 else (m + 16 * parts - 1) // (16 * parts) * 16
@@ -139,7 +141,8 @@ cdef inline void multiply_part(const PackedWeights* w, Py_ssize_t c, Py_ssize_t 
     cdef Py_ssize_t prefetch_distance = 0
     cdef float* bias = NULL if w.bias == NULL else <float*> w.bias + c
     if w.group == 0:
-        w.table.gemm_s8s8_f32(w.panels + p * width, w.scales + c, bias, a, a_scales, out + c, w.n, m, cols, w.k)
+        w.table.gemm_s8s8_f32(w.panels + p * width, w.scales + c, bias, a, a_scales, out + c, w.n, m, cols,
+                              w.k)
         return
     # A single row reads three streams, for which the hardware's prefetcher is too slow from main memory.
     if panels_of(w.table, w.n) * width >= w.table.prefetch_from:

@@ -51,8 +51,9 @@ cdef void add_error_sums(const Floats* x, const Floats* values, CodeMatrix q, Py
             r += 1
 
 
-def error_sums(FloatMatrix x not None, CodeMatrix q not None, Py_ssize_t length, double[:, ::1] sums not None):
-    """The sums of kernels/metrics.pxi for x, not empty, against the values of q: a row for each `length` elements."""
+def error_sums(FloatMatrix x not None, CodeMatrix q not None, Py_ssize_t length,
+               double[:, ::1] sums not None):
+    """The sums of kernels/metrics.pxi, a row for each `length` elements of x, against the values of q."""
     cdef Floats flat = x.flat()
     check_rows(x, q)
     with nogil:

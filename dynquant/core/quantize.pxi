@@ -1,13 +1,13 @@
 # Floats to codes, by scales that are given or taken from the same rows.
 cdef enum:
     SPAN = 16 * BLOCK  # floats: 256 KiB, which a core's own cache holds
-    NONTEMPORAL_FROM = 1 << 23  # elements: from 32 MiB of floats on no cache holds a row until its codes are used
+    NONTEMPORAL_FROM = 1 << 23  # elements: no cache holds 32 MiB of floats until their codes are used
 
 
-# Codes, a byte each, of floats start .. start + n, with n <= BLOCK unless they are float32. A scale of 0 gives
-# zeros.
+# Codes, a byte each, of floats start .. start + n, with n <= BLOCK unless they are float32. A scale of 0
+# gives zeros.
 cdef void quantize_block(const Floats* x, const QuantRow* row, Py_ssize_t start, Py_ssize_t n, int32_t clip,
-                     bint nontemporal, int8_t* codes) noexcept nogil:
+                         bint nontemporal, int8_t* codes) noexcept nogil:
     cdef float scratch[BLOCK]
     cdef const float* block = block_of(x, start, n, scratch)
     cdef Py_ssize_t i = start, g, end
@@ -43,8 +43,8 @@ cdef void quantize_span(const Floats* x, const QuantRow* row, Py_ssize_t start, 
 
 
 # Codes of one row, its last span of 256 KiB first: what the pass for the scale has read last is still in the
-# core's own cache, and what this one reads last is there for the next. Shorter spans would undo the hardware's
-# prefetching.
+# core's own cache, and what this one reads last is there for the next. Shorter spans would undo the
+# hardware's prefetching.
 cdef void quantize_row(const Floats* x, const QuantRow* row, int32_t clip) noexcept nogil:
     cdef Py_ssize_t start = x.n - x.n % SPAN
     while start >= 0:

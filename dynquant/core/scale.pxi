@@ -173,16 +173,16 @@ cdef void bracket(const int32_t* sample, double index, int32_t* low, int32_t* hi
         high[0] = min(high[0], ranked_of(sample, SAMPLE, last))
 
 
-cdef Py_ssize_t collect_between(const Floats* x, int32_t low, int32_t high, int32_t* candidates, int64_t* below,
-                             int* finite) noexcept nogil:
+cdef Py_ssize_t collect_between(const Floats* x, int32_t low, int32_t high, int32_t* candidates,
+                                int64_t* below, int* finite) noexcept nogil:
     cdef float scratch[BLOCK]
     cdef Py_ssize_t start = 0, n, found = 0, capacity
     below[0] = 0
     while start < x.n:
         n = span_len(x, start, x.n)
         capacity = CANDIDATES - found if found < CANDIDATES else 0
-        found += kernels.collect_between_f32(block_of(x, start, n, scratch), low, high, candidates + (CANDIDATES - capacity),
-                                          capacity, below, finite, n)
+        found += kernels.collect_between_f32(block_of(x, start, n, scratch), low, high,
+                                             candidates + (CANDIDATES - capacity), capacity, below, finite, n)
         start += n
     return found
 

@@ -3,8 +3,8 @@ cdef enum:
     SEARCH_STEPS = 23  # ranges tried: 32/32, 31/32, ..., 10/32
 
 
-# Scale, and zero point unless that is NULL, of codes for a range around 0: symmetric codes in [-levels, levels],
-# or codes in [0, levels]. x_max is not -0.0, so neither is the scale.
+# Scale, and zero point unless that is NULL, of codes for a range around 0: symmetric codes in [-levels,
+# levels], or codes in [0, levels]. x_max is not -0.0, so neither is the scale.
 cdef void range_codes(float x_min, float x_max, int levels, float* scale, uint8_t* zero_point) noexcept nogil:
     cdef float z
     if zero_point == NULL:

@@ -54,7 +54,7 @@ cdef void count_bins_f32(const float* x, int64_t* counts, Py_ssize_t n) noexcept
 # be above the maximum; if it is, it counts in the last cell and not outside the window.
 # The places are worked out by a loop of their own, since that vectorizes and the increments do not.
 cdef void count_channel_bins_row_f32(const float* x, const int32_t* amax_bits, uint32_t* counts,
-                                Py_ssize_t n) noexcept nogil:
+                                     Py_ssize_t n) noexcept nogil:
     cdef int32_t indices[CHUNK]
     cdef Py_ssize_t start = 0, m
     cdef int32_t j, below

@@ -130,13 +130,14 @@ cdef inline int32_t dot_span(const int8_t* w, const ActSpan* span, Py_ssize_t n)
     if span.tail:
         s1 = dq_dot_biased_step(s1, w + n - step, codes + span.body)
     for i in range(span.residual_count):
-        s1 = dq_dot_biased_step(s1, w + span.residual_steps[i].row, span.residuals + span.residual_steps[i].span)
+        s1 = dq_dot_biased_step(s1, w + span.residual_steps[i].row,
+                                span.residuals + span.residual_steps[i].span)
     return dq_dot_sum(dq_dot_add(s0, s1)) - span.compensation
 
 
 # sums[0], sums[apart], ... += the same for four rows, `apart` rows of k from each other.
-cdef inline void dot_span_4(const int8_t* w0, Py_ssize_t k, Py_ssize_t row_stride, const ActSpan* span, int64_t* sums,
-                           Py_ssize_t n) noexcept nogil:
+cdef inline void dot_span_4(const int8_t* w0, Py_ssize_t k, Py_ssize_t row_stride, const ActSpan* span,
+                            int64_t* sums, Py_ssize_t n) noexcept nogil:
     cdef const int8_t* w1 = w0 + row_stride * k
     cdef const int8_t* w2 = w1 + row_stride * k
     cdef const int8_t* w3 = w2 + row_stride * k
@@ -173,7 +174,7 @@ cdef inline void dot_span_4(const int8_t* w0, Py_ssize_t k, Py_ssize_t row_strid
 # sums (count,) += w (count, k) . a over the n elements of a run of a. Rows a quarter of them apart are taken
 # together: DQ_STREAMS.
 cdef inline void dot_span_of_rows(const int8_t* w, const ActSpan* span, int64_t* sums, Py_ssize_t count,
-                                 Py_ssize_t k, Py_ssize_t n) noexcept nogil:
+                                  Py_ssize_t k, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t quarter = count // 4 if DQ_CONCURRENT_PANELS == 4 else 0, r
     for r in range(quarter):
         dot_span_4(w + r * k, k, quarter, span, sums + r, n)

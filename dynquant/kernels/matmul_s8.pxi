@@ -100,7 +100,7 @@ cdef inline uint8_t* codes_of(ActSegment* segment) noexcept nogil:
 # Trims the pairs in `beyond` of DQ_ACTIVATIONS_STEP codes, the first of which is at `start` of a block of k.
 # The block takes the rests.
 cdef inline void split_pairs(int8_t* codes, uint32_t out_of_range, ActSegment* segment, Py_ssize_t start,
-                            Py_ssize_t k) noexcept nogil:
+                             Py_ssize_t k) noexcept nogil:
     cdef Residual* residuals = <Residual*> (codes_of(segment) + 4 * k_steps_of(k))
     cdef Py_ssize_t j = 0
     while out_of_range:
@@ -144,7 +144,7 @@ cdef void pack_activation_s8(int8_t* codes, uint8_t* a, Py_ssize_t start, Py_ssi
 # sums (PANEL,) = one block of a panel times one row of activations. No int32 wraps: a sum is at most
 # 2**16 * 127 * 255 = 2,122,383,360 < 2**31 in magnitude before the excess comes off.
 cdef inline void gemv(const uint8_t* segment, const uint8_t* a, int32_t* acc,
-                        Py_ssize_t k_steps) noexcept nogil:
+                      Py_ssize_t k_steps) noexcept nogil:
     cdef dq_acc s0 = dq_acc_zero(), s1 = s0
     cdef dq_broadcast_act k, next
     cdef Py_ssize_t i
@@ -161,8 +161,8 @@ cdef inline void gemv(const uint8_t* segment, const uint8_t* a, int32_t* acc,
 
 
 # sums (4, PANEL) = the same for one row and four panels, `apart` bytes from each other: DQ_STREAMS.
-cdef inline void gemv_4_panels(const uint8_t* segment, Py_ssize_t panel_stride, const uint8_t* a, int32_t* acc,
-                                Py_ssize_t k_steps) noexcept nogil:
+cdef inline void gemv_4_panels(const uint8_t* segment, Py_ssize_t panel_stride, const uint8_t* a,
+                               int32_t* acc, Py_ssize_t k_steps) noexcept nogil:
     cdef dq_acc s00 = dq_acc_zero(), s01 = s00, s10 = s00, s11 = s00, s20 = s00, s21 = s00, s30 = s00
     cdef dq_acc s31 = s00
     cdef const uint8_t* b1 = segment + panel_stride
@@ -202,8 +202,9 @@ cdef inline void store_tile(int32_t* acc, dq_acc s00, dq_acc s01, dq_acc s10, dq
 # Eight accumulators hide the latency of the multiply-adds, and fit the registers of every instruction set.
 # They have names because in an array, indexed by an unrolled loop, gcc writes them back to memory at every
 # step.
-cdef inline void microkernel_4(const uint8_t* segment, const uint8_t* a0, const uint8_t* a1, const uint8_t* a2,
-                        const uint8_t* a3, int32_t* acc, Py_ssize_t k_steps) noexcept nogil:
+cdef inline void microkernel_4(const uint8_t* segment, const uint8_t* a0, const uint8_t* a1,
+                               const uint8_t* a2, const uint8_t* a3, int32_t* acc,
+                               Py_ssize_t k_steps) noexcept nogil:
     cdef dq_acc s00 = dq_acc_zero(), s01 = s00, s10 = s00, s11 = s00, s20 = s00, s21 = s00, s30 = s00
     cdef dq_acc s31 = s00
     cdef dq_weights w0, w1
@@ -231,7 +232,7 @@ cdef inline void microkernel_4(const uint8_t* segment, const uint8_t* a0, const 
 
 # Adds the rests of one row to its sums (PANEL,).
 cdef inline void add_residuals(const uint8_t* segment, const ActSegment* a, int32_t* acc,
-                           Py_ssize_t k_steps) noexcept nogil:
+                               Py_ssize_t k_steps) noexcept nogil:
     cdef const Residual* residuals = <const Residual*> (codes_of(<ActSegment*> a) + 4 * k_steps)
     cdef dq_acc s0 = dq_acc_load(acc), s1 = dq_acc_load(acc + DQ_LANES)
     cdef const uint8_t* w
@@ -249,8 +250,9 @@ cdef inline void add_residuals(const uint8_t* segment, const ActSegment* a, int3
 # sums (rows, PANEL) for one panel and rows <= DQ_TILE_ROWS rows of a, `stride` bytes apart; or for one row
 # (panels, PANEL), panels being 1 or DQ_STREAMS, `apart` bytes apart. Two and three rows take the tile of
 # four, with the last row repeated.
-cdef inline void microkernel(const uint8_t* segment, Py_ssize_t panel_stride, Py_ssize_t panels, const uint8_t* a,
-                      Py_ssize_t stride, Py_ssize_t rows, int32_t* acc, Py_ssize_t k_steps) noexcept nogil:
+cdef inline void microkernel(const uint8_t* segment, Py_ssize_t panel_stride, Py_ssize_t panels,
+                             const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows, int32_t* acc,
+                             Py_ssize_t k_steps) noexcept nogil:
     cdef const uint8_t* codes = codes_of(<ActSegment*> a)
     cdef Py_ssize_t r, p
     if panels > 1:
@@ -261,12 +263,12 @@ cdef inline void microkernel(const uint8_t* segment, Py_ssize_t panel_stride, Py
         dq_tiles(segment, codes, stride, rows, acc, k_steps, DQ_TILE_K_STEPS, False)
     else:
         microkernel_4(segment, codes, codes + stride, codes + (rows - 1 if rows < 3 else 2) * stride,
-               codes + (rows - 1) * stride, acc, k_steps)
+                      codes + (rows - 1) * stride, acc, k_steps)
     if DQ_SPLIT:
         for r in range(rows):
             for p in range(panels):
-                add_residuals(segment + p * panel_stride, <const ActSegment*> (a + r * stride), acc + (r + p) * PANEL,
-                          k_steps)
+                add_residuals(segment + p * panel_stride, <const ActSegment*> (a + r * stride),
+                              acc + (r + p) * PANEL, k_steps)
 
 
 # out[c] = float32(sum[c]) * w_scales[c] * a_scale + bias[c], in that order; no bias where it is NULL.
@@ -282,8 +284,8 @@ cdef inline void finish_row(const int64_t* acc, const float* w_scales, float a_s
 
 # finish_row for sums that fit int32 with the excess taken off, which is nearly always; cols <= ROWS * PANEL.
 # It vectorizes: values, which overlap nothing, need no look at where out lies.
-cdef inline void finish_row_s32(const int32_t* acc, int32_t compensation, const float* w_scales, float a_scale,
-                                const float* bias, float* out, Py_ssize_t cols) noexcept nogil:
+cdef inline void finish_row_s32(const int32_t* acc, int32_t compensation, const float* w_scales,
+                                float a_scale, const float* bias, float* out, Py_ssize_t cols) noexcept nogil:
     cdef float values[ROWS * PANEL]
     cdef Py_ssize_t c
     for c in range(cols):
@@ -295,8 +297,9 @@ cdef inline void finish_row_s32(const int32_t* acc, int32_t compensation, const 
 
 
 # totals (panels or rows, PANEL) = tile over all blocks of k, each summed in int32 and added up in int64.
-cdef inline void microkernel_segments(const uint8_t* panel, Py_ssize_t panels, const uint8_t* a, Py_ssize_t stride,
-                                Py_ssize_t rows, int64_t* totals, Py_ssize_t k) noexcept nogil:
+cdef inline void microkernel_segments(const uint8_t* panel, Py_ssize_t panels, const uint8_t* a,
+                                      Py_ssize_t stride, Py_ssize_t rows, int64_t* totals,
+                                      Py_ssize_t k) noexcept nogil:
     cdef int32_t acc[DQ_TILE_ROWS * PANEL]
     cdef Py_ssize_t start = 0, n, i, r
     cdef int32_t compensation

@@ -166,7 +166,7 @@ cdef inline int32_t sum_codes(const int8_t* codes, Py_ssize_t n) noexcept nogil:
 # time, a whole group of 32 k: no branch between them, and two chains of multiply-adds for each sum, for one
 # would be slower than memory. Unless it is 0, codes are fetched from `ahead` bytes on.
 cdef inline void group_gemv(const uint8_t* w, const uint8_t* a, dq_acc* s0, dq_acc* s1, Py_ssize_t k_blocks,
-                              Py_ssize_t prefetch_distance) noexcept nogil:
+                            Py_ssize_t prefetch_distance) noexcept nogil:
     cdef dq_acc16 p0, p1, q0, q1
     cdef dq_broadcast_act even, odd
     cdef Py_ssize_t i
@@ -208,9 +208,9 @@ cdef inline void add_group(float* acc, dq_acc s0, dq_acc s1, dq_floats z0, dq_fl
 # acc (4, PANEL) += one group of four rows, each with the sum at a_sums, as dq_group_add has it; the codes of
 # the next panel, `ahead` bytes on, are fetched meanwhile. As tile_4, and with names for its reason.
 cdef inline void group_microkernel_4(const uint8_t* w, const float* scales, const uint8_t* zero_points,
-                              const uint8_t* a0, const uint8_t* a1, const uint8_t* a2, const uint8_t* a3,
-                              const float* a_sums, float* acc, Py_ssize_t k_blocks,
-                              Py_ssize_t prefetch_distance) noexcept nogil:
+                                     const uint8_t* a0, const uint8_t* a1, const uint8_t* a2,
+                                     const uint8_t* a3, const float* a_sums, float* acc, Py_ssize_t k_blocks,
+                                     Py_ssize_t prefetch_distance) noexcept nogil:
     cdef dq_acc s00 = dq_acc_zero(), s01 = s00, s10 = s00, s11 = s00, s20 = s00, s21 = s00, s30 = s00
     cdef dq_acc s31 = s00
     cdef dq_acc16 p00, p01, p10, p11, p20, p21, p30, p31
@@ -251,8 +251,8 @@ cdef inline void group_microkernel_4(const uint8_t* w, const float* scales, cons
 
 # acc (PANEL,) = all groups of at most EXACT k of one row, added up in ascending order.
 cdef inline void short_groups_gemv(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
-                                const uint8_t* a, float* acc, Py_ssize_t k, Py_ssize_t group,
-                                Py_ssize_t prefetch_distance) noexcept nogil:
+                                   const uint8_t* a, float* acc, Py_ssize_t k, Py_ssize_t group,
+                                   Py_ssize_t prefetch_distance) noexcept nogil:
     cdef const float* a_sums = <const float*> (a + DQ_K_BLOCK * k_blocks_of_row(k, group))
     cdef dq_acc s0, s1
     cdef dq_floats acc0, acc1
@@ -278,8 +278,8 @@ cdef inline void short_groups_gemv(const uint8_t* panel, const float* scales, co
 # acc (rows, PANEL) = the same for 2 <= rows <= 4 rows of a. Two and three rows take the tile of four, with
 # the last row repeated.
 cdef inline void short_groups_4_rows(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
-                                const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows, float* acc,
-                                Py_ssize_t k, Py_ssize_t group) noexcept nogil:
+                                     const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows, float* acc,
+                                     Py_ssize_t k, Py_ssize_t group) noexcept nogil:
     cdef Py_ssize_t sums_at = DQ_K_BLOCK * k_blocks_of_row(k, group), g, k_blocks = k_blocks_of(group), at = 0
     cdef Py_ssize_t groups = groups_of(k, group)
     cdef const uint8_t* a1 = a + stride
@@ -294,8 +294,8 @@ cdef inline void short_groups_4_rows(const uint8_t* panel, const float* scales, 
         a_sums[1] = (<const float*> (a1 + sums_at))[g]
         a_sums[2] = (<const float*> (a2 + sums_at))[g]
         a_sums[3] = (<const float*> (a3 + sums_at))[g]
-        group_microkernel_4(panel, scales, zero_points, a + at, a1 + at, a2 + at, a3 + at, a_sums, acc, k_blocks,
-                     4 * PANEL * k_blocks_of_row(k, group))
+        group_microkernel_4(panel, scales, zero_points, a + at, a1 + at, a2 + at, a3 + at, a_sums, acc,
+                            k_blocks, 4 * PANEL * k_blocks_of_row(k, group))
         panel += 4 * PANEL * k_blocks
         at += DQ_K_BLOCK * k_blocks
         scales += PANEL
@@ -340,7 +340,8 @@ cdef inline void add_groups(float* acc, const int32_t* sums, const float* scales
 # acc (rows, PANEL) += `count` groups of `units` units each, at most UNITS together.
 cdef inline void add_group_tiles(const uint8_t* panel, const float* scales, const float* zero_points,
                                  const uint8_t* a, const uint8_t* a_sums, Py_ssize_t stride, Py_ssize_t rows,
-                                 float* acc, Py_ssize_t k_blocks, Py_ssize_t count, int tile_k_steps) noexcept nogil:
+                                 float* acc, Py_ssize_t k_blocks, Py_ssize_t count,
+                                 int tile_k_steps) noexcept nogil:
     cdef uint8_t k_steps[TILE_K_BLOCKS * 8 * PANEL]
     cdef int32_t sums[BATCH * DQ_TILE_ROWS * PANEL]
     cdef Py_ssize_t i, g, r, start, end
@@ -348,8 +349,8 @@ cdef inline void add_group_tiles(const uint8_t* panel, const float* scales, cons
     for i in range(parts_of(rows)):
         start, end = part_start(rows, i), part_start(rows, i + 1)
         for g in range(count):
-            dq_tiles(k_steps + g * k_blocks * 8 * PANEL, a + start * stride + g * k_blocks * DQ_K_BLOCK, stride,
-                     end - start, sums + g * DQ_TILE_ROWS * PANEL, 2 * k_blocks, tile_k_steps, False)
+            dq_tiles(k_steps + g * k_blocks * 8 * PANEL, a + start * stride + g * k_blocks * DQ_K_BLOCK,
+                     stride, end - start, sums + g * DQ_TILE_ROWS * PANEL, 2 * k_blocks, tile_k_steps, False)
         for r in range(start, end):
             add_groups(acc + r * PANEL, sums + (r - start) * PANEL, scales, zero_points,
                        <const float*> (a_sums + r * stride), count)
@@ -358,7 +359,8 @@ cdef inline void add_group_tiles(const uint8_t* panel, const float* scales, cons
 # The same for one group of more than UNITS units.
 cdef inline void add_long_group_tiles(const uint8_t* panel, const float* scales, const float* zero_points,
                                       const uint8_t* a, const uint8_t* a_sums, Py_ssize_t stride,
-                                      Py_ssize_t rows, float* acc, Py_ssize_t k_blocks, int tile_k_steps) noexcept nogil:
+                                      Py_ssize_t rows, float* acc, Py_ssize_t k_blocks,
+                                      int tile_k_steps) noexcept nogil:
     cdef uint8_t k_steps[TILE_K_BLOCKS * 8 * PANEL]
     cdef int32_t sums[BATCH_ROWS * PANEL]
     cdef Py_ssize_t done = 0, n, i, r, start
@@ -452,7 +454,8 @@ cdef inline void finish_rows(const float* acc, const float* a_scales, const floa
 cdef inline void gemm_group_panel(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
                                   const float* bias, const uint8_t* a, const float* a_scales, float* out,
                                   Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t cols, Py_ssize_t k,
-                                  Py_ssize_t group, Py_ssize_t prefetch_distance, int tile_k_steps) noexcept nogil:
+                                  Py_ssize_t group, Py_ssize_t prefetch_distance,
+                                  int tile_k_steps) noexcept nogil:
     cdef float acc[BATCH_ROWS * PANEL]
     cdef Py_ssize_t stride = group_activation_bytes(k, group), rows
     while m > 0:

@@ -22,12 +22,13 @@ cdef inline void quantize_step(const float* x, float scale, float lo, float hi, 
         divide_round_row(x, scale, clip, codes, DQ_QUANTIZE_STEP)
 
 
-# Codes of n >= DQ_QUANTIZE_STEP floats, in steps from `start` on, `start` < DQ_QUANTIZE_STEP, between one from 0 and one that
-# ends with the row: these two may write again what others wrote. Called with constants for `within` and
-# `stream` only, so that each loop has one kind of store. A long row is fetched ahead, which makes memory a
-# sixth faster; in the caches it would cost that much.
+# Codes of n >= DQ_QUANTIZE_STEP floats, in steps from `start` on, `start` < DQ_QUANTIZE_STEP, between one
+# from 0 and one that ends with the row: these two may write again what others wrote. Called with constants
+# for `within` and `stream` only, so that each loop has one kind of store. A long row is fetched ahead, which
+# makes memory a sixth faster; in the caches it would cost that much.
 cdef inline void quantize_steps(const float* x, float scale, float lo, float hi, int32_t clip, bint in_range,
-                                bint nontemporal, Py_ssize_t start, int8_t* codes, Py_ssize_t n) noexcept nogil:
+                                bint nontemporal, Py_ssize_t start, int8_t* codes,
+                                Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i = start, last = n - DQ_QUANTIZE_STEP
     if start:
         quantize_step(x, scale, lo, hi, clip, in_range, False, codes)
@@ -56,7 +57,7 @@ cdef void quantize_row_f32_s8(const float* x, float scale, int32_t clip, bint in
     cdef Py_ssize_t start = 0
     cdef float r, lo, hi
     if n < DQ_QUANTIZE_STEP or not (scale >= <float> 2.3509887016445750e-38
-                           and scale <= <float> 4.2535295865117308e+37):
+                                    and scale <= <float> 4.2535295865117308e+37):
         divide_round_row(x, scale, clip, codes, n)
         return
     r = <float> 1.0 / scale

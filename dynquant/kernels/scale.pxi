@@ -70,8 +70,9 @@ cdef Py_ssize_t count_below_f32(const float* x, int32_t bits, Py_ssize_t n) noex
 
 # How many |x[i]| have float bits in [low, high]; the bits of the first `room` of them go to `kept`. *below
 # gains how many have bits below low, *finite becomes 0 where one is NaN or infinite.
-cdef Py_ssize_t collect_between_f32(const float* x, int32_t low, int32_t high, int32_t* candidates, Py_ssize_t capacity,
-                                 int64_t* below, int* finite, Py_ssize_t n) noexcept nogil:
+cdef Py_ssize_t collect_between_f32(const float* x, int32_t low, int32_t high, int32_t* candidates,
+                                    Py_ssize_t capacity, int64_t* below, int* finite,
+                                    Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i = 0, found = 0
     cdef uint32_t found_bits
     cdef int32_t b

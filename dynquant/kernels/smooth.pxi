@@ -45,8 +45,8 @@ cdef bint reciprocals_f32(const float* factors, float* reciprocals, Py_ssize_t n
 # then no |x| is above 2**64. out may be x itself. What comes `ahead` floats later, a part of the next row, is
 # fetched meanwhile: the hardware goes no further than to the end of a page. The vectors start at a line of
 # the cache: those that straddle two cost a tenth of the speed.
-cdef void divide_row_f32(const float* x, const float* factors, const float* reciprocals, Py_ssize_t prefetch_distance,
-                         float* out, Py_ssize_t n) noexcept nogil:
+cdef void divide_row_f32(const float* x, const float* factors, const float* reciprocals,
+                         Py_ssize_t prefetch_distance, float* out, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i = before_line(out, n)
     divide_span(x, factors, out, i)
     while DQ_QUOTIENTS and reciprocals != NULL and i + DQ_QUOTIENTS <= n:
