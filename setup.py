@@ -5,8 +5,8 @@ that get instruction-set flags; ``_core``, which holds the CPU detector, never d
 
 Environment: ``DYNQUANT_DEBUG=1`` turns Cython's bounds checks on. ``DYNQUANT_BUILD_ISAS=avx2,avx512`` builds
 the baseline and only those instruction sets, for a short edit loop. ``DYNQUANT_SANITIZE=address,undefined``,
-or whatever else ``-fsanitize=`` of gcc and clang takes, makes modules that need the sanitizer's library loaded
-before Python: `make sanitize` and `make tsan` do that.
+or whatever else ``-fsanitize=`` of gcc and clang takes, makes modules that need the library of the sanitizer
+loaded before Python: `make sanitize` and `make tsan` do that.
 """
 
 import contextlib
