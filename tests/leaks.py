@@ -1,7 +1,7 @@
-"""What is still allocated after many calls of everything public; a count of calls as its argument.
+"""Memory that stays allocated after many calls of everything public; the argument is the number of calls.
 
-Counted are the interpreter's small objects and the bytes that malloc has given out, which no leak can hide
-from: neither is rounded to pages, and nothing else allocates meanwhile.
+It counts the small objects of the interpreter and the bytes from malloc. No leak escapes these: neither is
+rounded to pages, and nothing else allocates in between.
 """
 
 import collections
@@ -25,7 +25,7 @@ C_CALLS = {f"C, {name}": functools.partial(FUNCTIONS[name], *arguments_of(name))
 
 
 def refusals():
-    """Bad calls of each function: those of the tests, and NaN in every argument that can have it."""
+    """Bad calls of each function: those of the tests, and NaN in every float argument."""
     found = collections.defaultdict(list)
     for bad in test_errors.BAD_CALLS:
         found[_name_of(bad.function)].append((bad.function, bad.args, bad.kwargs))
@@ -44,7 +44,7 @@ def _name_of(function):
 
 
 def refused(calls):
-    """A function that makes the next of the calls, all of which raise."""
+    """A function that makes the next of the calls, all of which must raise."""
     turn = itertools.cycle(calls)
 
     def call():
@@ -64,20 +64,20 @@ EVERY = {
     **C_CALLS,
     **{f"{name} refuses": refused(calls) for name, calls in refusals().items()},
 }
-# Free lists of the interpreter, of NumPy and of malloc may be fuller than before; 2,000 calls that each lost
-# the smallest block there is would lose 32,000 bytes.
-MOST_OBJECTS, MOST_BYTES = 200, 16_000
+# Free lists of the interpreter, of NumPy and of malloc may have grown. 2,000 calls that each leak the smallest
+# block there is leak 32,000 bytes.
+MAX_OBJECTS, MAX_BYTES = 200, 16_000
 
 
 class _MallInfo(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_size_t)
         for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks")
-    ] + [("rest", ctypes.c_size_t * 2)]
+    ] + [("others", ctypes.c_size_t * 2)]
 
 
 def _in_use():
-    """Small objects, and bytes from malloc; 0 for what cannot be told."""
+    """Small objects and bytes from malloc in use; 0 bytes where malloc does not tell."""
     gc.collect()
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallinfo2"):
@@ -88,7 +88,7 @@ def _in_use():
 
 
 def growth(call, times):
-    """Small objects and bytes that `times` calls left behind, after a few to fill caches."""
+    """Small objects and bytes that `times` calls leave allocated, after 1,000 that fill caches."""
     for _ in range(1000):
         call()
     before = _in_use()
@@ -98,7 +98,7 @@ def growth(call, times):
 
 
 def is_leak(objects, n_bytes):
-    return objects > MOST_OBJECTS or n_bytes > MOST_BYTES
+    return objects > MAX_OBJECTS or n_bytes > MAX_BYTES
 
 
 def main(times):

@@ -1,4 +1,4 @@
-"""Calls that get no memory: MemoryError, `out` as it was, nothing lost, and the next call works."""
+"""Failing allocations: MemoryError, `out` unchanged, nothing leaked, and the next call works."""
 
 import os
 import platform
@@ -18,12 +18,12 @@ HELPERS = os.path.join(TESTS, "helpers")
     reason="without memory, older NumPy's linalg returns anything, and NumPy 1's maximum crashes",
 )
 def test_every_allocation_may_fail(tmp_path):
-    """In turn, alone and with all that follow; those of pooled small objects and of other threads apart."""
+    """In turn, alone and with all that follow; not those of pooled small objects and of other threads."""
     library = str(tmp_path / "failing_malloc.so")
     source = os.path.join(HELPERS, "failing_malloc.c")
     run([*compiler("CC"), "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", source, "-o", library])
     folders = os.pathsep.join([environment()["PYTHONPATH"], TESTS])
-    # With threads of its own BLAS would take memory at any time.
+    # Threads of BLAS would allocate at any time.
     settings = environment(LD_PRELOAD=library, PYTHONPATH=folders, OPENBLAS_NUM_THREADS="1")
     settings.pop("PYTHONMALLOC", None)
     printed = run([sys.executable, os.path.join(HELPERS, "out_of_memory.py")], env=settings).split("\n")

@@ -1,4 +1,4 @@
-"""The search for alpha, against every candidate built and measured by hand."""
+"""search_alpha against every candidate layer, built and measured one by one."""
 
 import dataclasses
 import tracemalloc
@@ -28,7 +28,7 @@ def layer(tokens, in_features, *outputs, seed=0):
 
 
 def measured(a, weights, factors, relative=False):
-    """Squared error of the outputs of all layers, token by token, in float64."""
+    """Squared error of the outputs of all layers, summed over tokens, in float64."""
     total = 0.0
     for w in weights:
         exact = a.astype(np.float64) @ w.astype(np.float64).T
@@ -43,7 +43,7 @@ def measured(a, weights, factors, relative=False):
     (1, 1, [1]),
     (30, 70, [33]),
     (50, 64, [16, 1, 40]),
-    # More rows and outputs than are taken at once.
+    # More rows and outputs than one chunk.
     (200, 2048, [2100]),
 ])  # fmt: skip
 def test_errors_of_every_alpha(tokens, in_features, outputs, mode, relative):
@@ -65,7 +65,7 @@ def test_errors_of_every_alpha(tokens, in_features, outputs, mode, relative):
     [{"bits": 4}, {"bits": 4, "group_size": 8, "symmetric": True}, {"hadamard": True}],
     ids=str,
 )
-def test_the_layer_is_the_one_asked_for(options):
+def test_layer_options(options):
     rng = np.random.default_rng(11)
     a, w = rng.standard_normal((30, 24)).astype(F32), rng.standard_normal((9, 24)).astype(F32)
     a[:, 3] *= 30
@@ -79,12 +79,12 @@ def test_the_layer_is_the_one_asked_for(options):
     assert found.unsmoothed_error == pytest.approx(np.square(y - exact).sum(), rel=1e-9)
 
 
-def test_the_default_is_every_twentieth():
+def test_default_grid():
     a, (w,) = layer(20, 30, 10)
     assert search_alpha(a, w).alphas == tuple(GRID)
 
 
-def test_one_array_and_a_list_of_it(isa):
+def test_one_weight_and_a_list_of_one(isa):
     a, (w,) = layer(20, 30, 10)
     alone, listed = search_alpha(a, w), search_alpha(a, (w,))
     assert alone.errors == listed.errors
@@ -119,14 +119,14 @@ def test_alphas_come_from_any_iterable():
         assert {type(value) for value in (found.alpha, *found.alphas, *found.errors)} == {float}
 
 
-def test_the_first_of_equals():
+def test_first_of_equal_errors_wins():
     a, w = np.ones((3, 4), F32), np.ones((2, 4), F32)
     found = search_alpha(a, w, alphas=[0.75, 0.25, 0.75])
     assert found.errors[0] == found.errors[2]
     assert found.alphas[found.errors.index(min(found.errors))] == found.alpha
 
 
-def test_every_instruction_set_finds_the_same():
+def test_same_result_on_every_instruction_set():
     a, weights = layer(60, 130, 50, 7)
     results = []
     for isa in ISAS:
@@ -138,7 +138,7 @@ def test_every_instruction_set_finds_the_same():
 
 
 @pytest.mark.parametrize("mode", [MaxAbs(), Percentile(0.9)], ids=["max abs", "percentile"])
-def test_channels_that_were_never_active(mode):
+def test_dead_channels(mode):
     a, (w,) = layer(30, 20, 10)
     a[:, 3] = 0
     found = search_alpha(a, w, mode=mode)
@@ -146,7 +146,7 @@ def test_channels_that_were_never_active(mode):
     assert np.delete(found.factors == 1, 3).sum() == 0
 
 
-def test_rows_without_output():
+def test_tokens_with_zero_output():
     a, (w,) = layer(30, 20, 10)
     expected = search_alpha(a, w, relative=True)
     found = search_alpha(np.concatenate([a, np.zeros((5, 20), F32)]), w, relative=True)
@@ -155,8 +155,8 @@ def test_rows_without_output():
     assert (nothing.errors, nothing.unsmoothed_error) == ((0.0,), 0.0)
 
 
-def test_a_loud_token_counts_like_the_others_when_errors_are_relative():
-    """A token that is scaled has scaled errors, as long as the factors are not its doing."""
+def test_relative_errors_weigh_tokens_equally():
+    """Scaling a token scales its errors, as long as the factors do not depend on it."""
     a, (w,) = layer(100, 40, 20)
     loud = a.copy()
     loud[7] *= F32(2.0**20)
@@ -179,7 +179,7 @@ def test_the_result_is_frozen():
     "tokens, in_features, outputs, n_alphas", [(20_000, 64, 1024, 2), (4, 256, 16_384, 21)]
 )
 def test_scratch_is_bounded(tokens, in_features, outputs, n_alphas):
-    """Neither all outputs of all tokens are held, nor the layers of all alphas."""
+    """The outputs of all tokens are not kept, nor the layers of all alphas."""
     a, (w,) = layer(tokens, in_features, outputs)
     assert max(8 * tokens * outputs, n_alphas * w.size) > 80 << 20
     tracemalloc.start()
@@ -200,7 +200,7 @@ def output_sqnr(weight, x, factors):
 
 
 @pytest.mark.parametrize("name", ["up", "down"])
-def test_as_good_as_the_best_of_the_grid_on_a_real_layer(name):
+def test_at_least_as_good_as_the_grid_on_a_real_layer(name):
     weight, calibration, _ = real_layer(name)
     found = search_alpha(calibration, weight)
     factors = [compute_smooth_factors(calibration, weight, SmoothQuantConfig(alpha)) for alpha in GRID]
@@ -209,10 +209,10 @@ def test_as_good_as_the_best_of_the_grid_on_a_real_layer(name):
     assert min(found.errors) < 0.7 * found.unsmoothed_error
 
 
-@pytest.mark.parametrize("name, least", [("up", 42.0), ("down", 29.4)])
-def test_on_tokens_that_were_not_seen(name, least):
-    """Four of the calibration tokens of "down" hold four fifths of its output's power."""
+@pytest.mark.parametrize("name, expected", [("up", 42.0), ("down", 29.4)])
+def test_on_unseen_tokens(name, expected):
+    """Four calibration tokens of "down" have four fifths of its output power, hence relative errors."""
     weight, calibration, x = real_layer(name)
     found = search_alpha(calibration, weight, relative=True)
     half = compute_smooth_factors(calibration, weight)
-    assert output_sqnr(weight, x, found.factors) > max(least, output_sqnr(weight, x, half))
+    assert output_sqnr(weight, x, found.factors) > max(expected, output_sqnr(weight, x, half))

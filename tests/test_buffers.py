@@ -1,4 +1,4 @@
-"""Every kind of input buffer, and every kind of `out`, for each public function that takes floats."""
+"""Every kind of input array, and every kind of `out`, for each public function that takes floats."""
 
 import array
 from collections.abc import Callable
@@ -52,7 +52,7 @@ OTHER = RNG.standard_normal(SHAPE).astype(F32)
 
 
 class Function(NamedTuple):
-    """`call(x, out=...)` gives what `expected(x as float32)` gives, in arrays."""
+    """`call(x, out=...)` and `expected(x as float32)` return lists of equal arrays."""
 
     shape: tuple[int, ...]
     call: Callable[..., list[Any]]
@@ -179,7 +179,8 @@ def read_only(x):
     return x
 
 
-def spread(x):
+def strided(x):
+    """A copy with every second element of the last axis in memory."""
     return np.repeat(x, 2, axis=-1)[..., ::2]
 
 
@@ -193,11 +194,11 @@ INPUTS = {
     "subclass": lambda x: x.view(Subclass),
     "memoryview": memoryview,
     "read-only memoryview": lambda x: memoryview(x).toreadonly(),
-    "strided memoryview": lambda x: memoryview(spread(x)),
+    "strided memoryview": lambda x: memoryview(strided(x)),
     "array.array": array_array,
     "bytes": lambda x: np.frombuffer(x.tobytes(), F32).reshape(x.shape),
     "read-only": read_only,
-    "strided": spread,
+    "strided": strided,
     "strided rows": lambda x: np.repeat(x, 3, axis=0)[::3],
     "negative strides": lambda x: x[..., ::-1].copy()[..., ::-1],
     "negative rows": lambda x: x[::-1].copy()[::-1],
@@ -207,12 +208,12 @@ INPUTS = {
     "inside a larger array": lambda x: np.pad(x, 3)[(slice(3, -3),) * x.ndim],
     "misaligned": lambda x: array_at(1, x),
     "float16": lambda x: x.astype(np.float16),
-    "float16 strided": lambda x: spread(x.astype(np.float16)),
+    "float16 strided": lambda x: strided(x.astype(np.float16)),
     "float16 read-only": lambda x: read_only(x.astype(np.float16)),
     "float16 misaligned": lambda x: array_at(3, x.astype(np.float16)),
     "float16 memoryview": lambda x: memoryview(x.astype(np.float16)),
     "bfloat16": lambda x: x.astype(ml_dtypes.bfloat16),
-    "bfloat16 strided": lambda x: spread(x.astype(ml_dtypes.bfloat16)),
+    "bfloat16 strided": lambda x: strided(x.astype(ml_dtypes.bfloat16)),
     "bfloat16 read-only": lambda x: read_only(x.astype(ml_dtypes.bfloat16)),
     "bfloat16 misaligned": lambda x: array_at(1, x.astype(ml_dtypes.bfloat16)),
     "float64": lambda x: x.astype(np.float64) * (1 + 1e-9),
@@ -234,7 +235,7 @@ INPUTS = {
 @each_function
 @pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS.keys())
 def test_inputs(make, function):
-    # Above zero, because factors must be.
+    # Positive, as factors must be.
     x = make(np.random.default_rng(1).uniform(0.1, 3, function.shape).astype(F32))
     before = np.array(x).tobytes()
     expected = function.expected(reference.floats(x))
@@ -308,7 +309,7 @@ def test_zero_dimensional_inputs(x):
 def test_weights_of_int8(layout):
     weight = {
         "F": np.asfortranarray(WEIGHT),
-        "strided": spread(WEIGHT),
+        "strided": strided(WEIGHT),
         "misaligned": array_at(5, WEIGHT),
         "read-only": read_only(WEIGHT),
         "memoryview": memoryview(WEIGHT),
@@ -317,7 +318,7 @@ def test_weights_of_int8(layout):
     assert_same_bits(w8a8_matvec(weight, SCALES, FACTORS), MATVEC(WEIGHT, SCALES, FACTORS))
 
 
-# Results
+# Out
 
 
 class WithOut(NamedTuple):
@@ -367,7 +368,7 @@ def wrong_shape(target, out):
 
 
 def wrong_layout(target, out):
-    yield spread(out)
+    yield strided(out)
     yield np.repeat(out, 2, axis=0)[::2]
     yield out[::-1]
     yield out[..., ::-1]
@@ -389,7 +390,7 @@ WRONG_OUTS = {
 
 @each_with_out
 @pytest.mark.parametrize("make", WRONG_OUTS, ids=lambda make: make.__name__)
-def test_outs_that_are_refused(make, target):
+def test_invalid_outs(make, target):
     error, message = WRONG_OUTS[make]
     before = [x.tobytes() for x in target.inputs]
     for out in make(target, np.full(target.shape, 77, target.dtype)):
@@ -404,7 +405,7 @@ def test_outs_that_are_refused(make, target):
 
 
 @each_with_out
-def test_outs_that_are_taken(target):
+def test_valid_outs(target):
     plain = target.call(out=np.zeros(target.shape, target.dtype))
     plain = plain.data if isinstance(plain, DynQuantTensor) else plain
     padded = np.full((target.shape[0] + 2, *target.shape[1:]), 99, target.dtype)
@@ -421,16 +422,16 @@ def test_outs_that_are_taken(target):
 
 
 def overlapping(n_bytes, dtype, shape, shift):
-    """Two views of one buffer, `shift` bytes apart: raw bytes, and an array."""
-    room = memory(n_bytes + 4096, 0)
+    """Two views of one buffer, `shift` bytes apart: raw bytes and an array."""
+    buffer = memory(n_bytes + 4096, 0)
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return room[64 : 64 + n_bytes], room[64 + shift : 64 + shift + size].view(dtype).reshape(shape)
+    return buffer[64 : 64 + n_bytes], buffer[64 + shift : 64 + shift + size].view(dtype).reshape(shape)
 
 
-@pytest.mark.parametrize("place", ["same start", "last byte", "inside"])
+@pytest.mark.parametrize("position", ["same start", "last byte", "inside"])
 @pytest.mark.parametrize("quantize", [dynamic_quantize_int8, dynamic_quantize_int8_per_row])
-def test_codes_over_their_input(quantize, place):
-    shift = {"same start": 0, "last byte": 4 * OTHER.size - 1, "inside": 8}[place]
+def test_quantize_over_its_input(quantize, position):
+    shift = {"same start": 0, "last byte": 4 * OTHER.size - 1, "inside": 8}[position]
     raw, out = overlapping(OTHER.nbytes, np.int8, SHAPE, shift)
     x = raw.view(F32).reshape(SHAPE)
     x[:] = OTHER
@@ -441,16 +442,16 @@ def test_codes_over_their_input(quantize, place):
 
 
 @pytest.mark.parametrize("which", ["data", "scales"])
-def test_values_over_their_codes(which):
+def test_dequantize_over_its_codes(which):
     raw, out = overlapping(4096, F32, SHAPE, 0)
     fields = {"data": Q.data, "scales": Q.scales}
-    part = raw[: fields[which].nbytes].view(fields[which].dtype).reshape(fields[which].shape)
-    part[...] = fields[which]
-    fields[which] = part
+    field = raw[: fields[which].nbytes].view(fields[which].dtype).reshape(fields[which].shape)
+    field[...] = fields[which]
+    fields[which] = field
     q = DynQuantTensor(fields["data"], fields["scales"], None, SHAPE, Q.format)
     with pytest.raises(LayoutError, match="overlaps"):
         q.dequantize(out=out)
-    assert_same_bits(part, getattr(Q, which))
+    assert_same_bits(field, getattr(Q, which))
 
 
 @pytest.mark.parametrize("smooth", [smooth_activations, smooth_weights])
@@ -486,7 +487,7 @@ def test_smoothing_over_the_factors(smooth):
 
 
 @pytest.mark.parametrize("which", ["weight_i8", "weight_scales", "activation"])
-def test_a_product_over_its_input(which):
+def test_matvec_over_its_input(which):
     inputs = {"weight_i8": WEIGHT.copy(), "weight_scales": SCALES.copy(), "activation": FACTORS.copy()}
     before = {name: x.copy() for name, x in inputs.items()}
     out = inputs[which].reshape(-1).view(F32)[:N]
@@ -497,15 +498,15 @@ def test_a_product_over_its_input(which):
 
 
 def test_inputs_that_overlap_each_other():
-    """Only results must be apart."""
+    """Only results must not overlap inputs."""
     x = np.random.default_rng(0).uniform(1, 2, (4, 4)).astype(F32)
     assert_same_bits(smooth_activations(x, x[0]), x / x[0])
     assert_same_bits(compute_smooth_factors(x, x), compute_smooth_factors(x, x.copy()))
 
 
 @pytest.mark.parametrize("values", [[1e-310, 1.0], [1e-50, 1.0], [1e-40, 1.0]])
-def test_the_error_state_of_numpy_does_not_matter(values):
-    """float64 values that underflow in float32, or scales that do, raise nothing of NumPy's."""
+def test_numpy_error_state_has_no_effect(values):
+    """float64 values that underflow in float32, and scales that underflow, raise no NumPy error."""
     with np.errstate(all="raise"):
         assert dynquant.dynamic_quantize_int8(np.array(values)).data.tolist() == [0, 127]
         assert dynquant.CalibStats.collect([np.array([1e-45], np.float32)]).max > 0
@@ -514,7 +515,7 @@ def test_the_error_state_of_numpy_does_not_matter(values):
         dynquant.error_metrics(np.array(values), np.array(values))
 
 
-def test_a_float64_beyond_float32_is_not_finite():
+def test_float64_that_overflows_float32_is_not_finite():
     with pytest.raises(dynquant.NonFiniteError) as caught:
         dynquant.compute_scale([1.0, 1e300], 127)
     assert caught.value.index == 1
@@ -528,19 +529,19 @@ def test_the_first_bad_element_of_a_large_array():
     assert caught.value.index == 200_000
 
 
-def test_masks_are_refused_not_dropped():
+def test_masked_arrays_are_refused():
     with pytest.raises(dynquant.DTypeError, match="mask"):
         dynquant.compute_scale(np.ma.array([1.0, 1e9], mask=[False, True]), 127)
 
 
-class Claims(np.ndarray):
-    """An array that says another shape than it has."""
+class ClaimsAnotherShape(np.ndarray):
+    """An array that claims another shape than it has."""
 
     shape = property(lambda self: (64, 4096))
 
 
 class Once:
-    """Converted once, as any input is to be; a second time it gives something else."""
+    """Converts to `values` once, and to another array after that; `then` runs at each conversion."""
 
     def __init__(self, values, then=lambda: None):
         self.values, self.then, self.calls = values, then, 0
@@ -555,19 +556,19 @@ def shrink(array):
     array.resize((1,) * array.ndim, refcheck=False)
 
 
-def test_arrays_that_are_smaller_than_they_say(isa):
+def test_arrays_that_claim_a_larger_shape(isa):
     x, small = np.ones((64, 4096), F32), np.zeros((1, 1), np.int8)
     layer = QuantLinear.from_float(np.ones((4096, 32), F32))
     calls = [
-        lambda: dynamic_quantize(x, out=small.view(Claims)),
-        lambda: layer(np.ones((64, 32), F32), out=small.astype(F32).view(Claims)),
+        lambda: dynamic_quantize(x, out=small.view(ClaimsAnotherShape)),
+        lambda: layer(np.ones((64, 32), F32), out=small.astype(F32).view(ClaimsAnotherShape)),
     ]
     for call in calls:
         with pytest.raises(DynQuantError):
             call()
     assert not small.any()
-    # An input is what it is converted to.
-    assert dynamic_quantize(small.astype(F32).view(Claims)).shape == (1, 1)
+    # An input counts by what it converts to.
+    assert dynamic_quantize(small.astype(F32).view(ClaimsAnotherShape)).shape == (1, 1)
 
 
 def test_arrays_that_shrink_in_a_call(isa):
@@ -586,8 +587,8 @@ def test_arrays_that_shrink_in_a_call(isa):
 
 @pytest.mark.parametrize("dtype", [np.float64, np.dtype(F32).newbyteorder()])
 @pytest.mark.parametrize("kind", [np.asarray, memoryview, Arrayish, Interface, Struct])
-def test_the_memory_of_what_is_converted_is_not_written_over(kind, dtype):
-    """Every argument of every function with `out`: a copy is made of it, and `out` lies where it lay."""
+def test_memory_of_a_converted_argument_is_not_overwritten(kind, dtype):
+    """For every argument of every function with `out`: the argument is copied, and `out` is its memory."""
     weight, layer = np.ones((32, 32), np.int8), QuantLinear.from_float(np.ones((32, 32), F32))
     int4, ones = quantize_weights(np.ones((32, 32)), bits=4), np.ones(32)
     rows, row = (32, 32), (32,)
@@ -614,14 +615,14 @@ def test_the_memory_of_what_is_converted_is_not_written_over(kind, dtype):
         assert (x == 1).all(), name
 
 
-def test_an_input_is_converted_once(isa):
+def test_input_is_converted_once(isa):
     memory = np.ones((8, 32), F32)
     layer = QuantLinear.from_float(np.ones((32, 32), F32))
     for call, dtype in ((dynamic_quantize, np.int8), (layer, F32), (hadamard_transform, F32)):
         x = Once(memory)
         call(x, out=np.empty((8, 32), dtype))
         assert x.calls == 1
-    # What it was converted to is what must not be written.
+    # The memory that it converted to must not be overwritten.
     for call, out in ((layer, memory), (dynamic_quantize, memory.view(np.int8).reshape(4, 8, 32)[1])):
         with pytest.raises(LayoutError):
             call(Once(memory), out=out)
@@ -630,6 +631,6 @@ def test_an_input_is_converted_once(isa):
 
 @pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
 @pytest.mark.parametrize("kind", [np.matrix, lambda out: np.ma.array(out, mask=True, hard_mask=True)])
-def test_results_do_not_go_into_masks_and_matrices(kind):
+def test_masked_arrays_and_matrices_as_out(kind):
     with pytest.raises(DTypeError, match=r"out: expected a numpy\.ndarray"):
         hadamard_transform(OTHER, out=kind(np.zeros(OTHER.shape, F32)))

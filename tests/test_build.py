@@ -1,6 +1,6 @@
-"""What setup.py asks of the compiler: which modules, after which change, and what it says when there is none.
+"""The build: which modules a change recompiles, flags, and messages when there is no compiler or header.
 
-The compiler is a stand-in that notes what it is given.
+The compiler is a stub that logs its arguments.
 """
 
 import os
@@ -32,7 +32,7 @@ COMPILER = """if True:
 
 
 class Tree:
-    """A copy of the sources, and builds of it."""
+    """A copy of the sources, and builds in it."""
 
     def __init__(self, folder):
         self.folder, self.log = folder / "tree", folder / "log"
@@ -43,12 +43,12 @@ class Tree:
         self.compiler = f"{sys.executable} {folder / 'compiler.py'}"
 
     def run(self, *arguments, **environment):
-        """The process of a build, and the names of the modules that it compiled."""
+        """Run a build; returns the process and the names of the modules that it compiled."""
         return self.run_python("setup.py", "--quiet", "build_ext", *arguments, **environment)
 
     def install(self, *arguments, **environment):
-        """The process of an installation by pip, with the Cython that is here, and the same names."""
-        # What is installed, and under test, stays.
+        """Run pip install with the Cython of this environment; returns the same."""
+        # Without touching the installed package, which is under test.
         options = ("--ignore-installed", "--no-deps", "--no-build-isolation", "--no-index")
         return self.run_python("-m", "pip", "install", *options, *arguments, **environment)
 
@@ -65,7 +65,7 @@ class Tree:
         return done, {pathlib.Path(source).stem for _, source in self.commands(".c")}
 
     def commands(self, ending):
-        """The compiler's arguments that made the modules, with the one that names a file of this ending."""
+        """Logged command lines that name a file with this ending, each with that file; not the probes."""
         for command in map(shlex.split, self.log.read_text().splitlines()):
             files = [arg for arg in command if arg.endswith(ending) and "probe" not in arg]
             if files:
@@ -109,21 +109,21 @@ def test_what_a_change_rebuilds(tree, changed, expected):
     assert tree.compiled("--inplace") == set()
 
 
-def test_the_debug_build_shares_no_file_with_the_other(tree):
+def test_debug_build_shares_no_file_with_the_release_build(tree):
     assert tree.compiled(DYNQUANT_DEBUG="1") == MODULES
     assert tree.compiled() == set()
     assert not list((tree.folder / "dynquant").glob("*.c"))
 
 
-def test_an_instruction_set_that_the_compiler_refuses_is_left_out(tree):
+def test_instruction_set_that_the_compiler_refuses_is_left_out(tree):
     done, modules = tree.run("--force", REFUSED="-march=x86-64-v4")
     assert (done.returncode, done.stderr) == (0, "")
     assert "leaving out amx, avx512, avx512vnni" in done.stdout
     assert modules == {"_core", "capi", "_isa_baseline", "_isa_avx2", "_isa_avxvnni"}
 
 
-def test_flags_for_this_processor_and_for_fast_math_do_not_count(tree):
-    """CFLAGS are in the compiler's and the linker's commands. What comes last wins, of -O and -Ofast too."""
+def test_march_and_fast_math_flags_are_overridden(tree):
+    """CFLAGS are passed to compiler and linker; the last flag wins, also between -O3 and -Ofast."""
     instructions = "-march=native -mavx2 -mavxvnni -mamx-int8 -msse4.2"
     flags = f"{instructions} -Ofast -ffast-math -funsafe-math-optimizations"
     assert tree.compiled("--force", CFLAGS=flags) == MODULES
@@ -144,8 +144,8 @@ def test_flags_for_this_processor_and_for_fast_math_do_not_count(tree):
 
 
 @pytest.mark.parametrize("flags", [[], ["-march=x86-64-v4"], ["-march=sapphirerapids"]])
-def test_the_vector_steps_compile(flags):
-    """With half floats, too, for which a compiler has float arithmetic of a kind of its own."""
+def test_simd_header_compiles(flags):
+    """Also where the compiler targets a CPU with float16 arithmetic."""
     compiler = [shutil.which("cc") or pytest.skip("no cc"), "-fsyntax-only", "-xc", *flags]
     if subprocess.run([*compiler, os.devnull], capture_output=True).returncode:
         pytest.skip(f"the compiler has no {flags}")
@@ -163,7 +163,7 @@ def test_without_a_compiler(tree):
 
 
 def test_pip_without_a_compiler(tree, tmp_path):
-    """What pip shows of it: that line among its own, and no traceback."""
+    """pip shows that line among its own, and no traceback."""
     done, modules = tree.install("--target", str(tmp_path), ".", CC="/nonexistent/cc")
     assert (done.returncode, modules) == (1, set())
     shown = done.stdout + done.stderr
@@ -171,7 +171,7 @@ def test_pip_without_a_compiler(tree, tmp_path):
     assert "Traceback" not in shown
 
 
-def test_a_change_after_an_editable_install(tree, tmp_path):
+def test_change_after_an_editable_install(tree, tmp_path):
     done, _ = tree.install("--prefix", str(tmp_path), "--editable", ".")
     assert done.returncode == 0, done.stdout + done.stderr
     links = [*tmp_path.rglob("__editable__*.pth"), *tmp_path.rglob("__editable__*.py")]
@@ -182,7 +182,7 @@ def test_a_change_after_an_editable_install(tree, tmp_path):
 
 
 def test_without_headers(tree, tmp_path):
-    """A compiler that takes C, and refuses every include."""
+    """A compiler that works, but finds no header."""
     script = tmp_path / "compiler.py"
     refuse = (
         "    if '#include' in pathlib.Path(sys.argv[sys.argv.index('-c') + 1]).read_text(): sys.exit(1)\n"

@@ -17,12 +17,12 @@ from dynquant import CalibStats, NonFiniteError
 
 def check(batches, message=""):
     stats = CalibStats.collect(batches)
-    least, most, mean, std_dev, p99, suggested = reference.calib_stats(batches)
-    spread = max(std_dev, abs(mean))
-    assert (stats.min, stats.max, stats.p99, stats.suggested_scale) == (least, most, p99, suggested), message
-    # A mean that cancels is right to the size of what canceled.
-    assert stats.mean == pytest.approx(mean, rel=1e-6, abs=1e-12 * spread), message
-    assert stats.std_dev == pytest.approx(std_dev, rel=1e-6, abs=1e-12 * spread), message
+    low, high, mean, std_dev, p99, suggested = reference.calib_stats(batches)
+    size = max(std_dev, abs(mean))
+    assert (stats.min, stats.max, stats.p99, stats.suggested_scale) == (low, high, p99, suggested), message
+    # Where terms cancel, the error is relative to the terms.
+    assert stats.mean == pytest.approx(mean, rel=1e-6, abs=1e-12 * size), message
+    assert stats.std_dev == pytest.approx(std_dev, rel=1e-6, abs=1e-12 * size), message
     return stats
 
 
@@ -41,7 +41,7 @@ def test_other_floats(dtype, isa):
 
 @pytest.mark.parametrize("mean", [1e3, 1e6, -3e7])
 def test_a_small_deviation_about_a_large_mean(mean, isa):
-    """The sum of squares less the square of the sum would have no digit left."""
+    """The textbook formula, sum of squares minus square of the sum, would lose every digit."""
     x = (mean + np.random.default_rng(1).standard_normal(50_000) * abs(mean) * 1e-6).astype(F32)
     batches = np.split(x, [1, 4097, 30_000])
     stats = CalibStats.collect(batches)
@@ -55,11 +55,11 @@ def test_batches_of_different_sizes_and_means(isa):
     check([rng.normal(m, 1, n).astype(F32) for m, n in [(0, 3), (100, 5000), (-50, 1), (7, 12_345)]])
 
 
-def test_extremes_at_every_place(isa):
+def test_extremes_at_every_index(isa):
     for n in (1, 9, 70):
-        for place in range(n):
+        for index in range(n):
             x = np.zeros(n, F32)
-            x[place] = 5
+            x[index] = 5
             assert CalibStats.collect([x]).max == 5
             assert CalibStats.collect([-x]).min == -5
 
@@ -70,14 +70,14 @@ def test_extremes_at_every_place(isa):
         ([5.0], (5, 5, 5, 0, 5, F32(5) / F32(127))),
         ([-5.0], (-5, -5, -5, 0, 5, F32(5) / F32(127))),
         ([0.0], (0, 0, 0, 0, 0, F32(1) / F32(127))),
-        # 99 of 100 magnitudes are zero, so that the largest must serve.
+        # p99 is zero: the scale comes from the largest magnitude.
         ([0.0] * 99 + [-2.0], (-2, 0, -0.02, 0.19899748742132398, 0, F32(2) / F32(127))),
         ([0.0] * 98 + [1.0, 3.0], (0, 3, 0.04, 0.3136877428271624, 1, F32(1) / F32(127))),
         ([3.4e38, -3.4e38], (-F32(3.4e38), F32(3.4e38), 0, F32(3.4e38), F32(3.4e38), F32(3.4e38) / F32(127))),
     ],
     ids=["positive", "negative", "zero", "p99 zero", "p99 below the largest", "huge"],
 )
-def test_by_hand(x, stats, isa):
+def test_worked_examples(x, stats, isa):
     actual = dataclasses.astuple(CalibStats.collect([np.array(x, F32)]))
     assert actual == pytest.approx([float(value) for value in stats], rel=1e-12)
     assert all(type(value) is float for value in actual)
@@ -101,7 +101,7 @@ def test_iterables():
 
 
 class Exporter:
-    """Other libraries' arrays: nothing of it can be iterated."""
+    """An array of another library: not iterable."""
 
     def __init__(self, x):
         self.x = x
@@ -111,7 +111,7 @@ class Exporter:
 
 
 def test_an_array_is_one_batch():
-    """It is not walked along its axis, which here would never end."""
+    """It is not iterated, which would never end for the second one here."""
     x = np.random.default_rng(0).standard_normal(10_000).astype(F32)
     assert CalibStats.collect(x) == CalibStats.collect([x])
     with pytest.raises(MemoryError):
@@ -125,7 +125,7 @@ def test_an_array_is_one_batch():
     assert (caught.value.argument, caught.value.index) == ("batches[0]", 7_000)
 
 
-def test_stats_are_a_value():
+def test_stats_behave_as_a_value():
     stats = CalibStats.collect([[1.0, 2.0]])
     assert stats == CalibStats.collect([[2.0, 1.0]])
     assert pickle.loads(pickle.dumps(stats)) == stats
@@ -146,7 +146,7 @@ def test_any_split(x, cuts):
     assert x.tobytes() == before
 
 
-def test_an_iterator_may_fill_one_buffer_again_and_again():
+def test_iterator_that_reuses_one_buffer():
     def batches():
         buffer = np.empty(1, np.float32)
         for value in range(3):

@@ -39,19 +39,19 @@ def assert_close_moments(actual, expected):
     assert a.mean == pytest.approx(b.mean, rel=1e-12, abs=1e-12 * b.std_dev)
 
 
-# Whole set
+# All elements
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 100, 101, 4095, 4096, 4097, 20_000])
-def test_against_a_full_sort(n, isa):
+def test_against_full_sort(n, isa):
     for name, x in distributions(n, np.random.default_rng(n)).items():
         calibrator = calibrator_of(np.array_split(x, min(n, 7)))
         stats = calibrator.stats()
-        least, most, mean, std_dev, p99, _ = reference.calib_stats([x])
-        assert (stats.min, stats.max, calibrator.count) == (least, most, n), name
-        spread = max(std_dev, abs(mean))
-        assert stats.mean == pytest.approx(mean, rel=1e-12, abs=1e-13 * spread), name
-        assert stats.std_dev == pytest.approx(std_dev, rel=1e-12, abs=1e-13 * spread), name
+        low, high, mean, std_dev, p99, _ = reference.calib_stats([x])
+        assert (stats.min, stats.max, calibrator.count) == (low, high, n), name
+        size = max(std_dev, abs(mean))
+        assert stats.mean == pytest.approx(mean, rel=1e-12, abs=1e-13 * size), name
+        assert stats.std_dev == pytest.approx(std_dev, rel=1e-12, abs=1e-13 * size), name
         check_percentiles(calibrator, x, name)
         assert stats.p99 == calibrator.percentile(0.99), name
         amax = max(-stats.min, stats.max)
@@ -71,8 +71,8 @@ def check_percentiles(calibrator, x, name=""):
     assert calibrator.percentile(1.0) == magnitudes[-1], name
 
 
-def test_the_bound_is_no_looser_than_it_must_be():
-    """At the lower edge of a bin the error is all that is allowed."""
+def test_the_error_bound_is_tight():
+    """At the lower edge of a bin the error equals the bound."""
     calibrator = calibrator_of([[1.0, 1.0, 1.0, 2.0]])
     assert calibrator.percentile(0.5) == 1 + 2**-9
 
@@ -89,7 +89,7 @@ def test_the_bound_is_no_looser_than_it_must_be():
         ([3.4e38, -3.4e38], (-F32(3.4e38), F32(3.4e38), 0, F32(3.4e38), F32(3.4e38), F32(3.4e38) / F32(127))),
     ],
 )
-def test_by_hand(x, stats, isa):
+def test_worked_examples(x, stats, isa):
     x = np.array(x, F32)
     actual = calibrator_of([x]).stats()
     names = ("min", "max", "mean", "std_dev", "p99", "suggested_scale")
@@ -131,8 +131,8 @@ def test_histogram():
         assert calibrator.histogram()[0].sum() == 10_000
 
 
-def test_edges_of_bins():
-    """Every edge, and the float below it."""
+def test_bin_edges():
+    """Every edge of a bin, and the float below it."""
     edges = Calibrator().histogram()[1][:-1].astype(F32)
     below = (edges[1:].view(np.int32) - 1).view(F32)
     assert (calibrator_of([edges]).histogram()[0] == 1).all()
@@ -180,7 +180,7 @@ def check_channels(calibrator, x):
 
 
 @pytest.mark.parametrize("rows, channels", [(1, 1), (1000, 1), (3, 7), (129, 64), (517, 33), (40, 5000)])
-def test_channels_against_a_full_sort(rows, channels, isa):
+def test_channels_against_full_sort(rows, channels, isa):
     rng = np.random.default_rng(rows)
     x = channel_data(rng, rows, channels)
     calibrator = calibrator_of(np.array_split(x, min(rows, 5)), channels)
@@ -190,7 +190,7 @@ def test_channels_against_a_full_sort(rows, channels, isa):
     assert exact_state(calibrator_of([x], channels)) == exact_state(calibrator)
 
 
-def test_a_massive_token_moves_the_largest_but_not_the_percentile(isa):
+def test_massive_token_moves_the_maximum_but_not_the_percentile(isa):
     x = np.random.default_rng(0).standard_normal((2000, 16)).astype(F32)
     before = calibrator_of([x], 16).channel_percentile(0.99)
     x[77, 3] = 1500
@@ -218,13 +218,13 @@ def test_merging_is_associative_and_commutative(data, channels):
     )
     shape = st.integers(0, 12).map(lambda n: (n, channels or 1))
     a, b, c = (calibrator_of([data.draw(arrays(F32, shape, elements=elements))], channels) for _ in "abc")
-    before = [whole_state(part) for part in (a, b, c)]
+    before = [whole_state(one) for one in (a, b, c)]
     assert exact_state(merged([a, b])) == exact_state(merged([b, a]))
     expected = exact_state(merged([merged([a, b]), c]))
     assert exact_state(merged([a, merged([b, c])])) == expected
     assert exact_state(merged([c, a, b])) == expected
     assert exact_state(merged([Calibrator(channels), a, b, c])) == expected
-    assert [whole_state(part) for part in (a, b, c)] == before
+    assert [whole_state(one) for one in (a, b, c)] == before
 
 
 @given(x=arrays(F32, (60, 3), elements=st.floats(-(2.0**100), 2.0**100, width=32)), data=st.data())
@@ -260,7 +260,7 @@ def test_random_trees_of_merges(mean, std_dev, isa):
 
 
 def test_many_single_elements():
-    """No block to average over: every element is a merge of its own."""
+    """Nothing to average within a block: every element is a merge."""
     x = np.random.default_rng(1).normal(1e4, 1, 3000).astype(F32)
     expected = calibrator_of([x])
     assert_close_moments(calibrator_of(x), expected)
@@ -289,14 +289,14 @@ def test_threads_with_a_calibrator_each():
 # Limits and errors
 
 
-@pytest.mark.parametrize("channels, doublings, most", [(None, 62, 2**63 - 1), (2, 31, 2 * (2**32 - 1))])
-def test_counts_never_overflow(channels, doublings, most):
+@pytest.mark.parametrize("channels, doublings, limit", [(None, 62, 2**63 - 1), (2, 31, 2 * (2**32 - 1))])
+def test_counts_never_overflow(channels, doublings, limit):
     calibrator = calibrator_of([np.array([1.0, -3.0][: channels or 1], F32)], channels)
     for _ in range(doublings):
         calibrator.merge(calibrator)
     assert calibrator.count == 2**doublings * (channels or 1)
     before = whole_state(calibrator)
-    with pytest.raises(ParameterError, match=f"other: expected at most {most - calibrator.count} more"):
+    with pytest.raises(ParameterError, match=f"other: expected at most {limit - calibrator.count} more"):
         calibrator.merge(calibrator)
     assert whole_state(calibrator) == before
     assert calibrator.stats().std_dev == (0 if channels is None else 2)
@@ -304,7 +304,7 @@ def test_counts_never_overflow(channels, doublings, most):
     assert calibrator.histogram()[0].sum() == calibrator.count
 
 
-def test_update_beyond_the_last_count():
+def test_update_at_the_largest_count():
     calibrator, power = calibrator_of([[1.0]], 1), calibrator_of([[1.0]], 1)
     for _ in range(31):
         power.merge(power)
@@ -319,17 +319,17 @@ def test_update_beyond_the_last_count():
 
 
 @pytest.mark.parametrize("channels", [None, 100])
-@pytest.mark.parametrize("place", [0, 5000, 99_999])
+@pytest.mark.parametrize("index", [0, 5000, 99_999])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_an_update_that_fails_changes_nothing(value, place, channels, isa):
+def test_failed_update_changes_nothing(value, index, channels, isa):
     x = np.random.default_rng(0).standard_normal((1000, 100)).astype(F32)
     calibrator = calibrator_of([x], channels)
     before = whole_state(calibrator)
     x *= 1000
-    x.flat[place] = value
-    with pytest.raises(NonFiniteError, match=f"batch: .* at flat index {place}$") as caught:
+    x.flat[index] = value
+    with pytest.raises(NonFiniteError, match=f"batch: .* at flat index {index}$") as caught:
         calibrator.update(x)
-    assert (caught.value.index, caught.value.argument) == (place, "batch")
+    assert (caught.value.index, caught.value.argument) == (index, "batch")
     assert whole_state(calibrator) == before
 
 
@@ -343,7 +343,7 @@ def test_wrong_shapes_change_nothing():
         assert whole_state(calibrator) == before
 
 
-def test_nothing_seen():
+def test_empty_calibrator():
     empty = Calibrator(3), calibrator_of([np.empty((2, 0, 3))], 3), merged([Calibrator(3), Calibrator(3)])
     for calibrator in empty:
         assert calibrator.count == 0

@@ -1,4 +1,4 @@
-"""Copies of a Calibrator, and what its files take and refuse."""
+"""Copies of a Calibrator, and its files: round trips, and damaged or hostile files that are refused."""
 
 import copy
 import io
@@ -48,7 +48,7 @@ def test_round_trips(channels, tmp_path):
         assert whole_state(calibrator) == before
 
 
-def test_pickled_into_read_only_buffers():
+def test_unpickled_from_read_only_buffers():
     buffers = []
     data = pickle.dumps(example(20), 5, buffer_callback=buffers.append)
     twin = pickle.loads(data, buffers=[bytes(buffer) for buffer in buffers])
@@ -72,7 +72,7 @@ def test_paths(tmp_path):
         Calibrator.load(tmp_path)
 
 
-def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "calibrator.npz"
     example(20).save(path)
     before = path.read_bytes()
@@ -99,10 +99,10 @@ def test_numpy_reads_the_file(tmp_path):
 
 
 class Refusing:
-    """Context: the body raises ParameterError, at once, and with less memory than the file and 4 MB."""
+    """Context whose body must raise ParameterError within 2 s, using less than the file's size plus 4 MiB."""
 
     def __init__(self, n_bytes):
-        self.most = n_bytes + (4 << 20)
+        self.limit = n_bytes + (4 << 20)
 
     def __enter__(self):
         self.start = time.perf_counter()
@@ -113,7 +113,7 @@ class Refusing:
         tracemalloc.stop()
         assert kind is ParameterError, error
         assert str(error).startswith("path: expected ")
-        assert peak < self.most
+        assert peak < self.limit
         assert time.perf_counter() - self.start < 2
         return True
 
@@ -143,17 +143,17 @@ def test_truncated_files(saved, tmp_path):
 
 
 def test_flipped_bytes(saved, tmp_path):
-    """Refused, or in a place that says nothing, like the date of a member."""
+    """Refused, unless the bit has no meaning, as in the date of a member."""
     rng = np.random.default_rng(0)
     path = tmp_path / "flipped.npz"
     path.write_bytes(saved)
     expected = whole_state(Calibrator.load(path))
     refused = 0
-    # The first member, the directory, and places anywhere.
-    places = [*range(400), *range(len(saved) - 700, len(saved)), *rng.integers(0, len(saved), 300)]
-    for place in places:
+    # The first member, the directory, and random offsets.
+    offsets = [*range(400), *range(len(saved) - 700, len(saved)), *rng.integers(0, len(saved), 300)]
+    for offset in offsets:
         data = bytearray(saved)
-        data[place] ^= 1 << rng.integers(8)
+        data[offset] ^= 1 << rng.integers(8)
         path.write_bytes(data)
         try:
             assert whole_state(Calibrator.load(path)) == expected
@@ -211,7 +211,7 @@ def test_wrong_dtypes_and_shapes(saved, tmp_path):
         if array.ndim == 2 and array.size:
             others += [np.asfortranarray(array), array.T, array.ravel()]
         for other in others:
-            # Of an array without elements some are no change at all.
+            # For an array without elements some of these change nothing.
             if npy(other) != npy(array):
                 check_refused(npz({**members, name: other}), tmp_path)
 
@@ -236,21 +236,21 @@ def raw_members(saved):
 
 
 def with_entry(data, at, format, *values, name="counts.npy"):
-    """The archive with one field changed in the directory's entry of a member."""
+    """The archive with one field changed in a member's entry of the directory."""
     data = bytearray(data)
-    # The last place where the name stands is the directory, in which 46 bytes precede it.
+    # The last occurrence of the name is in the directory, 46 bytes into the entry.
     start = data.rindex(b"\0" + name.encode()) + 1 - 46
     assert data[start : start + 4] == b"PK\x01\x02"
     struct.pack_into(format, data, start + at, *values)
     return data
 
 
-def test_claims_that_the_file_cannot_hold(saved, tmp_path):
+def test_sizes_larger_than_the_file(saved, tmp_path):
     raw = raw_members(saved)
     assert zipped(raw.items())
     path = tmp_path / "same.npz"
     path.write_bytes(zipped(raw.items()))
-    Calibrator.load(path)  # what follows fails for its own reason
+    Calibrator.load(path)  # so what follows is refused for what is changed in it
     for n in (10**7, 10**12, 2**63 - 1):
         for name, dtype, shape in (
             ("counts", "<i8", (n,)),
@@ -261,7 +261,7 @@ def test_claims_that_the_file_cannot_hold(saved, tmp_path):
             check_refused(zipped(changed.items()), tmp_path)
             header = header_of("<i8", (3,)) + np.array([1, 0, n]).astype("<i8").tobytes()
             check_refused(zipped({**changed, "calibrator.npy": header}.items()), tmp_path)
-    # Sizes in the directory itself, which is where they are first believed.
+    # Sizes in the directory itself, which are read first.
     for size in (10**9, 2**32 - 2):
         check_refused(with_entry(saved, 20, "<2L", size, size), tmp_path)
 
@@ -273,11 +273,11 @@ def test_zip_bombs(saved, tmp_path):
         data = zipped({**raw, "counts.npy": zeros}.items(), method)
         assert len(data) < 2 << 20
         check_refused(data, tmp_path)
-        # Said to be as small as it should be, in a file that is larger; and said to be stored.
+        # With the right size in the directory, in a larger file; and marked as stored.
         small = with_entry(data, 24, "<L", len(raw["counts.npy"]))
         check_refused(bytes(1 << 20) + small, tmp_path)
         check_refused(with_entry(data, 10, "<H", 0), tmp_path)
-    # All in order but for its size.
+    # Valid but for its size.
     n = 1 << 20
     large = {
         "calibrator": np.array([1, 0, n]),
@@ -290,7 +290,7 @@ def test_zip_bombs(saved, tmp_path):
     check_refused(npz(large, np.savez_compressed), tmp_path)
 
 
-def test_directories_that_are_no_calibrators(saved, tmp_path):
+def test_invalid_zip_directories(saved, tmp_path):
     raw = list(raw_members(saved).items())
     with pytest.warns(UserWarning, match="Duplicate name"):
         check_refused(zipped([*raw, raw[0]]), tmp_path)
@@ -299,7 +299,7 @@ def test_directories_that_are_no_calibrators(saved, tmp_path):
     check_refused(zipped([(f"{i}.npy", b"") for i in range(50_000)]), tmp_path)
     check_refused(zipped([(name.upper(), data) for name, data in raw]), tmp_path)
     check_refused(zipped([(f"../{name}", data) for name, data in raw]), tmp_path)
-    # The same directory under 64-bit sizes, and before a comment.
+    # The same directory with 64-bit sizes, and before a comment.
     end = saved[-22:]
     check_refused(saved[:-2] + b"\x04\0note", tmp_path)
     check_refused(saved[:-22] + b"PK\x06\x07" + bytes(16) + end, tmp_path)
@@ -309,8 +309,8 @@ def test_directories_that_are_no_calibrators(saved, tmp_path):
         check_refused(data, tmp_path)
 
 
-def contradictions(m):
-    """Members of a sound file, one of them changed: (name, index, value)."""
+def inconsistent_changes(m):
+    """Changes to the members of a valid file, one at a time: (name, index, value)."""
     top = int(m["counts"].nonzero()[0][-1])
     low = int(m["counts"].nonzero()[0][0])
     count, channels = m["calibrator"].tolist()[1:]
@@ -333,16 +333,16 @@ def contradictions(m):
     if channels:
         yield from (("channel_amax", 0, v) for v in (np.nan, np.inf, -1.0, -0.0, 3.4e38))
         yield ("channel_amax", slice(None), 0)
-        cell = m["channel_counts"][0]
-        yield from (("channel_counts", (0, 89), v) for v in (0, cell[89] + 1, 2**32 - 1))
-        yield ("channel_counts", (0, [89, 88]), [0, cell[88] + cell[89]])
+        bins = m["channel_counts"][0]
+        yield from (("channel_counts", (0, 89), v) for v in (0, bins[89] + 1, 2**32 - 1))
+        yield ("channel_counts", (0, [89, 88]), [0, bins[88] + bins[89]])
         yield ("channel_counts", slice(None), 0)
 
 
-def test_contents_that_contradict_each_other(saved, tmp_path):
+def test_inconsistent_contents(saved, tmp_path):
     members = members_of(saved)
     tried = 0
-    for name, index, value in contradictions(members):
+    for name, index, value in inconsistent_changes(members):
         changed = members[name].copy()
         changed[index] = value
         if changed.tobytes() != members[name].tobytes():
@@ -351,7 +351,7 @@ def test_contents_that_contradict_each_other(saved, tmp_path):
     assert tried > 40
 
 
-def test_contents_of_an_empty_one_that_contradict_each_other(tmp_path):
+def test_inconsistent_contents_of_an_empty_calibrator(tmp_path):
     Calibrator(2).save(tmp_path / "empty.npz")
     members = members_of((tmp_path / "empty.npz").read_bytes())
     for name, index, value in (
@@ -367,8 +367,8 @@ def test_contents_of_an_empty_one_that_contradict_each_other(tmp_path):
         check_refused(npz({**members, name: changed}), tmp_path)
 
 
-def test_every_sound_state_is_taken(tmp_path):
-    """The checks have no false alarm where rounding is at its worst."""
+def test_every_valid_state_is_loaded(tmp_path):
+    """The checks refuse no valid state, even where rounding is at its worst."""
     rng = np.random.default_rng(0)
     cases = [*distributions(5000, rng).values(), np.full(9, 3e38, F32), np.zeros(3, F32), F32([-1e-45])]
     cases += [rng.normal(mean, 1, 5000).astype(F32) for mean in (1e4, -1e7)]
@@ -380,7 +380,7 @@ def test_every_sound_state_is_taken(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links and modes of POSIX")
-def test_a_link_stays_and_a_file_keeps_its_mode(tmp_path):
+def test_links_and_file_modes_are_kept(tmp_path):
     path, link = tmp_path / "file.npz", tmp_path / "link.npz"
     calibrator_of([[1.0]]).save(path)
     path.chmod(0o600)
@@ -400,7 +400,7 @@ def test_a_long_name(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="links and errors of POSIX")
 @pytest.mark.parametrize("name", ["none/file", "none/../file", "new/", "there/", "loop", ".", "a" * 256])
-def test_an_error_names_the_path(name, tmp_path):
+def test_errors_name_the_path(name, tmp_path):
     calibrator_of([[1.0]]).save(tmp_path / "there")
     (tmp_path / "loop").symlink_to("loop")
     path = f"{tmp_path}/{name}"

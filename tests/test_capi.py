@@ -1,4 +1,4 @@
-"""The functions of the C table: their signatures, which never change, and what they compute and refuse."""
+"""The functions of the C table: signatures, which never change, results and refusals."""
 
 import concurrent.futures
 import ctypes
@@ -32,10 +32,10 @@ import dynquant
 from dynquant import Percentile, capi
 
 SNAPSHOT = os.path.join(os.path.dirname(__file__), "data", "capi_signatures.txt")
-# Around the steps of every instruction set, the blocks of rows and of products, and one odd long one.
+# Around the vector lengths of every instruction set and the blocks of the kernels, and one long odd length.
 LENGTHS = [*range(70), 95, 127, 128, 129, 255, 257, 4095, 4096, 4097, 9001]
 NAN, INF = np.nan, np.inf
-MOST = np.finfo(F32).max
+LARGEST = np.finfo(F32).max
 
 
 # Signatures
@@ -45,8 +45,8 @@ def frozen():
     return [line for line in read(SNAPSHOT).splitlines() if not line.startswith("#")]
 
 
-def test_signatures_are_those_of_the_snapshot():
-    """Compiled programs rely on names, order and types: lines of the snapshot are only ever appended."""
+def test_signatures_equal_the_snapshot():
+    """Compiled programs rely on names, order and types, so lines are only appended to the snapshot."""
     assert header_signatures()[: len(frozen())] == frozen()
     assert header_signatures()[len(frozen()) :] == [], "append these to the snapshot"
 
@@ -69,7 +69,7 @@ def test_version_and_size():
 
 
 def test_both_interfaces_are_the_same_functions():
-    """What Cython binds by name are the table's addresses."""
+    """The functions that Cython binds by name have the addresses in the table."""
     name_of = ctypes.pythonapi.PyCapsule_GetName
     name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.py_object]
     exported = dict(capi.__pyx_capi__)
@@ -87,7 +87,7 @@ def floats(n, seed=0):
 
 
 class Guarded:
-    """Memory of `n_bytes` for a result, and 64 bytes on each side that are to stay as they are."""
+    """Memory of `n_bytes` for a result, with 64 guard bytes on each side."""
 
     def __init__(self, n_bytes, offset):
         self.whole = memory(n_bytes + 128, offset)
@@ -118,7 +118,7 @@ def test_magnitudes_and_scales(isa, name):
 
 
 def test_rank_of_a_percentile_in_a_long_row():
-    """The product is float32 up to 2**24 elements and float64 above; zeros but for the ranks in question."""
+    """p * n is a float32 up to 2**24 elements, a float64 above; all zeros but for the ranks in question."""
     for n in (2**24, 2**24 + 1):
         for p in (0.7, 0.123456789):
             assert Percentile(p).rank(n) == reference.rank(p, n)
@@ -131,7 +131,7 @@ def test_rank_of_a_percentile_in_a_long_row():
 @pytest.mark.parametrize("offset", [0, 4, 60])
 @pytest.mark.parametrize("byte", [0, 1, 33])
 def test_quantize_and_dequantize(isa, offset, byte):
-    """Nothing is written past the end of a result, at whatever address it begins."""
+    """Nothing is written outside a result, at any address."""
     for n in LENGTHS:
         x = array_at(offset, floats(n, n))
         scale = reference.scale(x, 127)
@@ -170,8 +170,8 @@ def test_nibbles(isa, byte):
 
 
 def test_scale_zero_and_scales_at_the_ends_of_float32(isa):
-    x = np.array([0, 1e-45, -1e-45, 1, -MOST, MOST, 1e-30], F32)
-    for scale in (0, 1e-45, 1e-38, 1, 1e38, MOST):
+    x = np.array([0, 1e-45, -1e-45, 1, -LARGEST, LARGEST, 1e-30], F32)
+    for scale in (0, 1e-45, 1e-38, 1, 1e38, LARGEST):
         codes = np.full(x.size, 77, np.int8)
         call("quantize_row_f32_s8", x, x.size, F32(scale), 127, codes)
         assert_same_bits(codes, reference.codes(x, F32(scale), 127))
@@ -189,7 +189,7 @@ def test_dot(isa, lowest):
 
 @pytest.mark.parametrize(("a", "b"), [(-128, -128), (-128, 127), (127, -128), (127, 127), (-127, -128)])
 def test_dot_of_extremes(isa, a, b):
-    """Where pairs saturate and int32 would wrap."""
+    """Pairs that would saturate int16, and sums that would overflow int32."""
     n = 300_001
     assert FUNCTIONS["dot_s8s8_s64"](np.full(n, a, np.int8), np.full(n, b, np.int8), n) == n * a * b
 
@@ -247,7 +247,7 @@ def test_matmul_of_packed_4_bit_weights(isa, shape, symmetric, with_bias):
         assert_same_bits(out, expected)
 
 
-def test_4_bit_products_over_nothing_and_groups_beyond_the_row(isa):
+def test_4_bit_products_over_no_inputs_and_groups_longer_than_the_row(isa):
     packed, scratch = (memory(FUNCTIONS[f"w4a8_{name}_bytes"](2, 0, 8), 0) for name in ("packed", "scratch"))
     out, bias = np.full((2, 2), 77, F32), floats(2)
     call("w4a8_pack", None, None, None, 2, 0, 8, packed)
@@ -261,7 +261,7 @@ def test_4_bit_products_over_nothing_and_groups_beyond_the_row(isa):
     assert_same_bits(out, dynquant.w4a8_matmul(weight, x))
 
 
-def test_no_byte_outside_of_packed_4_bit_weights_and_scratch_is_written(isa):
+def test_no_byte_outside_packed_4_bit_weights_and_scratch_is_written(isa):
     m, n, k, group = 5, 35, 129, 20
     weight = dynquant.quantize_weights(floats(n * k).reshape(n, k), bits=4, group_size=group)
     x, out = np.ones((m, k), F32), np.empty((m, n), F32)
@@ -281,7 +281,7 @@ def test_zero_points_above_15_are_refused():
     check_refused("w4a8_pack", arguments, BAD_ARGUMENT)
 
 
-def test_packed_4_bit_weights_are_known_by_their_form():
+def test_packed_4_bit_weights_are_checked():
     w = floats(15).reshape(3, 5)
     packed = packed_int4(dynquant.quantize_weights(w, bits=4, group_size=2))
     x, scratch = np.ones((2, 5), F32), memory(FUNCTIONS["w4a8_scratch_bytes"](2, 5, 1), 0)
@@ -296,7 +296,7 @@ def test_packed_4_bit_weights_are_known_by_their_form():
     assert multiply(packed) == OK
 
 
-def test_no_byte_outside_of_packed_weights_and_scratch_is_written(isa):
+def test_no_byte_outside_packed_weights_and_scratch_is_written(isa):
     m, n, k = 5, 35, 129
     w, x, w_scales, out = (
         np.ones((n, k), np.int8),
@@ -313,8 +313,8 @@ def test_no_byte_outside_of_packed_weights_and_scratch_is_written(isa):
         scratch.check(scratch.result)
 
 
-def test_packed_weights_are_known_by_their_form():
-    """Those of another shape, another instruction set, or moved bytes are refused, and out is left alone."""
+def test_packed_weights_are_checked():
+    """Those of another shape or instruction set, or moved in memory, are refused, and `out` is unchanged."""
     w, x, scales = np.ones((3, 5), np.int8), np.ones((2, 5), F32), np.ones(3, F32)
     scratch, out = memory(FUNCTIONS["w8a8_scratch_bytes"](2, 64), 0), np.full((2, 3), 77, F32)
     packed = packed_weights(w)
@@ -335,7 +335,7 @@ def test_packed_weights_are_known_by_their_form():
 
 
 def test_threads_share_inputs_and_packed_weights():
-    """ctypes lets go of the GIL for a call, so these run at the same time."""
+    """ctypes releases the GIL during a call, so these run at the same time."""
     m, n, k = 6, 50, 700
     w, x, w_scales = np.random.default_rng(0).integers(-128, 128, (n, k), np.int8), floats(m * k), floats(n)
     packed, expected = packed_weights(w), dynquant.w8a8_matmul(w, w_scales, x.reshape(m, k))
@@ -366,7 +366,7 @@ def test_smoothing(isa, name, expected, in_place):
         assert_same_bits(out, result)
 
 
-def test_length_0_needs_no_memory(isa):
+def test_length_0_takes_null_pointers(isa):
     value = number()
     for name in ("amax_f32", "percentile_f32", "amax_scale_f32", "percentile_scale_f32"):
         numbers = {"percentile_f32": [0.5], "amax_scale_f32": [127], "percentile_scale_f32": [0.5, 127]}
@@ -388,7 +388,7 @@ def test_length_0_needs_no_memory(isa):
     assert FUNCTIONS["dot_s8s8_s64"](None, None, 0) == 0
 
 
-# Refusals: a status, and nothing is changed
+# Refusals: the status says so, and nothing is changed
 
 
 BAD_SCALES = [NAN, INF, -INF, -1.0]
@@ -404,7 +404,7 @@ BAD_NUMBERS = {
     ("dequantize_row_s4_f32", 2): BAD_SCALES[:3],
     ("w8a8_matvec", 5): BAD_SCALES[:3],
 }
-# The arrays of floats that are inputs.
+# Inputs that are arrays of floats: (function, argument) to number of elements.
 FLOATS = {
     **{(name, 0): 6 for name in FUNCTIONS if name.startswith(("amax", "percentile", "quantize", "dynamic"))},
     ("w8a8_matvec", 1): 2,
@@ -415,17 +415,19 @@ FLOATS = {
     ("w4a8_matmul", 1): 2,
     ("w4a8_matmul", 2): 6,
     **{
-        (name, place): n for name in ("divide_rows_f32", "multiply_rows_f32") for place, n in [(0, 6), (1, 3)]
+        (name, position): n
+        for name in ("divide_rows_f32", "multiply_rows_f32")
+        for position, n in [(0, 6), (1, 3)]
     },
 }
-LENGTH_PLACES = [
+LENGTH_ARGUMENTS = [
     *((name, 1) for name in list(FUNCTIONS)[:10]),
-    *(("w8a8_matvec", place) for place in (2, 3)),
-    *(("w8a8_pack", place) for place in (1, 2)),
-    *(("w8a8_matmul", place) for place in (4, 5, 6)),
-    *(("w4a8_pack", place) for place in (3, 4)),
-    *(("w4a8_matmul", place) for place in (3, 4, 5)),
-    *((name, place) for name in ("divide_rows_f32", "multiply_rows_f32") for place in (2, 3)),
+    *(("w8a8_matvec", position) for position in (2, 3)),
+    *(("w8a8_pack", position) for position in (1, 2)),
+    *(("w8a8_matmul", position) for position in (4, 5, 6)),
+    *(("w4a8_pack", position) for position in (3, 4)),
+    *(("w4a8_matmul", position) for position in (3, 4, 5)),
+    *((name, position) for name in ("divide_rows_f32", "multiply_rows_f32") for position in (2, 3)),
 ]
 
 
@@ -438,28 +440,28 @@ def check_refused(name, arguments, status):
 
 
 @pytest.mark.parametrize("bad", [-1, -(2**63), 2**63 - 1])
-@pytest.mark.parametrize(("name", "place"), LENGTH_PLACES)
-def test_lengths_that_cannot_be(name, place, bad):
+@pytest.mark.parametrize(("name", "position"), LENGTH_ARGUMENTS)
+def test_invalid_lengths(name, position, bad):
     arguments = arguments_of(name)
-    arguments[place] = bad
+    arguments[position] = bad
     check_refused(name, arguments, BAD_ARGUMENT)
 
 
-@pytest.mark.parametrize(("name", "place"), BAD_NUMBERS)
-def test_numbers_out_of_range(name, place):
-    for bad in BAD_NUMBERS[name, place]:
+@pytest.mark.parametrize(("name", "position"), BAD_NUMBERS)
+def test_numbers_out_of_range(name, position):
+    for bad in BAD_NUMBERS[name, position]:
         arguments = arguments_of(name)
-        arguments[place] = bad
+        arguments[position] = bad
         arguments[0][:] = 3e38 if arguments[0].dtype == F32 else 1
         check_refused(name, arguments, BAD_ARGUMENT)
 
 
 @pytest.mark.parametrize("bad", [NAN, -NAN, INF, -INF])
-@pytest.mark.parametrize(("name", "place"), FLOATS)
-def test_nan_and_infinity(isa, name, place, bad):
-    for i in range(FLOATS[name, place]):
+@pytest.mark.parametrize(("name", "position"), FLOATS)
+def test_nan_and_infinity(isa, name, position, bad):
+    for i in range(FLOATS[name, position]):
         arguments = arguments_of(name)
-        arguments[place][i] = bad
+        arguments[position][i] = bad
         check_refused(name, arguments, NON_FINITE)
 
 
@@ -474,7 +476,7 @@ def test_factors_not_above_zero(name):
 def test_every_function_has_its_refusals():
     sizes = {f"{product}_{what}_bytes" for product in ("w8a8", "w4a8") for what in ("packed", "scratch")}
     statusless = {"dot_s8s8_s64", *sizes}
-    assert {name for name, _ in LENGTH_PLACES} == set(FUNCTIONS) - statusless
+    assert {name for name, _ in LENGTH_ARGUMENTS} == set(FUNCTIONS) - statusless
     assert FUNCTIONS["dot_s8s8_s64"](None, None, -1) == 0
 
 
@@ -484,7 +486,7 @@ def test_sizes(name):
     for shape in [(-1, 1), (1, -1), *((a, b) for a in huge for b in huge)]:
         assert FUNCTIONS[name](*shape) == -1, shape
     assert FUNCTIONS[name](0, 0) >= 0
-    # A weight takes a byte, an activation at most three, beside labels, padding and scales.
+    # A byte per weight, at most three per activation, and headers, padding and scales.
     assert 4096**2 <= FUNCTIONS[name](4096, 4096) <= 1.03 * 4096**2 * (3 if "scratch" in name else 1)
 
 
@@ -497,14 +499,14 @@ def test_sizes_with_groups(name):
     for group in (0, -1, -(2**63)):
         assert FUNCTIONS[name](4, 4, group) == -1
     assert FUNCTIONS[name](0, 0, 1) >= 0
-    # A weight takes half a byte, and each group five; an activation one, and each group four.
-    most = 1 + 4 / 32 if "scratch" in name else 0.5 + 5 / 32
-    assert 0.5 * 4096**2 <= FUNCTIONS[name](4096, 4096, 32) <= 1.03 * 4096**2 * most
+    # Half a byte per weight and five per group; one byte per activation and four per group.
+    limit = 1 + 4 / 32 if "scratch" in name else 0.5 + 5 / 32
+    assert 0.5 * 4096**2 <= FUNCTIONS[name](4096, 4096, 32) <= 1.03 * 4096**2 * limit
 
 
 @pytest.mark.parametrize("bad", [0, -1])
-@pytest.mark.parametrize(("name", "place"), [("w4a8_pack", 5), ("w4a8_matmul", 6)])
-def test_groups_that_cannot_be(name, place, bad):
+@pytest.mark.parametrize(("name", "position"), [("w4a8_pack", 5), ("w4a8_matmul", 6)])
+def test_invalid_groups(name, position, bad):
     arguments = arguments_of(name)
-    arguments[place] = bad
+    arguments[position] = bad
     check_refused(name, arguments, BAD_ARGUMENT)

@@ -1,4 +1,4 @@
-"""Values of codes: one product of each code and its scale, in every format."""
+"""dequantize: one float32 product of each code and its scale, in every format."""
 
 import numpy as np
 import pytest
@@ -33,8 +33,8 @@ def test_dequantize_every_length(fmt, k, isa):
     assert_same_bits(out, values)
 
 
-def test_codes_that_quantizing_never_makes():
-    """-128, and the nibble -8, have values too."""
+def test_codes_that_quantize_never_produces():
+    """-128 and the nibble -8 are valid codes."""
     codes = np.array([-128, 127, 0, 5], np.int8)
     q = DynQuantTensor(codes, np.array([0.5], F32), None, (4,), DynQuantFormat.INT8_PER_TENSOR)
     assert q.dequantize().tolist() == [-64.0, 63.5, 0.0, 2.5]
@@ -44,7 +44,7 @@ def test_codes_that_quantizing_never_makes():
     assert q.dequantize().tolist() == np.where(nibbles < 8, nibbles, nibbles - 16).tolist()
 
 
-def test_the_last_high_nibble_of_an_odd_run_is_not_read():
+def test_padding_nibble_of_an_odd_row_is_ignored():
     packed = DynQuantFormat(4, "per_row", packed=True)
     data = np.array([[0x21, 0xF3], [0x21, 0x03]], np.uint8)
     q = DynQuantTensor(data, np.ones(2, F32), None, (2, 3), packed)
@@ -65,17 +65,17 @@ def test_dequantize_is_one_product(scale, isa):
 
 @pytest.mark.parametrize("shape", [(1, 6_800_003), (1660, 4099)])
 @pytest.mark.parametrize("fmt", [FORMATS["int8 per row"], FORMATS["packed per row"]], ids=["int8", "packed"])
-def test_values_written_past_the_caches(fmt, shape, isa):
-    """Large results take another way to memory; `out` begins and ends within a cache line."""
+def test_nontemporal_stores(fmt, shape, isa):
+    """Large results are written with nontemporal stores; `out` begins and ends inside a cache line."""
     codes = np.random.default_rng(0).integers(-7, 8, shape, dtype=np.int8)
     scales = np.linspace(0.1, 3, shape[0], dtype=F32)
     q = DynQuantTensor(reference.pack(codes, True) if fmt.packed else codes, scales, None, shape, fmt)
-    room = np.full(codes.size + 32, 99, F32)
-    out = room[7 : 7 + codes.size].reshape(shape)
+    memory = np.full(codes.size + 32, 99, F32)
+    out = memory[7 : 7 + codes.size].reshape(shape)
     q.dequantize(out=out)
     assert_same_bits(out, reference.dequantize(codes, scales, per_row=True))
-    assert (room[:7] == 99).all()
-    assert (room[7 + codes.size :] == 99).all()
+    assert (memory[:7] == 99).all()
+    assert (memory[7 + codes.size :] == 99).all()
 
 
 @each_format
@@ -91,23 +91,23 @@ def test_strided_and_misaligned_fields(fmt):
 
 @given(st.lists(st.integers(-7, 7), min_size=1, max_size=90))
 def test_packing_round_trips(codes):
-    """With 7 among them the scale is exactly 1."""
+    """A 7 among the values makes the scale exactly 1."""
     x = np.array([7, *codes], F32)
     assert_same_bits(dynamic_quantize_int4(x, packed=True).dequantize(), x)
 
 
 @pytest.mark.parametrize("shape", [(1, 9_000_001), (2, 2**23 + 77)], ids=str)
 @pytest.mark.parametrize("fmt", [DynQuantFormat.INT8_PER_ROW, DynQuantFormat(4, "per_group", 5000, True)])
-def test_values_of_long_rows_and_groups_written_past_the_caches(shape, fmt, isa):
-    """So do the values of long rows and groups, and `out` begins and ends within a cache line again."""
+def test_nontemporal_stores_of_long_rows_and_groups(shape, fmt, isa):
+    """The same for long rows and groups."""
     x = np.random.default_rng(0).standard_normal(shape, F32)
     q = dynamic_quantize(x, fmt)
     codes = dynamic_quantize(x, DynQuantFormat(fmt.bits, fmt.granularity, fmt.group_size)).data
     m, k = x.shape
     scales = np.repeat(q.scales.reshape(m, -1), fmt.group_of(k), axis=1)[:, :k]
-    room = np.full(x.size + 32, 99, F32)
-    out = room[5 : 5 + x.size].reshape(m, k)
+    memory = np.full(x.size + 32, 99, F32)
+    out = memory[5 : 5 + x.size].reshape(m, k)
     q.dequantize(out=out)
     assert_same_bits(out, codes * scales)
-    assert (room[:5] == 99).all()
-    assert (room[5 + x.size :] == 99).all()
+    assert (memory[:5] == 99).all()
+    assert (memory[5 + x.size :] == 99).all()

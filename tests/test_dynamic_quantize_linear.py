@@ -1,4 +1,4 @@
-"""dynamic_quantize_linear against answers of ONNX Runtime 1.32, and against the operator's definition."""
+"""dynamic_quantize_linear against results of ONNX Runtime 1.32, and against the operator's definition."""
 
 from pathlib import Path
 
@@ -16,11 +16,12 @@ CASES = sorted({key.partition(".")[0] for key in STORED.files})
 
 
 def defined(x):
+    """(codes, scale, zero_point) by the definition of the operator DynamicQuantizeLinear."""
     x = np.asarray(x, F32)
-    least, most = min(F32(0), x.min(initial=0)), max(F32(0), x.max(initial=0))
-    scale = (most - least) / F32(255)
+    low, high = min(F32(0), x.min(initial=0)), max(F32(0), x.max(initial=0))
+    scale = (high - low) / F32(255)
     scale = scale if scale > 0 else F32(1)
-    zero_point = np.rint(np.clip(-least / scale, 0, 255)).astype(np.uint8)
+    zero_point = np.rint(np.clip(-low / scale, 0, 255)).astype(np.uint8)
     y = np.clip(np.rint(x / scale) + F32(zero_point), 0, 255).astype(np.uint8)
     return y, scale, zero_point
 
@@ -40,7 +41,7 @@ def test_onnx_runtime(case, isa):
 @pytest.mark.parametrize("n", [0, 1, 2, 31, 64, 4095, 4096, 4097, 10_000])
 def test_definition(n, isa):
     for name, x in distributions(n, np.random.default_rng(n)).items():
-        if name != "every exponent":  # its range is beyond float32
+        if name != "every exponent":  # its range overflows float32
             check(x, defined(x))
 
 

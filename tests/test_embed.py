@@ -1,4 +1,4 @@
-"""Programs in other languages against the installed package: those of tests/embed, and the header alone."""
+"""Programs in other languages against the installed package: the examples in embed/, and the header alone."""
 
 import glob
 import importlib.metadata
@@ -23,7 +23,7 @@ def run_python(code, folder):
 
 
 def built(example, folder, *flags):
-    """The example's extension modules, built in a copy at `folder`."""
+    """Build the extension modules of an example, in a copy at `folder`."""
     compiler("CC")
     pytest.importorskip("setuptools")
     shutil.copytree(os.path.join(EXAMPLES, example), folder)
@@ -91,7 +91,7 @@ def test_the_header_compiles(tmp_path, kind, suffix, standard, used):
     source = tmp_path / f"program.{suffix}"
     call = "dynquant_import() == NULL" if used else "0"
     source.write_text(f"#include <dynquant.h>\nint main(void) {{ return {call}; }}\n")
-    # -isystem: Python's own headers are not held to this.
+    # -isystem: the strict flags do not apply to Python's headers.
     folders = ["-isystem", INCLUDE, "-I", dynquant.get_include()]
     run([*compiler(kind), standard, *STRICT, *folders, "-c", str(source), "-o", os.devnull])
 
@@ -117,7 +117,7 @@ def test_cython_package(key_cache):
 
 
 def test_the_cython_package_needs_no_private_file_and_no_numpy_header(key_cache):
-    """What its C source mentions is what a consumer's compiler must find."""
+    """Checked in its C source: what that names, a user's compiler must find."""
     with open(os.path.join(os.path.dirname(key_cache.__file__), "key_cache.c")) as file:
         source = file.read()
     assert "dynquant.capi" in source
@@ -196,8 +196,8 @@ TABLES = """if True:
         ("sys.modules['dynquant.capi'] = None", "dynquant.capi"),
     ],
 )
-def test_a_table_of_another_release(byte_rows_folder, change, message):
-    """Of the same version a longer one will do; a shorter one or another version is an ImportError."""
+def test_table_of_another_release(byte_rows_folder, change, message):
+    """A longer table of the same version works; a shorter one or another version is an ImportError."""
     found = run_python(TABLES.replace("CHANGE", change), byte_rows_folder)
     assert message in found
     assert (message == "works") == (found.strip() == "works")

@@ -1,8 +1,8 @@
-"""Kernels for processors that are not at hand, compiled for the one that is.
+"""Kernels of instruction sets that this CPU lacks, compiled for it with emulated intrinsics (see emulated/).
 
-Those for VNNI and AMX, with the instructions of AVX-512 and AMX replaced by plain C: what stands around the
-instruction, such as offsets, packing by fours and what is taken off the sums. Those for VNNI in AVX registers
-have AVX2 in its place. And the forms for processors other than x86.
+For AVX512-VNNI and AMX, plain C stands in for the instructions of AVX-512 and AMX, so that the code around
+them is tested: offsets, packing in fours, compensation. For AVX-VNNI, AVX2 stands in. And the scalar code
+for processors other than x86.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ from dynquant import (
 
 pytestmark = pytest.mark.whitebox
 ROOT = pathlib.Path(__file__).parent.parent
-# What the compiler is told.
+# Flags of each build.
 MACROS = ("SSE2", "AVX2", "AVXVNNI", "AVX512BW", "AVX512VNNI", "AMX_INT8", "F16C")
 VNNI = ["-D__SSE2__", "-D__AVX512BW__", "-D__AVX512VNNI__"]
 BUILDS = {
@@ -45,7 +45,7 @@ BUILDS = {
     "amx": [*VNNI, "-D__AMX_INT8__"],
     "plain C": [f"-U__{macro}__" for macro in MACROS],
 }
-# -O1: an unrolled emulation takes long to compile. No FMA, as in the build of the package.
+# -O1, for an unrolled emulation takes long to compile. No FMA contraction, as in the package's build.
 SETUP = """
 import json, sys
 from Cython.Build import cythonize
@@ -65,7 +65,7 @@ setup(ext_modules=cythonize([extension], include_path=include_path, compiler_dir
 
 @pytest.fixture(scope="module", params=BUILDS)
 def table(request, tmp_path_factory):
-    """The table of kernels of a module that is built here."""
+    """Name and kernel table of a module built here."""
     for name in ("Cython", "setuptools"):
         pytest.importorskip(name)
     compiler = (sysconfig.get_config_var("CC") or "").split()
@@ -95,10 +95,10 @@ def emulated(table):
     _isa.select(selected)
 
 
-def test_they_are_the_kernels_that_are_meant(emulated):
-    """Panels of 32 outputs and a byte of memory for each activation, or of 2 outputs and two bytes.
+def test_the_intended_kernels_are_built(emulated):
+    """Sizes of packed weights and scratch tell the kernels apart.
 
-    Tiles of AMX take 64 inputs at a time.
+    Outputs per panel, bytes per activation, and inputs per k-block.
     """
     panel, width, inputs = {
         "avxvnni": (16, 1, 8),
@@ -122,7 +122,7 @@ def int8_arrays(m, n, k):
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 63, 64, 65, 130, 1001, 2**16 + 5])
 def test_int8(k):
-    """-128 and 127 against activations that are all 127 among them."""
+    """Among them rows of -128 and 127, and activations that are all 127."""
     for n in (1, 33):
         weight, scales, x = int8_arrays(38, n, k)
         rows = np.stack([reference.w8a8_matvec(weight, scales, row) for row in x])
@@ -180,7 +180,7 @@ def test_division_by_factors():
 def test_float16_and_rotation():
     x = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     x = x[np.isfinite(x)]
-    # A group of one has its value for a scale.
+    # Groups of one: each scale is its value / 127.
     scales = dynamic_quantize(x, DynQuantFormat.int8_per_group(1)).scales
     assert_same_bits(scales, np.abs(x.astype(F32)) / F32(127))
     rows = np.random.default_rng(0).standard_normal((3, 96)).astype(F32)

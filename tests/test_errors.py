@@ -1,4 +1,4 @@
-"""Every way to call wrongly: what is raised, what it says, and that nothing was changed."""
+"""Every kind of wrong call: the error, its message, and that nothing was changed."""
 
 import array
 import builtins
@@ -106,13 +106,19 @@ class FloatArgument(NamedTuple):
     optional: bool = False
 
 
-def filled(shape, dtype=np.int8):
+def full_of_77(shape, dtype=np.int8):
+    """An `out` whose content shows whether it was written."""
     return np.full(shape, 77, dtype)
 
 
 MEDIAN = Percentile(0.5)
-CODES, VALUES, Y, PRODUCT = filled((3, 4)), filled((3, 4), F32), filled(3, F32), filled((3, 3), F32)
-BYTES, ROWS_OF_BYTES = filled(6, np.uint8), filled((3, 2), np.uint8)
+CODES, VALUES, Y, PRODUCT = (
+    full_of_77((3, 4)),
+    full_of_77((3, 4), F32),
+    full_of_77(3, F32),
+    full_of_77((3, 3), F32),
+)
+BYTES, ROWS_OF_BYTES = full_of_77(6, np.uint8), full_of_77((3, 2), np.uint8)
 per_row = dynamic_quantize_int8_per_row
 
 FLOAT_ARGUMENTS = {
@@ -122,14 +128,14 @@ FLOAT_ARGUMENTS = {
     "int8_per_row": FloatArgument("x", (3, 4), per_row, CODES),
     "int8_per_row threads": FloatArgument("x", (3, 4), partial(per_row, num_threads=3), CODES),
     "int8_per_row percentile": FloatArgument("x", (3, 4), partial(per_row, mode=MEDIAN), CODES),
-    "int8_per_row long": FloatArgument("x", (2, 5000), partial(per_row, mode=MEDIAN), filled((2, 5000))),
+    "int8_per_row long": FloatArgument("x", (2, 5000), partial(per_row, mode=MEDIAN), full_of_77((2, 5000))),
     "int4": FloatArgument("x", (3, 4), dynamic_quantize_int4),
     "int4 packed": FloatArgument("x", (3, 4), partial(dynamic_quantize, format=PACKED), BYTES),
     "int4 rows": FloatArgument("x", (3, 4), partial(dynamic_quantize, format=PACKED_ROWS), ROWS_OF_BYTES),
     "int8 groups": FloatArgument("x", (3, 4), partial(dynamic_quantize, format=PER_GROUP), CODES),
     "int4 groups": FloatArgument("x", (3, 4), partial(dynamic_quantize, format=PACKED_GROUPS), ROWS_OF_BYTES),
     "groups of a vector": FloatArgument(
-        "x", (4,), partial(dynamic_quantize, format=PER_GROUP, mode=MEDIAN), filled(4)
+        "x", (4,), partial(dynamic_quantize, format=PER_GROUP, mode=MEDIAN), full_of_77(4)
     ),
     "mae": FloatArgument("original", (3, 4), partial(quantization_mae, quantized=Q)),
     "factors, activations": FloatArgument("activations", (3, 4), partial(compute_smooth_factors, weights=X)),
@@ -228,7 +234,7 @@ def test_non_finite(dtype, argument):
         for index in {0, x.size // 2, x.size - 1}:
             bad = x.copy()
             bad.flat[index] = value
-            # A later one, of another kind: the first is named.
+            # And a later one of another kind: the first is reported.
             bad.flat[-1] = value if index == x.size - 1 else -INF if value != value else NAN
             fields = {"index": index, "value": value, "argument": argument.name}
             message = f"expected finite values, got {value} at flat index {index}"
@@ -236,7 +242,7 @@ def test_non_finite(dtype, argument):
 
 
 @float_arguments
-def test_a_number_beyond_float32(argument):
+def test_number_that_overflows_float32(argument):
     x = np.ones(argument.shape)
     x.flat[1] = -1e300
     check_float_argument(argument, x, NonFiniteError, "expected finite values", {"index": 1, "value": -INF})
@@ -267,7 +273,7 @@ def test_signaling_nan_in_bfloat16(bits):
 
 @pytest.mark.parametrize("bits", [0x7F800001, 0x7FC00000, 0xFF800001, 0xFFFFFFFF, 0x7F800000, 0xFF800000])
 @pytest.mark.parametrize("n", [1, 64, 100, 4097, 8200])
-def test_every_kind_of_infinity_and_nan_at_many_places(n, bits, isa):
+def test_every_kind_of_infinity_and_nan_at_many_indices(n, bits, isa):
     for index in {0, n // 3, n - 1}:
         x = np.zeros(n, F32)
         x.view(np.uint32)[index] = bits
@@ -275,11 +281,11 @@ def test_every_kind_of_infinity_and_nan_at_many_places(n, bits, isa):
             check_raises(NonFiniteError, "x:", {"index": index}, dynamic_quantize_int8, x, mode)
 
 
-def test_nan_in_the_last_of_many_rows_leaves_out_as_it_was():
+def test_nan_in_the_last_of_many_rows_leaves_out_unchanged():
     x = np.ones((1000, 33), F32)
     x[-1, -1] = NAN
     for fmt in (PER_ROW, DynQuantFormat.INT4_PER_ROW, PACKED_ROWS, PER_GROUP, PACKED_GROUPS):
-        out = filled(fmt.data_shape(x.shape), fmt.data_dtype)
+        out = full_of_77(fmt.data_shape(x.shape), fmt.data_dtype)
         for threads in (1, 4):
             quantize = partial(dynamic_quantize, num_threads=threads)
             check_raises(NonFiniteError, "x:", {"index": x.size - 1}, quantize, x, fmt, out=out)
@@ -316,7 +322,7 @@ class Bad(NamedTuple):
 
 
 def each(values, error, message, function, args=(), name=None, field=None):
-    """One bad call for each of the values: as the argument `name`, else as the last positional one."""
+    """One bad call for each value: as the argument `name`, else as the last positional argument."""
     return [
         Bad(
             error,
@@ -348,7 +354,7 @@ TWO_AXES = "(..., k) with at least two axes"
 
 
 def with_scale(scale):
-    """INT4 with that scale for the first group of the last row."""
+    """INT4 with `scale` in the first group of the last row."""
     scales = INT4.scales.copy()
     scales[2, 0] = scale
     return dataclasses.replace(INT4, scales=scales)
@@ -550,10 +556,10 @@ BAD_CALLS = [
                 {"index": 4}),
             Bad(NonFiniteError, "weight.scales: expected finite", call, (with_scale(-INF), x), {},
                 {"value": -INF}),
-            Bad(DTypeError, "out:", call, (INT4, x), {"out": filled((*x.shape[:-1], 3), float)}),
-            Bad(ShapeMismatchError, "out:", call, (INT4, x), {"out": filled((4, 3), F32)}),
-            Bad(LayoutError, "out:", call, (INT4, x), {"out": filled((6, 6), F32)[::2, ::2] if x is X
-                                                       else filled(6, F32)[::2]}),
+            Bad(DTypeError, "out:", call, (INT4, x), {"out": full_of_77((*x.shape[:-1], 3), float)}),
+            Bad(ShapeMismatchError, "out:", call, (INT4, x), {"out": full_of_77((4, 3), F32)}),
+            Bad(LayoutError, "out:", call, (INT4, x), {"out": full_of_77((6, 6), F32)[::2, ::2] if x is X
+                                                       else full_of_77(6, F32)[::2]}),
         )
     ),
     *each([X[:, :3], X[None], ROW, 1.0, [], X[:, :0]], ShapeMismatchError, "activations:",
@@ -596,7 +602,7 @@ def test_bad_calls(bad):
     check_raises(bad.error, bad.message, bad.fields, bad.function, *bad.args, **bad.kwargs)
 
 
-def test_a_granularity_that_is_an_array():
+def test_granularity_given_as_an_array():
     check_raises(ParameterError, "granularity:", {}, DynQuantFormat, 8, np.array(["per_row"] * 2))
 
 
@@ -659,7 +665,7 @@ NESTED = [[["x" * 300] * 9] * 9] * 9
 
 
 @pytest.mark.parametrize("value", [-(10**5000), "x" * 10**6, [0.1] * 10**6, NESTED, Unprintable()], ids=type)
-def test_a_message_is_short_whatever_was_given(value):
+def test_messages_are_short(value):
     for call in (
         lambda: Percentile(value),
         lambda: SmoothQuantConfig(value),
@@ -682,8 +688,8 @@ class Refuses:
 
 
 @pytest.mark.parametrize("kind", [ValueError, TypeError, RuntimeError, OverflowError, AttributeError])
-def test_what_an_object_raises_when_asked_for_an_array(kind):
-    """PyTorch's tensors that require a gradient raise RuntimeError."""
+def test_error_in_array_conversion_becomes_dtype_error(kind):
+    """PyTorch tensors that require a gradient raise RuntimeError, for example."""
     with pytest.raises(DTypeError, match="x: expected a float array, got Refuses") as caught:
         dynamic_quantize_int8(Refuses(kind("no gradient, please" + "!" * 10**6)))
     assert len(str(caught.value)) <= 1000
@@ -691,12 +697,12 @@ def test_what_an_object_raises_when_asked_for_an_array(kind):
 
 
 @pytest.mark.parametrize("kind", [MemoryError, SystemError, KeyboardInterrupt])
-def test_what_is_not_about_the_argument_passes_through(kind):
+def test_memory_and_system_errors_pass_through(kind):
     with pytest.raises(kind):
         dynamic_quantize_int8(Refuses(kind()))
 
 
-def test_a_dtype_of_many_fields_gives_a_short_message():
+def test_short_message_for_a_dtype_of_many_fields():
     fields = np.zeros(3, [(f"field {i}", "f4") for i in range(5000)])
     for call in (
         lambda: dynamic_quantize_int8(fields),
@@ -709,7 +715,7 @@ def test_a_dtype_of_many_fields_gives_a_short_message():
         assert len(repr(caught.value)) <= 1100
 
 
-def test_every_exception_is_of_both_kinds():
+def test_every_exception_has_two_bases():
     tree = {e for e in vars(dynquant).values() if isinstance(e, type) and issubclass(e, DynQuantError)}
     assert tree == {DynQuantError, *BASES}
     assert {type(error) for error, _ in INSTANCES} == set(BASES)
@@ -719,7 +725,7 @@ def test_every_exception_is_of_both_kinds():
         assert getattr(builtins, base.__name__) is base
 
 
-def test_an_error_in_the_callers_iterator_passes_through():
+def test_error_in_the_callers_iterator_passes_through():
     def batches():
         yield X
         raise KeyError("mine")

@@ -1,4 +1,4 @@
-"""Scale modes and formats: what they are made of, and that they are values."""
+"""Scale modes and formats: their fields, and that they behave as values."""
 
 import dataclasses
 import pickle
@@ -42,12 +42,12 @@ def test_modes_are_values():
 
 
 @pytest.mark.parametrize("p", [5e-324, 0.5, 1, np.float32(0.99), np.float64(1.0)])
-def test_percentiles_that_can_be_had(p):
+def test_valid_percentiles(p):
     assert Percentile(p).p == p
 
 
 @pytest.mark.parametrize("p", [0.5 + 0j, np.complex128(0.5), "0.5", np.str_("0.5"), np.array([0.5]), None])
-def test_a_percentile_is_a_real_number(p):
+def test_percentile_must_be_a_real_number(p):
     with pytest.raises(dynquant.InvalidPercentileError):
         dynquant.Percentile(p)
 
@@ -67,7 +67,7 @@ def test_formats_differ():
     assert len(set(FORMATS.values())) == len(FORMATS)
 
 
-def test_a_format_has_the_four_fields_and_no_more():
+def test_format_has_exactly_four_fields():
     fmt = DynQuantFormat(4, "per_row", packed=True)
     assert [field.name for field in dataclasses.fields(fmt)] == [
         "bits",
@@ -78,7 +78,7 @@ def test_a_format_has_the_four_fields_and_no_more():
     assert DynQuantFormat(**dataclasses.asdict(fmt)) == fmt
 
 
-def test_numbers_and_flags_of_numpy():
+def test_numpy_numbers_and_flags():
     fmt = DynQuantFormat(np.int64(4), "per_group", np.uint8(32), np.True_)
     assert repr(fmt) == repr(DynQuantFormat(4, "per_group", 32, True))
     assert quantize_weights(np.eye(2, dtype=F32), bits=np.int64(4)).format == DynQuantFormat(
@@ -96,7 +96,7 @@ def test_fields_of_the_wrong_type(args, name):
 
 
 @pytest.mark.parametrize("packed", ["no", 1, None, np.array([1, 0])])
-def test_packed_is_a_bool(packed):
+def test_packed_must_be_a_bool(packed):
     with pytest.raises(ParameterError, match="packed"):
         dynamic_quantize_int4([1.0], packed=packed)
 
@@ -121,6 +121,6 @@ def test_modes_and_formats_pickle(value):
     assert hash(twin) == hash(value)
 
 
-def test_a_format_that_was_pickled_still_quantizes():
+def test_pickled_format_still_quantizes():
     fmt = pickle.loads(pickle.dumps(DynQuantFormat.INT4_PER_TENSOR))
     assert_same_bits(dynamic_quantize([7.0, 3.5], fmt).data, np.array([7, 4], np.int8))

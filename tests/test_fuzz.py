@@ -1,6 +1,6 @@
-"""The fuzzers' targets, each a little: `make fuzz` is the rest.
+"""The fuzz targets, each for a short time; `make fuzz` runs them longer.
 
-What a fuzzer found before is in tests/fuzz/corpus.txt, and is tried in full.
+The inputs in tests/fuzz/corpus.txt are all replayed.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The 402 cases of the reference program in data/seed_vectors.npz, and the worked examples."""
+"""The 402 cases of the reference program in data/seed_vectors.npz, and worked examples."""
 
 import pathlib
 
@@ -29,7 +29,7 @@ F32_MAX = float(np.finfo(np.float32).max)
 
 
 class Case:
-    """One line of the index with its arrays as attributes."""
+    """One line of the index, with its arrays as attributes."""
 
     def __init__(self, archive, number, line):
         self.archive, self.number = archive, number
@@ -60,7 +60,7 @@ def of_kind(cases, kind, count):
 
 
 def check_mae(case, tensor, expected):
-    """Against a naive float32 sum, which overflows where the float64 one does not."""
+    """The reference adds in float32, which overflows where float64 does not."""
     actual = quantization_mae(case.x, tensor)
     if np.isfinite(expected):
         assert actual == pytest.approx(float(expected), rel=1e-4), case.name
@@ -138,7 +138,7 @@ def test_ramp_int4():
     assert dynamic_quantize_int4(x, packed=True).data.shape == (51,)
 
 
-def test_halves_go_away_from_zero():
+def test_halves_round_away_from_zero():
     q = dynamic_quantize_int8([127, 0.5, -0.5, 1.5, 2.5])
     assert (q.data.tolist(), q.scales.tolist()) == ([127, 1, -1, 2, 3], [1.0])
 
@@ -157,7 +157,7 @@ def test_collect_two_batches():
     assert stats.suggested_scale == np.float32(4) / np.float32(127)
 
 
-def test_smoothing_leaves_the_product():
+def test_smoothing_preserves_the_product():
     assert SmoothQuantConfig().alpha == 0.5
     rng = np.random.default_rng(0)
     a, w = rng.standard_normal((6, 40)) * np.geomspace(1e-2, 1e2, 40), rng.standard_normal((5, 40))
@@ -167,6 +167,6 @@ def test_smoothing_leaves_the_product():
 
 
 @pytest.mark.parametrize("n", [1, 5, 1000])
-def test_size_of_int8_codes_with_one_scale(n):
+def test_memory_of_int8_codes_with_one_scale(n):
     q = dynamic_quantize(np.ones(n, np.float32), DynQuantFormat.INT8_PER_TENSOR)
     assert (q.memory_bytes, q.compression_ratio) == (n + 4, 4 * n / (n + 4))

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers.common import F32, assert_same_bits, using
+from helpers.common import F32, ISAS, assert_same_bits, using
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,11 +13,11 @@ from dynquant import (
     ParameterError,
     ShapeMismatchError,
     hadamard_transform,
-    simd_info,
 )
 
 
 def matrix(n):
+    """The orthonormal Hadamard matrix (n, n) in Sylvester's order; n is a power of two."""
     h = np.ones((1, 1))
     while len(h) < n:
         h = np.block([[h, h], [h, -h]])
@@ -25,8 +25,8 @@ def matrix(n):
 
 
 def rotated(x, block):
-    runs = x.astype(np.float64).reshape(*x.shape[:-1], x.shape[-1] // block, block)
-    return (runs @ matrix(block)).reshape(x.shape)
+    blocks = x.astype(np.float64).reshape(*x.shape[:-1], x.shape[-1] // block, block)
+    return (blocks @ matrix(block)).reshape(x.shape)
 
 
 def normal(*shape, seed=0):
@@ -34,7 +34,7 @@ def normal(*shape, seed=0):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 8, 12, 16, 24, 64, 96, 384, 1024, 4096, 11008])
-def test_the_dense_matrix(n, isa):
+def test_dense_matrix(n, isa):
     x = normal(3, n)
     np.testing.assert_allclose(hadamard_transform(x), rotated(x, n & -n), atol=2e-6, rtol=1e-5)
 
@@ -45,28 +45,28 @@ def test_blocks(block, isa):
     np.testing.assert_allclose(hadamard_transform(x, block_size=block), rotated(x, block), atol=2e-6)
 
 
-def test_one_block_of_one_changes_nothing():
+def test_block_of_one_is_the_identity():
     x = normal(4, 5)
     assert_same_bits(hadamard_transform(x), x)
 
 
 @given(rows=st.integers(0, 5), log=st.integers(0, 9), odd=st.sampled_from([1, 3, 5]))
-def test_instruction_sets_agree_and_it_is_its_own_inverse(rows, log, odd):
+def test_instruction_sets_agree_and_twice_is_the_identity(rows, log, odd):
     x = normal(rows, odd << log, seed=log)
     with using("baseline"):
         y = hadamard_transform(x)
-    for isa in simd_info()["supported"]:
+    for isa in ISAS:
         with using(isa):
             assert_same_bits(hadamard_transform(x), y, isa)
     np.testing.assert_allclose(hadamard_transform(y), x, atol=1e-5)
 
 
-def test_products_are_kept():
+def test_products_are_preserved():
     x, w = normal(5, 256), normal(7, 256, seed=1)
     np.testing.assert_allclose(hadamard_transform(x) @ hadamard_transform(w).T, x @ w.T, atol=1e-4)
 
 
-def test_an_outlier_is_spread():
+def test_an_outlier_is_distributed_evenly():
     x = np.zeros(128, F32)
     x[5] = 8
     np.testing.assert_allclose(np.abs(hadamard_transform(x)), 8 / np.sqrt(128), rtol=1e-6)
@@ -95,7 +95,7 @@ def test_bad_block_sizes(block_size):
         hadamard_transform(np.ones(24, F32), block_size=block_size)
 
 
-def test_a_block_that_divides_0():
+def test_block_sizes_of_empty_rows():
     assert hadamard_transform(np.empty((3, 0), F32), block_size=4).shape == (3, 0)
     with pytest.raises(ParameterError, match="block_size"):
         hadamard_transform(np.empty((3, 0), F32), block_size=2**70)

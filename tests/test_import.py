@@ -1,4 +1,4 @@
-"""What importing does and does not do, instruction sets by name, and the documentation's examples."""
+"""Side effects of the import, selection of the instruction set, public names and docstring examples."""
 
 import doctest
 import importlib
@@ -22,10 +22,10 @@ import dynquant
 def run(code, check=True, **environment):
     """Standard output of a new interpreter that ran `code`; the whole process with `check` off."""
     command = [sys.executable, "-W", "error", "-c", code]
-    # Run where the package under test lies: a checkout's source folder would hide it.
+    # In the folder of the package under test: a checkout's source folder would hide it.
     folder = os.path.dirname(os.path.dirname(dynquant.__file__))
     environment = {**os.environ, **environment}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or every import would compile the package anew
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else every import would compile the package again
     done = subprocess.run(emulated(command), env=environment, cwd=folder, capture_output=True, text=True)
     if not check:
         return done
@@ -56,13 +56,13 @@ def test_only_numpy_and_the_standard_library_are_imported():
     code = "import json, sys, numpy; before = set(sys.modules); import dynquant; "
     names = json.loads(run(code + "print(json.dumps(sorted(set(sys.modules) - before)))"))
     roots = {name.partition(".")[0] for name in names}
-    # Cython's own entries hold no code.
+    # Entries that Cython makes, without code.
     foreign = {root for root in roots if not root.startswith(("_cython_", "cython_runtime"))}
     assert foreign - set(sys.stdlib_module_names) <= {"dynquant", "numpy"}
     assert "dynquant" in roots
 
 
-def test_threads_environment_and_random_state_are_left_alone():
+def test_threads_environment_and_random_state_are_unchanged():
     run("""if True:
         import os, random, threading, warnings
         import numpy as np
@@ -81,26 +81,26 @@ def test_the_gil_stays_off():
 
 
 def test_time_and_memory_of_the_import():
-    """Beside those of NumPy. The limits leave room for a busy machine, which slows both imports."""
+    """Relative to NumPy's, with a margin for a busy machine, which slows both imports."""
     pytest.importorskip("resource")
     code = """if True:
         import resource, sys, time
         start = time.perf_counter()
         import numpy
         numpy_time = time.perf_counter() - start
-        unit = 1 if sys.platform == "darwin" else 1024
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        n_bytes = 1 if sys.platform == "darwin" else 1024
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * n_bytes
         start = time.perf_counter()
         import dynquant
         ratio = (time.perf_counter() - start) / numpy_time
-        print(ratio, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before)
+        print(ratio, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * n_bytes - before)
     """
     runs = np.array([run(code).split() for _ in range(5)], float)
     assert runs[:, 0].min() < 0.25
     assert runs[:, 1].min() < 6e6
 
 
-def test_it_works_without_ml_dtypes():
+def test_works_without_ml_dtypes():
     run("""if True:
         import sys
         sys.modules["ml_dtypes"] = None
@@ -113,18 +113,18 @@ def test_it_works_without_ml_dtypes():
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_an_instruction_set_is_forced_by_name(isa):
+def test_instruction_set_forced_by_name(isa):
     code = "import dynquant as d; print(d.simd_info()['selected'], d.dynamic_quantize_int8([2.0]).data[0])"
     assert run(code, DYNQUANT_ISA=isa) == f"{isa} 127"
 
 
-def test_the_best_one_is_picked():
+def test_best_instruction_set_is_selected():
     code = "import dynquant; print(dynquant.simd_info()['selected'])"
     assert run(code, DYNQUANT_ISA="") == ISAS[-1]
 
 
 @pytest.mark.parametrize("name", ["sse9", "AVX2", " baseline"])
-def test_an_instruction_set_that_cannot_be_had(name):
+def test_unavailable_instruction_set(name):
     done = run("import dynquant", check=False, DYNQUANT_ISA=name)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
@@ -158,8 +158,8 @@ SIGNAL_STACK = """if True:
 
 
 @pytest.mark.skipif("amx" not in ISAS, reason="no AMX")
-def test_the_permission_for_amx():
-    """Asked for at import, but not by a weaker set; a small stack for signal handlers excludes it."""
+def test_permission_for_amx():
+    """Requested at import, unless a weaker set is forced; a small signal stack rules AMX out."""
     selected = "; print(dynquant.simd_info()['selected'], refused())"
     code = SIGNAL_STACK + "\nimport dynquant" + selected
     assert run(code) == run(code, DYNQUANT_ISA="amx") == "amx True"
@@ -174,7 +174,7 @@ def test_the_permission_for_amx():
 
 
 @pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="Linux on x86-64")
-@pytest.mark.skipif(EMULATOR != [], reason="the file tells of the processor beneath the emulated one")
+@pytest.mark.skipif(EMULATOR != [], reason="the file describes the real processor, not the emulated one")
 def test_supported_agrees_with_proc_cpuinfo():
     with open("/proc/cpuinfo") as file:
         flags = set(next(line for line in file if line.startswith("flags")).split())
@@ -227,12 +227,12 @@ def test_docstrings():
     for name, member in members():
         text = inspect.getdoc(member)
         assert text, name
-        # What a dataclass without a docstring is given.
+        # The default docstring of a dataclass.
         assert not text.startswith(f"{name}("), name
 
 
 def test_signatures():
-    """Positional order, keywords and defaults that callers rely on."""
+    """Order, keywords and defaults of arguments, on which callers rely."""
     expected = {
         "compute_scale": "x, clip_val, mode=MaxAbs()",
         "dynamic_quantize": "x, format=INT8_PER_ROW, mode=MaxAbs(), *, packed=False, out=None, num_threads=1",

@@ -1,8 +1,8 @@
 """Every instruction set gives the bits of the baseline, at every short length and every alignment.
 
-One test covers one path of kernels: for each alignment it calls a public function on views of length 0 to
-300, on all instruction sets in turn. Results land in guarded memory, which is compared whole, so that a byte
-written outside a result is seen too.
+Each test covers one group of kernels, named in its docstring: for each alignment it calls a public function
+on views of length 0 to 300, on every instruction set. Results are written into guarded memory, which is
+compared as a whole, so that a byte written outside a result is found too.
 """
 
 import numpy as np
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(len(ISAS) == 1, reason="only the baseline is bui
 
 LENGTHS = range(301)
 LONGEST = LENGTHS[-1]
-MANY_FLOATS = 5000  # of short rows as many as are taken together, several times
+MANY_FLOATS = 5000  # several times the short rows that are processed together
 INT8 = DynQuantFormat.INT8_PER_TENSOR
 INT4 = DynQuantFormat.INT4_PER_TENSOR
 PACKED = DynQuantFormat(4, "per_tensor", packed=True)
@@ -40,7 +40,7 @@ each_float = pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["f3
 
 
 class Arena:
-    """Memory full of a pattern, handed out in slots with a guard on either side."""
+    """Memory filled with a pattern, given out in slots with a guard on either side."""
 
     GUARD = 64
 
@@ -50,7 +50,7 @@ class Arena:
         self.used = 0
 
     def slot(self, n, offset, dtype=np.int8):
-        """Room for `n` numbers, `offset` bytes past a 64-byte boundary."""
+        """Memory for `n` numbers, `offset` bytes past a 64-byte boundary."""
         start, n_bytes = self.used + self.GUARD + offset, n * np.dtype(dtype).itemsize
         self.used += 2 * self.GUARD + -(-(offset + n_bytes) // 64) * 64
         assert self.used <= self.memory.size
@@ -58,28 +58,28 @@ class Arena:
 
 
 def compare(calls, offsets, longest=5 * LONGEST):
-    """`calls(arena, offset)` writes into slots of the arena and yields what else must agree.
+    """`calls(arena, offset)` writes into slots of the arena, and yields other results to compare.
 
-    `longest`: how many floats the results of a length may have.
+    `longest`: floats that the results of one length have at most.
     """
     for offset in offsets:
-        arenas, rests = [], []
+        arenas, others = [], []
         for isa in ISAS:
             arenas.append(Arena(longest))
             with using(isa):
-                rests.append(list(calls(arenas[-1], offset)))
-        for isa, arena, rest in zip(ISAS[1:], arenas[1:], rests[1:], strict=True):
-            assert rest == rests[0], f"{isa}, offset {offset}"
+                others.append(list(calls(arenas[-1], offset)))
+        for isa, arena, other in zip(ISAS[1:], arenas[1:], others[1:], strict=True):
+            assert other == others[0], f"{isa}, offset {offset}"
             assert_same_bits(arena.memory, arenas[0].memory, f"{isa}, offset {offset}")
 
 
 def floats(rng, n):
-    """Half-way points between codes and their neighbors, mixed with every exponent, normals and zeros."""
+    """Midpoints between codes and floats next to them, mixed with every exponent, normals and zeros."""
     halves = ((rng.integers(-127, 127, n) + 0.5) * 0.37).astype(F32)
     near = (halves.view(np.int32) + rng.integers(-2, 3, n, dtype=np.int32)).view(F32)
     wide = (rng.standard_normal(n) * 2.0 ** rng.integers(-149, 127, n)).astype(F32)
     x = np.choose(rng.integers(0, 8, n), [near] * 5 + [wide, rng.standard_normal(n, F32), np.zeros(n, F32)])
-    # With a largest magnitude of 127 * 0.37 the halves are halves of the scale.
+    # With a largest magnitude of 127 * 0.37 they are midpoints of the scale 0.37.
     return np.clip(x, F32(-46.99), F32(46.99))
 
 
@@ -140,7 +140,7 @@ def test_dequantize(fmt):
 
 
 def test_mean_absolute_error():
-    """abs_error_row, whose doubles must be added up in one order."""
+    """abs_error_row, which must add its doubles in one order."""
     x = floats(np.random.default_rng(4), LONGEST)
 
     def calls(arena, offset):
@@ -166,7 +166,7 @@ def test_statistics(dtype):
 
 @each_float
 def test_calibrator(dtype):
-    """count_bins, count_windows_row and the sums, in all their bits."""
+    """count_bins, count_windows_row and the sums, bit for bit."""
     x = floats(np.random.default_rng(10), 3 * LONGEST).astype(dtype)
 
     def calls(arena, offset):
@@ -199,7 +199,7 @@ def test_smoothing(smooth, rows, in_place):
 
 @pytest.mark.parametrize("rows", [1, 4, 7])
 def test_smooth_factors(rows):
-    """column_amax_row and its form for four rows."""
+    """column_amax_row, and its variant for four rows."""
     rng = np.random.default_rng(7)
     a, w = floats(rng, rows * LONGEST), floats(rng, 2 * LONGEST)
     config = SmoothQuantConfig(1.0)
@@ -216,7 +216,7 @@ def test_smooth_factors(rows):
 
 @pytest.mark.parametrize("extreme", [False, True], ids=["random", "extreme"])
 def test_matvec(extreme):
-    """dot. The second row of the weights begins at a byte of its own."""
+    """dot. The second row of the weights starts at any byte."""
     rng = np.random.default_rng(8)
     codes = np.array([-128, 127], np.int8) if extreme else np.arange(-128, 128, dtype=np.int8)
     weight = rng.choice(codes, 9 * LONGEST)
@@ -257,7 +257,7 @@ def test_w4a8(symmetric):
 
 @pytest.mark.parametrize("fmt", [DynQuantFormat.int8_per_group(5), DynQuantFormat(4, "per_group", 37, True)])
 def test_groups(fmt):
-    """Groups that begin at every byte, and at either half of one."""
+    """Groups that start at every byte, and at either nibble of one."""
     x = floats(np.random.default_rng(11), LONGEST)
 
     def calls(arena, offset):
@@ -283,7 +283,7 @@ def test_weights(search):
     compare(calls, range(0, 64, 16))
 
 
-# What short rows do not reach
+# Long rows
 
 
 @pytest.mark.parametrize("k", [4095, 4096, 4097, 3 * 4096 + 17, 2**18 + 70])
@@ -309,8 +309,8 @@ def test_long_rows(dtype, k):
 
 @pytest.mark.parametrize("offset", [0, 1, 13, 31, 63])
 @each_float
-def test_rows_past_the_caches(dtype, offset):
-    """The codes of a row of 2**23 and more are written without their lines being read."""
+def test_nontemporal_stores(dtype, offset):
+    """Codes of rows of 2**23 elements or more are written with nontemporal stores."""
     x = np.tile(floats(np.random.default_rng(9), 1000), 8400).astype(dtype)
     results = []
     for isa in ISAS:

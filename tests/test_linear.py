@@ -26,7 +26,6 @@ from dynquant import (
     error_metrics,
     hadamard_transform,
     quantize_weights,
-    simd_info,
     smooth_activations,
     smooth_weights,
     w4a8_matmul,
@@ -66,7 +65,7 @@ linear4 = functools.partial(linear, K, 4)
 # Results
 
 
-def test_int8_a_layer_is_its_product(isa):
+def test_int8_layer_equals_its_product(isa):
     weight, x, bias, layer = linear8()
     codes, scales = reference.quantize(weight, per_row=True)
     assert_same_bits(layer(x), reference.w8a8_matmul(codes, scales, x, bias))
@@ -74,19 +73,19 @@ def test_int8_a_layer_is_its_product(isa):
 
 
 def test_int8_smoothing(isa):
-    """Weights times the factors, activations divided by them, both in float32 as the functions do."""
+    """Weights times the factors, activations divided by them, both in float32 as the functions do it."""
     factors = np.exp2(np.random.default_rng(0).uniform(-3, 3, 70)).astype(F32)
     weight, x, bias, layer = linear8(smooth=factors)
     codes, scales = reference.quantize(weight * factors, per_row=True)
     assert_same_bits(layer(x), reference.w8a8_matmul(codes, scales, x / factors, bias))
-    half_a_step = 0.5 * scales[:, None] / factors
-    assert (np.abs(layer.weight_dequantized() - weight) <= 1.001 * half_a_step).all()
+    bound = 0.5 * scales[:, None] / factors
+    assert (np.abs(layer.weight_dequantized() - weight) <= 1.001 * bound).all()
 
 
 @each_option
 @each_rotation
-def test_int4_a_layer_is_its_product(options, rotation, isa):
-    """Smoothed first, then rotated: weights once, activations in every call."""
+def test_int4_layer_equals_its_product(options, rotation, isa):
+    """Smoothing comes before the rotation; for weights once, for activations in every call."""
     weight, x, bias, layer = linear4(**options, **rotation)
     if "smooth" in rotation:
         weight, x = smooth_weights(weight, FACTORS), smooth_activations(x, FACTORS)
@@ -107,19 +106,19 @@ def test_rotation_of_any_length(k, bits, isa):
     assert_same_bits(layer(x.astype(np.float16)), layer(x.astype(np.float16).astype(F32)))
 
 
-@pytest.mark.parametrize(("k", "run"), [(1536, 128), (256, 128), (96, 32), (33, 1)])
-def test_a_layer_rotates_runs_of_at_most_128_channels(k, run):
+@pytest.mark.parametrize(("k", "block_size"), [(1536, 128), (256, 128), (96, 32), (33, 1)])
+def test_rotation_is_in_blocks_of_at_most_128_channels(k, block_size):
     rng = np.random.default_rng(k)
     weight, x = rng.standard_normal((6, k)).astype(F32), rng.standard_normal((5, k)).astype(F32)
-    rotated = QuantLinear.from_float(hadamard_transform(weight, block_size=run))
-    expected = rotated(hadamard_transform(x, block_size=run))
+    rotated = QuantLinear.from_float(hadamard_transform(weight, block_size=block_size))
+    expected = rotated(hadamard_transform(x, block_size=block_size))
     assert_same_bits(QuantLinear.from_float(weight, hadamard=True)(x), expected)
 
 
 @each_option
 @each_rotation
 def test_weight_dequantized(options, rotation):
-    """Within what 4 bits cost, in the space that the weights were given in."""
+    """Up to the error of 4 bits, and in the original space of the weights."""
     weight, _, _, layer = linear4(**options, **rotation)
     values = layer.weight_dequantized()
     factors = rotation.get("smooth", np.ones(K, F32))
@@ -129,7 +128,7 @@ def test_weight_dequantized(options, rotation):
 
 
 def test_rotation_helps_against_outliers():
-    """A channel a hundred times as large leaves the others few codes, unless it is spread over them."""
+    """A channel 100 times as large leaves few codes to the others, unless a rotation distributes it."""
     weight, x, _ = floats()
     assert error_metrics(x @ weight.T, QuantLinear.from_float(weight, bits=4, hadamard=True)(x)).sqnr_db > 15
     x[:, 5] *= 100
@@ -166,7 +165,7 @@ def test_int4_leading_axes(shape):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_many_threads_on_one_layer(bits):
-    """Callers share the layer, and each shares its work with threads of its own."""
+    """Callers in 8 threads share the layer, and each call uses 2 threads."""
     rng = np.random.default_rng(4)
     layer = QuantLinear.from_float(rng.standard_normal((150, K)), bits=bits, hadamard=True, smooth=FACTORS)
     batches = [rng.standard_normal((m, K)).astype(F32) for m in (1, 3, 8, 50)] * 10
@@ -186,13 +185,13 @@ W, X, BIAS = (RNG.standard_normal(shape).astype(F32) for shape in ((8, 64), (5, 
 @pytest.mark.parametrize(
     "options", [{}, {"bits": 4}, {"bits": 4, "group_size": 16, "symmetric": True}], ids=str
 )
-def test_from_quantized_weights(options):
+def test_construction_from_quantized_weights(options):
     layer = QuantLinear(quantize_weights(W, **options), BIAS)
     assert_same_bits(layer(X), QuantLinear.from_float(W, BIAS, **options)(X))
 
 
 @pytest.mark.parametrize("options", [{}, {"bits": 4, "group_size": 16, "search": True}], ids=str)
-def test_threads_make_the_same_layer(options):
+def test_same_layer_with_any_number_of_threads(options):
     layer = QuantLinear.from_float(W, BIAS, **options, num_threads=3)
     assert_same_bits(layer(X), QuantLinear.from_float(W, BIAS, **options)(X))
 
@@ -213,27 +212,27 @@ def test_threads_make_the_same_layer(options):
     ],
     ids=str,
 )
-def test_arguments_are_checked(weight, more):
+def test_constructor_arguments_are_checked(weight, more):
     with pytest.raises(DynQuantError):
         QuantLinear(weight, **more)
 
 
 @pytest.mark.parametrize("name", ["in_features", "out_features"])
-def test_lengths_cannot_be_set(name):
+def test_features_are_read_only(name):
     layer = QuantLinear.from_float(W)
     with pytest.raises(AttributeError):
         setattr(layer, name, 1)
     assert layer(X).shape == (5, 8)
 
 
-def test_calibration_that_leaves_float32_when_smoothed():
+def test_calibration_that_overflows_when_smoothed():
     smooth = np.ones(64, F32)
     smooth[3] = 1e-38
     with pytest.raises(NonFiniteError, match="calibration / smooth"):
         QuantLinear.from_float(W, bits=4, smooth=smooth, calibration=X * 1000)
 
 
-def test_int8_a_layer_keeps_no_view_of_what_it_was_made_from():
+def test_int8_layer_shares_no_memory_with_its_inputs():
     weight, x, bias, layer = linear8(smooth=np.ones(70, F32))
     y = layer(x)
     weight[:], bias[:] = 0, 0
@@ -243,7 +242,7 @@ def test_int8_a_layer_keeps_no_view_of_what_it_was_made_from():
 
 
 @pytest.mark.parametrize("hadamard", [False, True])
-def test_int4_a_layer_keeps_no_view_of_what_it_was_made_from(hadamard):
+def test_int4_layer_shares_no_memory_with_its_inputs(hadamard):
     weight, x, bias, layer = linear4(group_size=32, smooth=FACTORS.copy(), hadamard=hadamard)
     y, arrays = layer(x), layer.to_arrays()
     read = QuantLinear.from_arrays(arrays)
@@ -263,7 +262,7 @@ def test_int8_memory(n, k, isa):
 @pytest.mark.parametrize(("n", "k"), [(1024, 1024), (1024, 4096), (4128, 1056)])
 @each_symmetry
 def test_int4_memory(symmetric, n, k, isa):
-    """Half a byte a weight, and 5 bytes for every 32 of them."""
+    """Half a byte per weight, and 5 bytes per group of 32."""
     fmt = {"in_features": k, "group_size": 32, "weight_i4": np.ones((n, k // 2), np.uint8)}
     if not symmetric:
         fmt["weight_zero_points"] = np.ones((n, k // 32), np.uint8)
@@ -274,16 +273,16 @@ def test_int4_memory(symmetric, n, k, isa):
 
 
 def test_repr():
-    for options, parts in [
+    for options, text in [
         ({}, "int4 with zero points, bias=True, smooth=False, hadamard=False"),
         ({"symmetric": True, "smooth": FACTORS}, "int4, bias=True, smooth=True, hadamard=False"),
         ({"group_size": 32}, "int4 per_group of 32 with zero points, bias=True"),
         ({"group_size": 8, "symmetric": True, "hadamard": True}, "int4 per_group of 8, bias=True"),
         ({"hadamard": True}, "smooth=False, hadamard=True)"),
     ]:
-        text = repr(linear4(**options)[3])
-        assert text.startswith(f"QuantLinear(in_features={K}, out_features={N}, int4")
-        assert parts in text
+        layer = repr(linear4(**options)[3])
+        assert layer.startswith(f"QuantLinear(in_features={K}, out_features={N}, int4")
+        assert text in layer
 
 
 # Arrays and copies
@@ -292,7 +291,7 @@ def test_repr():
 def test_int8_arrays_do_not_depend_on_the_instruction_set():
     weight, x, bias, _ = linear8()
     layers, arrays = {}, {}
-    for isa in simd_info()["supported"]:
+    for isa in ISAS:
         with using(isa):
             layers[isa] = QuantLinear.from_float(weight, bias)
             arrays[isa] = layers[isa].to_arrays()
@@ -306,7 +305,7 @@ def test_int8_arrays_do_not_depend_on_the_instruction_set():
 @each_option
 @each_rotation
 def test_int4_arrays_do_not_depend_on_the_instruction_set(options, rotation):
-    """Made under one set, read under every other."""
+    """Made on one instruction set, loaded on every other."""
     with using("baseline"):
         _, x, _, layer = linear4(**options, **rotation)
         arrays, y = layer.to_arrays(), layer(x)
@@ -322,7 +321,7 @@ def test_int4_arrays_do_not_depend_on_the_instruction_set(options, rotation):
             assert_same_bits(again[name], array, f"{isa} {name}")
 
 
-def test_what_the_arrays_are():
+def test_int4_arrays():
     weight, _, bias, layer = linear4(**OPTIONS["odd groups"], smooth=FACTORS, hadamard=True)
     q = quantize_weights(hadamard_transform(weight * FACTORS), bits=4, group_size=7)
     arrays = layer.to_arrays()
@@ -382,7 +381,7 @@ def test_int4_copies(options, rotation, through):
     assert_same_bits(twin.weight_dequantized(), layer.weight_dequantized())
 
 
-def test_a_pickle_of_another_instruction_set():
+def test_pickle_from_another_instruction_set():
     with using(ISAS[0]):
         _, x, _, layer = linear4(group_size=32, hadamard=True)
         text, y = pickle.dumps(layer), layer(x)
@@ -447,7 +446,7 @@ def test_bad_calls(call, args, options, error, message):
     assert message in str(caught.value)
 
 
-def test_int8_a_quotient_that_overflows_is_named():
+def test_overflowing_quotient_is_reported():
     layer = QuantLinear.from_float(np.ones((2, 3), F32), smooth=[1.0, 1e-5, 1.0])
     with pytest.raises(NonFiniteError, match="x / smooth") as caught:
         layer([[1.0, 2, 3], [1, 3e38, 3]])
@@ -458,8 +457,8 @@ def test_int8_a_quotient_that_overflows_is_named():
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", [1, 3, 3000])
 @pytest.mark.parametrize("smooth", [False, True])
-def test_a_rotation_beyond_float32(smooth, rows, bits):
-    """Sums of 512 that overflow; with 3000 rows beyond the first chunk."""
+def test_rotation_that_overflows_float32(smooth, rows, bits):
+    """Sums of 512 that overflow; with 3000 rows after the first chunk."""
     k = 512
     factors = {"smooth": np.full(k, 0.25, F32)} if smooth else {}
     layer = QuantLinear.from_float(np.ones((3, k), F32), bits=bits, hadamard=True, **factors)
@@ -471,7 +470,7 @@ def test_a_rotation_beyond_float32(smooth, rows, bits):
         with pytest.raises(ParameterError, match="x: expected rows within float32 when rotated"):
             layer(x, **options)
     assert (out == 7).all()
-    # What is not finite to begin with is named as such, and so is a quotient.
+    # A non-finite input is reported as such, and so is a non-finite quotient.
     x[-1, 5] = np.inf
     with pytest.raises(NonFiniteError, match="x:") as caught:
         layer(x, out=out)
@@ -521,14 +520,14 @@ BAD_ARRAYS = [
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), BAD_ARRAYS, ids=lambda v: str(v)[:40])
-def test_arrays_that_make_no_layer(changes, error, message):
+def test_invalid_arrays(changes, error, message):
     with pytest.raises(error) as caught:
         QuantLinear.from_arrays({**GOOD, **changes})
     assert type(caught.value) is error
     assert message in str(caught.value)
 
 
-def test_arrays_that_are_missing():
+def test_missing_arrays():
     for name in ("weight_i4", "weight_scales", "in_features"):
         with pytest.raises(ParameterError, match="missing"):
             QuantLinear.from_arrays({key: array for key, array in GOOD.items() if key != name})

@@ -1,4 +1,4 @@
-"""w4a8_matvec, w4a8_matmul and QuantLinear with 4-bit weights, against sums of integers."""
+"""w4a8_matmul and w4a8_matvec against sums of integers."""
 
 import functools
 
@@ -22,12 +22,12 @@ from dynquant import (
     w4a8_matvec,
 )
 
-# k whose sum is exact in float32: longer groups are added up from such runs.
+# Inputs whose sum is exact in float32: longer groups are summed in segments of this length.
 EXACT = 8192
 
 
 def packed(codes, scales, zero_points, size):
-    """The tensor of these codes (N, K), one scale a row where `size` is None."""
+    """The tensor of these codes (N, K), with one scale per row where `size` is None."""
     fmt = DynQuantFormat(4, "per_row" if size is None else "per_group", size, True)
     if size is None:
         scales, zero_points = scales[:, 0], None if zero_points is None else zero_points[:, 0]
@@ -35,7 +35,7 @@ def packed(codes, scales, zero_points, size):
 
 
 def weights(n, k, size, symmetric, seed=0):
-    """Random codes of the whole range with scales of both signs: what `reference.w4a8_matmul` takes."""
+    """Random codes of the whole range, with scales of both signs, as `reference.w4a8_matmul` takes them."""
     rng = np.random.default_rng(seed)
     groups = -(-k // (size or k))
     codes = rng.integers(-8 if symmetric else 0, 8 if symmetric else 16, (n, k), dtype=np.int8)
@@ -48,7 +48,7 @@ def expected(codes, scales, zero_points, size, x, bias=None):
 
 
 def activations(m, k, seed=0):
-    """Normal ones, with outliers and a row of zeros."""
+    """Normal activations, with outliers and a row of zeros."""
     x = np.random.default_rng(seed).standard_normal((m, k)).astype(F32)
     x[:, :: k // 3 + 1] *= 3
     x[m // 2] = 0
@@ -57,7 +57,7 @@ def activations(m, k, seed=0):
 
 @functools.cache
 def case(m, n, k, size, symmetric):
-    """Weight, activations, bias, and what comes of them; the same for every instruction set."""
+    """Weight, activations, bias, and the expected products without and with bias."""
     arrays = weights(n, k, size, symmetric)
     x, bias = activations(m, k), np.random.default_rng(1).standard_normal(n).astype(F32)
     return packed(*arrays), x, bias, expected(*arrays, x), expected(*arrays, x, bias)
@@ -72,7 +72,7 @@ each_symmetry = pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("size", [1, 3, 8, 31, 32, 64, None])
 @pytest.mark.parametrize("k", [1, 2, 7, 9, 16, 63, 128, 383])
 def test_sizes(k, size, symmetric, isa):
-    """Every remainder of rows by tiles of four, of outputs by panels of 8, 16 and 32, of k by units of 8."""
+    """Every remainder of rows by 4, of outputs by panels of 8, 16 and 32, and of k by k-blocks of 8."""
     for n in (1, 7, 8, 17, 33, 67):
         weight, x, bias, plain, with_bias = case(11, n, k, size, symmetric)
         for m in (1, 2, 3, 4, 5, 11):
@@ -86,7 +86,7 @@ def test_sizes(k, size, symmetric, isa):
     [(160, 32), (288, 96), (320, 64), (640, 128), (800, 288), (576, 512), (1024, None), (64, 8)],
 )
 def test_any_number_of_rows(k, size, symmetric, isa):
-    """With AMX, groups of whole tiles go in tiles: two groups at a time, one, or a part of one."""
+    """With AMX, groups of whole tiles are processed in tiles: two groups at a time, one, or part of one."""
     weight, x, bias, _, with_bias = case(140, 40, k, size, symmetric)
     for m in [*range(1, 71), *range(126, 131), 140]:
         assert_same_bits(w4a8_matmul(weight, x[-m:], bias), with_bias[-m:], f"m={m}")
@@ -104,21 +104,21 @@ def test_longer_rows(n, k, size, symmetric, isa):
 
 @each_symmetry
 @pytest.mark.parametrize("size", [EXACT + 1, 2 * EXACT, 2 * EXACT + 13, 40_001, None])
-def test_groups_beyond_float32(size, symmetric, isa):
-    """Sums of more than 8,192 products may have no float32; they are rounded once, at the end of a group."""
+def test_groups_whose_sums_are_inexact_in_float32(size, symmetric, isa):
+    """Sums of more than 8,192 products may be inexact in float32; they are rounded once per group."""
     weight, x, bias, _, with_bias = case(6, 19, 70_003, size, symmetric)
     assert_same_bits(w4a8_matmul(weight, x, bias), with_bias)
 
 
-def test_sums_end_where_the_next_row_begins(isa):
-    """A row's codes end 8 bytes before an odd cache line: two of its eight block sums would fit there."""
+def test_block_sums_do_not_overlap_the_next_row(isa):
+    """A row's codes end 8 bytes before an odd cache line, where two of its eight block sums would fit."""
     weight, x, _, plain, _ = case(6, 3, 64 * 1001 - 8, None, False)
     assert_same_bits(w4a8_matmul(weight, x), plain)
 
 
 @pytest.mark.parametrize("size", [EXACT - 1, EXACT, EXACT + 1, 9001, 12_345, 2 * EXACT, 2 * EXACT + 13, None])
 def test_small_differences_of_large_sums(size, isa):
-    """Codes near the zero point 15: sums of 15 * 127 are beside each other that differ in their last bits."""
+    """Codes near the zero point 15: the result is a small difference of sums of 15 * 127."""
     rng = np.random.default_rng(11)
     k = 40_001
     codes = np.where(rng.random((17, k)) < 0.001, 14, 15).astype(np.int8)
@@ -142,7 +142,7 @@ LARGEST = {"15 - 0": (15, 0), "0 - 15": (0, 15), "7": (7, None), "-8": (-8, None
     ],
 )
 def test_the_largest_sums(k, size, code, zero_point, isa):
-    """All activations 127 in magnitude: 15 * 127 * 200,000 needs 29 bits, a run of int16 sums 15 bits."""
+    """All activations 127 in magnitude: 15 * 127 * 200,000 needs 29 bits, a segment of acc16 15 bits."""
     x = np.full((5, k), 127, F32)
     x[1] = -127
     x[2, ::2] = -127
@@ -154,7 +154,7 @@ def test_the_largest_sums(k, size, code, zero_point, isa):
     value, total, alternating = code - (zero_point or 0), F32(0), F32(0)
     for i, length in enumerate(lengths):
         total += F32(value * 127 * length) * F32(0.5)
-        # Of an odd run one activation is left over.
+        # In a group of odd length one activation is left over.
         first = 1 if sum(lengths[:i]) % 2 else -1
         alternating += F32(value * 127 * (length % 2) * first) * F32(0.5)
     for r, wanted in enumerate((total, -total, alternating, total, total)):
@@ -162,7 +162,7 @@ def test_the_largest_sums(k, size, code, zero_point, isa):
 
 
 def test_groups_are_added_up_in_order():
-    """Floats near 127 * 2**24 are 128 apart: one half of 127 is lost beside it, two halves are not."""
+    """Floats near 127 * 2**24 are 128 apart: adding 63.5 twice changes nothing, adding 127 does."""
     codes, scales = np.ones((1, 3), np.int8), np.array([[2.0**24, 0.5, 0.5]], F32)
     assert w4a8_matmul(packed(codes, scales, None, 1), [[127.0, 127, 127]]).tolist() == [[2.0**24 * 127]]
     backward = packed(codes, np.ascontiguousarray(scales[:, ::-1]), None, 1)
@@ -171,8 +171,8 @@ def test_groups_are_added_up_in_order():
 
 @pytest.mark.parametrize("m", [64, 65, 80, 129, 200])
 @pytest.mark.parametrize(("n", "k", "size"), [(512, 64, 32), (1101, 40, 8), (300, 2112, 64), (520, 9, None)])
-def test_parts_of_rows_and_outputs(m, n, k, size, isa):
-    """More than 64 rows are taken in parts, and outputs 256 or 512 at a time."""
+def test_blocks_of_rows_and_outputs(m, n, k, size, isa):
+    """More than 64 rows are processed in blocks, and outputs 256 or 512 at a time."""
     weight, x, bias, plain, with_bias = case(m, n, k, size, False)
     memory = np.full((m + 1, n), 7, F32)
     for num_threads in (1, 3):
@@ -184,7 +184,7 @@ def test_parts_of_rows_and_outputs(m, n, k, size, isa):
 
 @pytest.mark.whitebox
 def test_more_rows_than_a_chunk(isa):
-    """Rows are taken in chunks of 32 where these have a megabyte of activations and more."""
+    """Chunks are of 32 rows where these take 1 MiB of activations or more."""
     k = 60_000
     for size in (128, None):
         row_bytes = _core.PackedLinear(9, k, size or k, None, None, 0).activation_bytes()
@@ -197,7 +197,7 @@ def test_more_rows_than_a_chunk(isa):
 
 
 @each_symmetry
-def test_a_matvec_is_a_row(symmetric, isa):
+def test_matvec_equals_row(symmetric, isa):
     for k, size in [(1, None), (63, 8), (300, 32), (300, None), (20_001, 3)]:
         weight, x, _, plain, _ = case(5, 40, k, size, symmetric)
         for token, row in zip(x, plain, strict=True):
@@ -209,7 +209,7 @@ def test_a_matvec_is_a_row(symmetric, isa):
 
 @given(data=st.data())
 def test_rows_and_outputs_are_independent(data):
-    m, n, k = (data.draw(st.integers(1, most)) for most in (14, 40, 90))
+    m, n, k = (data.draw(st.integers(1, limit)) for limit in (14, 40, 90))
     size, symmetric = data.draw(st.none() | st.integers(1, k + 1)), data.draw(st.booleans())
     codes, scales, zero_points, _ = weights(n, k, size, symmetric, seed=data.draw(st.integers(0, 2**20)))
     x, bias = activations(m, k), np.arange(n, dtype=F32)
@@ -218,8 +218,8 @@ def test_rows_and_outputs_are_independent(data):
     rows = data.draw(st.permutations(range(m)))
     assert_same_bits(w4a8_matmul(packed(codes, scales, zero_points, size), x[rows], bias), y[rows])
     of = data.draw(st.permutations(range(n)))
-    part = packed(codes[of], scales[of], None if zero_points is None else zero_points[of], size)
-    assert_same_bits(w4a8_matmul(part, x, bias[of]), np.ascontiguousarray(y[:, of]))
+    permuted = packed(codes[of], scales[of], None if zero_points is None else zero_points[of], size)
+    assert_same_bits(w4a8_matmul(permuted, x, bias[of]), np.ascontiguousarray(y[:, of]))
 
 
 @pytest.mark.parametrize("num_threads", [2, 3, 100])
@@ -261,7 +261,7 @@ def test_layouts(size):
         assert_same_bits(w4a8_matvec(other, np.repeat(x[0], 3)[::3]), w4a8_matvec(weight, x[0]))
 
 
-def test_the_last_high_nibble_of_an_odd_row_is_not_read():
+def test_padding_nibble_of_an_odd_row_is_ignored():
     codes, scales, zero_points, _ = weights(4, 9, 3, False)
     weight = packed(codes, scales, zero_points, 3)
     x = activations(3, 9)
@@ -288,7 +288,7 @@ def test_empty(size, m, n, k):
 
 
 def test_scale_zero_and_zeros():
-    """A row of zeros gives the bias; groups with scale 0 add nothing."""
+    """A row of zeros gives the bias, and groups with scale 0 add nothing."""
     codes, scales, zero_points, _ = weights(9, 40, 8, False)
     scales[:, 2] = 0
     x = activations(5, 40)
@@ -300,20 +300,24 @@ def test_scale_zero_and_zeros():
     assert_same_bits(w4a8_matmul(packed(codes, scales, zero_points, 8), without, bias), y)
 
 
-def test_it_is_close_to_the_float_product():
-    """On real weights and activations: the error is that of 4-bit weights, not of a slip."""
+def test_close_to_the_float_product():
+    """On real weights and activations, up to the error of 4-bit weights."""
     w, _, x = real_layer("up")
-    for options, least in (({"group_size": 32}, 18), ({"group_size": 128}, 16), ({"symmetric": True}, 12)):
+    for options, expected_db in (
+        ({"group_size": 32}, 18),
+        ({"group_size": 128}, 16),
+        ({"symmetric": True}, 12),
+    ):
         y = w4a8_matmul(quantize_weights(w, bits=4, **options), x)
-        assert error_metrics(x @ w.T, y).sqnr_db > least
+        assert error_metrics(x @ w.T, y).sqnr_db > expected_db
 
 
 # Errors
 
 
 @pytest.mark.parametrize("rows", [1, 3, 60])
-def test_out_is_untouched_after_an_error_in_the_last_row(rows):
-    """With 60 rows the error lies beyond the first chunk."""
+def test_out_is_unchanged_after_an_error_in_the_last_row(rows):
+    """With 60 rows the error is after the first chunk."""
     k = 60_000
     x = np.ones((rows, k), F32)
     x[-1, -1] = np.nan

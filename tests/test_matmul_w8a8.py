@@ -22,7 +22,7 @@ from dynquant import (
     w8a8_matvec,
 )
 
-# k that are summed in int32 before they go to int64.
+# k-block: inputs whose products are summed in int32 before the sum is added to an int64.
 BLOCK = 65_536
 
 
@@ -53,7 +53,7 @@ def test_sizes(n, k, isa):
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (32, 64), (45, 300), (70, BLOCK + 70)])
 def test_any_number_of_rows(n, k, isa):
-    """Rows are taken in tiles, of sizes that differ; what stands behind the last one is not touched."""
+    """Rows are processed in tiles of different heights; memory after the last row is not touched."""
     weight, scales, x, bias = layer_arrays(69, n, k)
     y = reference.w8a8_matmul(weight, scales, x, bias)
     for m in range(1, 70) if k < BLOCK else (5, 16, 33, 40, 69):
@@ -66,7 +66,7 @@ def test_any_number_of_rows(n, k, isa):
 @pytest.mark.parametrize("k", [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 3, 200_000])
 @pytest.mark.parametrize("code", [127, -128, -127])
 def test_the_largest_sums(code, k, isa):
-    """All activations 127: the sums pass 2**31, and every int32 in between comes close to its bounds."""
+    """All activations 127: the sums exceed 2**31, and every int32 accumulator comes close to its bounds."""
     x = np.full((5, k), 127, F32)
     x[1] = -127
     layer = QuantLinear.from_arrays(
@@ -77,14 +77,14 @@ def test_the_largest_sums(code, k, isa):
     assert y[1].tolist() == layer(x[1:2])[0].tolist() == [F32(-code * 127 * k)] * 99
 
 
-# Codes whose pairs are at, just above and far above what int16 holds beside weights of 8 bits.
+# Codes whose pairs, times weights of 8 bits, sum to just below, just above and far above an int16.
 PAIR_CODES = np.array([1, 2, 63, 64, 65, 66, 126, 127], np.int8)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 7, 8, 31, 33, 250, 4095, 4097, BLOCK + 9])
 @pytest.mark.parametrize("signs", ["equal", "alternating", "in pairs", "random"])
-def test_pairs_of_activations_that_int16_does_not_hold(signs, k, isa):
-    """Every such pair among extreme weights; the first row has none, and the last nothing else."""
+def test_pairs_whose_sums_overflow_int16(signs, k, isa):
+    """All such pairs, with extreme weights; the first row has none of them, and the last nothing else."""
     rng = np.random.default_rng(k)
     x = rng.choice(PAIR_CODES, (6, k)).astype(F32)
     x[0], x[-1] = 64, 127
@@ -92,7 +92,7 @@ def test_pairs_of_activations_that_int16_does_not_hold(signs, k, isa):
     x *= {"equal": 1, "alternating": (-1) ** i, "in pairs": (-1) ** (i // 2)}.get(signs, 1)
     if signs == "random":
         x *= rng.choice([-1, 1], x.shape)
-    x[:, rng.integers(k)] = 127  # codes are these numbers
+    x[:, rng.integers(k)] = 127  # makes the scale 1
     weight = rng.choice(np.array([-128, -127, 126, 127], np.int8), (99, k))
     weight[0], weight[1] = -128, 127
     y = w8a8_matmul(weight, np.ones(99), x)
@@ -103,7 +103,7 @@ def test_pairs_of_activations_that_int16_does_not_hold(signs, k, isa):
         assert_same_bits(w8a8_matvec(weight, np.ones(99), token), row)
 
 
-def test_random_codes_over_several_blocks(isa):
+def test_random_codes_over_several_k_blocks(isa):
     weight, scales, x, bias = layer_arrays(6, 99, 2 * BLOCK + 29)
     y = reference.w8a8_matmul(weight, scales, x, bias)
     assert_same_bits(w8a8_matmul(weight, scales, x, bias), y)
@@ -112,8 +112,8 @@ def test_random_codes_over_several_blocks(isa):
 
 @pytest.mark.parametrize("m", [64, 65, 80, 129, 200])
 @pytest.mark.parametrize(("n", "k"), [(512, 8), (1101, 5), (300, 2100)])
-def test_parts_of_rows_and_outputs(m, n, k, isa):
-    """More than 64 rows are taken in parts, and outputs 256 or 512 at a time."""
+def test_blocks_of_rows_and_outputs(m, n, k, isa):
+    """More than 64 rows are processed in blocks, and outputs 256 or 512 at a time."""
     weight, scales, x, bias = layer_arrays(m, n, k)
     y = reference.w8a8_matmul(weight, scales, x, bias)
     memory = np.full((m + 1, n), 7, F32)
@@ -126,7 +126,7 @@ def test_parts_of_rows_and_outputs(m, n, k, isa):
 
 @pytest.mark.whitebox
 def test_more_rows_than_a_chunk(isa):
-    """Rows are taken in chunks of 32 where these have a megabyte of activations and more."""
+    """Chunks are of 32 rows where these take 1 MiB of activations or more."""
     k = 60_000
     weight, scales, x, bias = layer_arrays(70, 9, k)
     row_bytes = _core.PackedLinear(9, k, 0, None, None, 0).activation_bytes()
@@ -134,7 +134,7 @@ def test_more_rows_than_a_chunk(isa):
     assert_same_bits(w8a8_matmul(weight, scales, x, bias), reference.w8a8_matmul(weight, scales, x, bias))
 
 
-def test_a_row_is_a_matvec(isa):
+def test_row_equals_matvec(isa):
     weight, scales, x, _ = layer_arrays(9, 40, 300)
     y = w8a8_matmul(weight, scales, x)
     for row, token in zip(y, x, strict=True):
@@ -143,14 +143,14 @@ def test_a_row_is_a_matvec(isa):
 
 @given(data=st.data())
 def test_rows_and_outputs_are_independent(data):
-    m, n, k = (data.draw(st.integers(1, most)) for most in (14, 40, 90))
+    m, n, k = (data.draw(st.integers(1, limit)) for limit in (14, 40, 90))
     weight, scales, x, bias = layer_arrays(m, n, k, seed=data.draw(st.integers(0, 2**20)))
     y = w8a8_matmul(weight, scales, x, bias)
     rows = data.draw(st.permutations(range(m)))
     outputs = data.draw(st.permutations(range(n)))
     assert_same_bits(w8a8_matmul(weight, scales, x[rows], bias), y[rows])
-    part = w8a8_matmul(weight[outputs], scales[outputs], x, bias[outputs])
-    assert_same_bits(part, np.ascontiguousarray(y[:, outputs]))
+    permuted = w8a8_matmul(weight[outputs], scales[outputs], x, bias[outputs])
+    assert_same_bits(permuted, np.ascontiguousarray(y[:, outputs]))
 
 
 @pytest.mark.parametrize("num_threads", [2, 3, 8, 100])
@@ -187,8 +187,8 @@ def test_empty(m, n, k):
     assert_same_bits(y, np.broadcast_to(bias + k, (m, n)).astype(F32) if k else np.tile(bias, (m, 1)))
 
 
-def test_zeros_of_empty_sums_have_the_signs_of_scales():
-    """And none is left once a bias, -0.0 too, is added to a zero above it."""
+def test_zeros_of_empty_sums_have_the_sign_of_the_scale():
+    """Without a bias; adding one, even -0.0, gives +0.0 or the bias."""
     weight, x, scales = np.ones((3, 0), np.int8), np.ones((2, 0), F32), np.array([-1, 2, -3], F32)
     assert_same_bits(w8a8_matmul(weight, scales, x), np.array([[-0.0, 0.0, -0.0]] * 2, F32))
     bias = np.array([-0.0, -0.0, 1], F32)
@@ -240,8 +240,8 @@ def test_out_may_not_overlap():
 
 
 @pytest.mark.parametrize("rows", [1, 3, 60])
-def test_out_is_untouched_after_an_error_in_the_last_row(rows):
-    """With 60 rows the error lies beyond the first chunk."""
+def test_out_is_unchanged_after_an_error_in_the_last_row(rows):
+    """With 60 rows the error is after the first chunk."""
     k = 60_000
     x = np.ones((rows, k), F32)
     x[-1, -1] = np.inf
@@ -278,15 +278,15 @@ def test_matvec_sizes(out_features, in_features, isa):
 @pytest.mark.parametrize("weight", [127, -128, -127])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_matvec_the_largest_sums(weight, sign, in_features, isa):
-    """All codes 127: the sum of 127 * 127 passes 2**31 at 133,145 products."""
+    """All codes 127: the sum of 127 * 127 exceeds 2**31 at 133,145 products."""
     activation = np.full(in_features, sign * 127, F32)
     assert (dynamic_quantize_int8(activation).data == sign * 127).all()
     y = w8a8_matvec(np.full((3, in_features), weight, np.int8), np.ones(3), activation)
     assert y.tolist() == [F32(weight * sign * 127 * in_features)] * 3
 
 
-def test_matvec_a_sum_that_no_int32_holds_is_exact(isa):
-    """Above 2**31, and even so apart from its neighbors: one product taken away shows."""
+def test_matvec_sums_above_int32_are_exact(isa):
+    """Above 2**31 and still exact: removing 100 of the products shows."""
     k = 200_000
     weight = np.full((2, k), 127, np.int8)
     weight[1, 133_333 : 133_333 + 100] = 0
@@ -296,7 +296,7 @@ def test_matvec_a_sum_that_no_int32_holds_is_exact(isa):
 
 
 def test_matvec_large_sums_cancel_exactly(isa):
-    """2**31 and more on either side of zero, and 1 left over."""
+    """More than 2**31 on either side of zero, with a difference of 1."""
     k = 300_001
     weight = np.full((1, k), 127, np.int8)
     weight[0, k // 2 : -1] = -127
@@ -306,7 +306,7 @@ def test_matvec_large_sums_cancel_exactly(isa):
 
 
 @pytest.mark.parametrize("in_features", [BLOCK - 3, BLOCK + 7, 3 * BLOCK + 29])
-def test_matvec_random_codes_over_several_blocks(in_features, isa):
+def test_matvec_random_codes_over_several_k_blocks(in_features, isa):
     rng = np.random.default_rng(0)
     weight = rng.integers(-128, 128, (5, in_features), dtype=np.int8)
     check_matvec(
@@ -316,8 +316,8 @@ def test_matvec_random_codes_over_several_blocks(in_features, isa):
 
 @pytest.mark.parametrize("weight", [-128, -127, -1, 1, 127])
 @pytest.mark.parametrize("code", [-127, -1, 1, 127])
-def test_matvec_every_place_counts(weight, code, isa):
-    """One product at each place in turn: none is dropped, doubled, or of the wrong sign."""
+def test_matvec_every_index_counts(weight, code, isa):
+    """One product at each index in turn: none is dropped, counted twice, or of the wrong sign."""
     k = 300
     w = np.zeros((k, k), np.int8)
     np.fill_diagonal(w, weight)
@@ -334,7 +334,7 @@ def test_matvec_the_order_of_the_products(isa):
     assert y[0] > 0
 
 
-def test_matvec_sums_beyond_2_to_24_are_rounded_once(isa):
+def test_matvec_sums_above_2_to_24_are_rounded_once(isa):
     k = 4000
     weight = np.full((1, k), 127, np.int8)
     weight[0, -1] = 100

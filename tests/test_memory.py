@@ -1,4 +1,4 @@
-"""Calls allocate their result and a bounded scratch, and give everything back."""
+"""Calls allocate their result and bounded scratch, and free everything."""
 
 import ctypes
 import gc
@@ -57,7 +57,7 @@ def x():
 
 
 def peak_over_result(function, *args, **kwargs):
-    """Bytes allocated at the same time at most, less those of the arrays in the result."""
+    """Peak of allocated bytes, less those of the arrays in the result."""
     gc.collect()
     tracemalloc.start()
     try:
@@ -70,7 +70,7 @@ def peak_over_result(function, *args, **kwargs):
     return peak - sum(a.nbytes for a in arrays if isinstance(a, np.ndarray) and id(a) not in given)
 
 
-def test_the_measure_sees_numpy():
+def test_the_measurement_includes_numpy_arrays():
     assert peak_over_result(np.ones, MEGABYTE, np.uint8) < 10_000
     assert peak_over_result(lambda: np.ones(MEGABYTE, np.uint8).sum()) > MEGABYTE
 
@@ -114,7 +114,7 @@ def test_other_functions(x):
 
 
 @pytest.mark.parametrize("channels", [None, 4096])
-def test_calibrator_takes_two_megabytes_at_most(channels, x):
+def test_calibrator_takes_at_most_two_megabytes(channels, x):
     half = np.zeros(x.size, np.float16)
 
     def stream():
@@ -139,7 +139,7 @@ def test_matvec():
 
 
 def test_weights_and_layers(x):
-    """A product packs its weights anew, a layer has them packed; both take one chunk of rows at a time."""
+    """A product packs its weights in each call, a layer has them packed; both process rows in chunks."""
     strided, options = x[:, :4096], {"bits": 4, "group_size": 32}
     rows = np.ascontiguousarray(strided)
     assert peak_over_result(quantize_weights, rows, **options) < MEGABYTE
@@ -156,12 +156,12 @@ def test_weights_and_layers(x):
 
 @pytest.mark.parametrize("name", leaks.EVERY)
 def test_no_leak(name):
-    """`make leaks` makes fifty times as many calls. A leak comes again; caches fill up once."""
+    """`make leaks` makes 50 times as many calls. Tried twice: caches fill up once, a leak repeats."""
     assert not all(leaks.is_leak(*leaks.growth(leaks.EVERY[name], 2000)) for _ in range(2))
 
 
 def functions_of(cls):
-    """The code of a class's own public methods and properties, and of those that operators call."""
+    """Code objects of a class's public methods and properties, and of its special methods."""
     operators = {"__call__", "__reduce__", "__repr__", "__init__", "__post_init__"}
     for name, attribute in vars(cls).items():
         if name in operators or not name.startswith("_"):
@@ -188,7 +188,7 @@ def test_everything_public_is_called():
     assert len(expected) > 60
 
 
-def test_a_leak_is_seen():
+def test_a_leak_is_detected():
     kept = []
     assert leaks.is_leak(*leaks.growth(lambda: kept.append(object()), 2000))
     blocks = [libc for libc in [ctypes.CDLL(None)] if hasattr(libc, "mallinfo2")]

@@ -1,4 +1,4 @@
-"""quantization_mae against float64."""
+"""quantization_mae and error_metrics against float64."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ FORMATS = [
     DynQuantFormat(4, "per_row", packed=True),
 ]
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=repr)
-# Both sides add the same doubles in a different order.
+# Both sides add the same doubles, in different order.
 SAME = {"rel": 1e-12, "abs": 0.0}
 
 
@@ -34,7 +34,7 @@ def test_against_float64(fmt, shape, isa):
         assert quantization_mae(x, q) == pytest.approx(reference.mae(x, q.dequantize()), **SAME), name
 
 
-def test_saturated_values_count(isa):
+def test_saturation_is_part_of_the_error(isa):
     x = np.arange(1, 101, dtype=F32)
     q = dynamic_quantize(x, DynQuantFormat.INT8_PER_TENSOR, Percentile(0.5))
     error = quantization_mae(x, q)
@@ -42,8 +42,8 @@ def test_saturated_values_count(isa):
     assert error > 12
 
 
-def test_it_is_not_lost_in_float32(isa):
-    """A million errors of 2**-25 beside one of 1: in float32 they would vanish one by one."""
+def test_small_errors_are_not_lost(isa):
+    """A million errors of 2**-25 beside one of 1: a float32 sum would lose each of them."""
     n = 1 << 20
     x = np.full(n, 2.0**-25, F32)
     x[0] = 1
@@ -51,7 +51,7 @@ def test_it_is_not_lost_in_float32(isa):
     assert quantization_mae(x, q) == (1 + (n - 1) * 2.0**-25) / n
 
 
-def test_differences_larger_than_float32(isa):
+def test_differences_that_overflow_float32(isa):
     """3e38 against -3e38 overflows in float32."""
     q = DynQuantTensor(np.array([-100], np.int8), np.array([3e36], F32), None, (1,), FORMATS[0])
     x = np.array([3e38], F32)
@@ -65,7 +65,7 @@ def test_other_floats(dtype, isa):
     assert quantization_mae(x, q) == pytest.approx(reference.mae(x, q.dequantize()), **SAME)
 
 
-def test_zero_when_every_value_has_a_code():
+def test_zero_error():
     x = np.arange(-127, 128, dtype=F32)
     error = quantization_mae(x, dynamic_quantize(x, DynQuantFormat.INT8_PER_TENSOR))
     assert type(error) is float
@@ -126,8 +126,8 @@ def test_error_metrics(shape, packed, per_row, granularity, isa):
     assert np.shape(metrics.mae) == (shape[:-1] if per_row else ())
 
 
-def test_a_cosine_is_at_most_one():
-    """Roundings alone would carry a few of these past it."""
+def test_cosine_is_at_most_one():
+    """Without a bound, rounding would take a few of these above 1."""
     for x in np.random.default_rng(111).standard_normal((100, 8)).astype(F32):
         cosines = [dynquant.error_metrics(x, y).cosine for y in (x, x * F32(2), x * F32(3), -x)]
         assert max(map(abs, cosines)) <= 1
@@ -136,7 +136,7 @@ def test_a_cosine_is_at_most_one():
 
 @pytest.mark.parametrize("fmt", [DynQuantFormat.INT8_PER_TENSOR, DynQuantFormat.INT8_PER_ROW])
 @pytest.mark.parametrize("per_row", [False, True])
-def test_values_beyond_float32(fmt, per_row):
+def test_dequantized_infinity_is_an_infinite_error(fmt, per_row):
     """127 * (largest / 127) may round to infinity: that is an infinite error, not a bad argument."""
     x = np.full((2, 4), np.finfo(F32).max)
     assert np.isinf(dynquant.error_metrics(x, dynamic_quantize(x, fmt), per_row=per_row).mae).all()
@@ -171,7 +171,7 @@ def test_error_metrics_errors():
         dynquant.error_metrics(np.ones(3), [1, np.nan, 2])
 
 
-def test_nan_among_the_scales_is_an_error_of_the_metrics():
+def test_nan_scales_are_refused():
     x = np.random.default_rng(0).standard_normal((5, 64)).astype(F32)
     tensor = dynamic_quantize(x)
     tensor.scales[1] = np.nan

@@ -24,8 +24,9 @@ from dynquant import (
     quantization_mae,
 )
 
-# A block of the kernels is 4096 floats, a run 2**18; from 2**23 on codes are written past the caches.
-BLOCK, RUN, STREAM = 4096, 1 << 16, 1 << 23
+# Floats that the kernels take at a time: a block, and a segment of 256 KiB. The length from which codes are
+# written with nontemporal stores.
+BLOCK, SEGMENT, NONTEMPORAL = 4096, 1 << 16, 1 << 23
 KINDS = {"int8": (8, False), "int4": (4, False), "packed": (4, True)}
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -66,7 +67,7 @@ def test_shapes(shape, size, kind, isa):
 
 @each_kind
 @pytest.mark.parametrize("size", [100, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 7, 100_000])
-def test_groups_and_blocks_that_do_not_match(size, kind, isa):
+def test_groups_across_blocks(size, kind, isa):
     """With odd groups a packed byte, and a block, holds codes of two groups."""
     x = np.random.default_rng(size).standard_normal((2, 3 * BLOCK + 33)).astype(F32)
     x *= np.exp2(np.arange(x.shape[1], dtype=F32) // 1000)
@@ -76,33 +77,36 @@ def test_groups_and_blocks_that_do_not_match(size, kind, isa):
 
 @each_kind
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_groups_and_runs_that_do_not_match(dtype, kind, isa):
-    """A row's runs are coded from the last to the first; each must find its own scales."""
-    x = np.random.default_rng(0).standard_normal(2 * RUN + BLOCK + 5).astype(dtype)
+def test_groups_across_segments(dtype, kind, isa):
+    """The segments of a row are coded from the last to the first; each must find its own scales."""
+    x = np.random.default_rng(0).standard_normal(2 * SEGMENT + BLOCK + 5).astype(dtype)
     check(x, per_group(kind, 100_003))
 
 
 @pytest.fixture(scope="module")
 def long_groups():
     """x with a group of 2**23 and one of 77, and the codes and scales of both."""
-    x = np.random.default_rng(0).standard_normal(STREAM + 77, F32)
-    x[STREAM:] *= 100
-    scales = np.array([np.abs(x[:STREAM]).max(), np.abs(x[STREAM:]).max()]) / F32(127)
-    codes = [reference.codes(x[:STREAM], scales[0], 127), reference.codes(x[STREAM:], scales[1], 127)]
+    x = np.random.default_rng(0).standard_normal(NONTEMPORAL + 77, F32)
+    x[NONTEMPORAL:] *= 100
+    scales = np.array([np.abs(x[:NONTEMPORAL]).max(), np.abs(x[NONTEMPORAL:]).max()]) / F32(127)
+    codes = [
+        reference.codes(x[:NONTEMPORAL], scales[0], 127),
+        reference.codes(x[NONTEMPORAL:], scales[1], 127),
+    ]
     return x, np.concatenate(codes), scales
 
 
-def test_codes_written_past_the_caches(long_groups, isa):
+def test_nontemporal_stores(long_groups, isa):
     x, codes, scales = long_groups
-    room = np.full(x.size + 128, 99, np.int8)
-    q = dynamic_quantize(x, DynQuantFormat.int8_per_group(STREAM), out=room[37 : 37 + x.size])
+    memory = np.full(x.size + 128, 99, np.int8)
+    q = dynamic_quantize(x, DynQuantFormat.int8_per_group(NONTEMPORAL), out=memory[37 : 37 + x.size])
     assert_same_bits(q.scales, scales)
     assert_same_bits(q.data, codes)
-    assert (room[:37] == 99).all()
-    assert (room[37 + x.size :] == 99).all()
+    assert (memory[:37] == 99).all()
+    assert (memory[37 + x.size :] == 99).all()
 
 
-def test_groups_are_rows_of_their_own():
+def test_groups_equal_rows_of_a_reshaped_array():
     """Without an oracle: groups that fill the rows are the rows of a reshaped array."""
     x = np.random.default_rng(1).standard_normal((4, 96)).astype(F32)
     for size in (1, 3, 16, 96):
@@ -115,7 +119,7 @@ def test_groups_are_rows_of_their_own():
 
 @each_kind
 @pytest.mark.parametrize("size", [37, 38, 2**31, 2**63 - 1, 2**63, 10**30, np.int64(1 << 40)])
-def test_a_group_longer_than_a_row_is_the_row(size, kind):
+def test_group_longer_than_the_row_is_the_row(size, kind):
     x = np.random.default_rng(2).standard_normal((5, 37)).astype(F32)
     q = dynamic_quantize(x, per_group(kind, size))
     rows = dynamic_quantize(x, DynQuantFormat(*KINDS[kind][:1], "per_row", packed=KINDS[kind][1]))
@@ -126,20 +130,20 @@ def test_a_group_longer_than_a_row_is_the_row(size, kind):
     assert quantization_mae(x, q) == quantization_mae(x, rows)
 
 
-def test_ranks_of_a_full_and_of_the_last_group(isa):
+def test_percentile_ranks_of_full_and_last_group(isa):
     """Nearest rank among 10 and among 3 elements."""
     x = np.concatenate([np.random.default_rng(i).permutation(np.arange(1, 11)) for i in range(2)])
     x = np.concatenate([x, [300, 100, 200]]).astype(F32)
     for p, whole, last in [(0.05, 1, 100), (0.3, 3, 100), (0.5, 5, 200), (0.67, 7, 300), (1.0, 10, 300)]:
         q = dynamic_quantize(x, DynQuantFormat.int4_per_group(10), Percentile(p))
         assert q.scales.tolist() == [F32(whole) / F32(7), F32(whole) / F32(7), F32(last) / F32(7)]
-    # The same group with nothing before it.
+    # The same group, first in its row.
     alone = dynamic_quantize(x[20:], DynQuantFormat.int4_per_group(10), Percentile(0.5))
     assert alone.scales.tolist() == [F32(200) / F32(7)]
 
 
 @each_kind
-def test_zero_groups_among_others(kind, isa):
+def test_zero_groups(kind, isa):
     x = np.random.default_rng(3).standard_normal((3, 50)).astype(F32)
     x[0, :7] = x[1, 7:14] = x[2, 49] = 0
     q = check(x, per_group(kind, 7))
@@ -187,8 +191,8 @@ properties = given(
 
 
 @properties
-def test_any_array_as_the_oracle(x, p, kind, size, threads, offset):
-    """Whatever the threads, alignment and stride; `out` takes what is returned."""
+def test_any_array_equals_oracle(x, p, kind, size, threads, offset):
+    """For any number of threads, alignment and stride; `out` equals what is returned."""
     fmt, mode = per_group(kind, size), mode_of(p)
     q = check(array_at(4 * offset, x), fmt, p, num_threads=threads)
     wide = np.zeros((*x.shape[:-1], 3 * x.shape[-1]), F32)
@@ -210,10 +214,10 @@ def test_any_array_as_the_oracle(x, p, kind, size, threads, offset):
 def test_a_row_depends_on_nothing_else(x, size, data):
     order = data.draw(st.permutations(range(4)))
     whole = dynamic_quantize(x[order], per_group("packed", size))
-    for place, row in enumerate(order):
+    for position, row in enumerate(order):
         alone = dynamic_quantize(x[row], per_group("packed", size))
-        assert_same_bits(whole.data[place], alone.data)
-        assert_same_bits(whole.scales[place], alone.scales)
+        assert_same_bits(whole.data[position], alone.data)
+        assert_same_bits(whole.scales[position], alone.scales)
 
 
 # Errors
@@ -222,8 +226,8 @@ def test_a_row_depends_on_nothing_else(x, size, data):
 @each_kind
 @pytest.mark.parametrize("shape", [(100,), (1, 100), (60, 33), (2, 3, 40)])
 @pytest.mark.parametrize("p", [None, 0.5])
-def test_nan_in_the_last_group_leaves_out_as_it_was(p, shape, kind):
-    """Also where a single row has several groups, all before the last one fine."""
+def test_nan_in_the_last_group_leaves_out_unchanged(p, shape, kind):
+    """Also where a single row has several groups, all of them finite but the last."""
     fmt, mode = per_group(kind, 9), mode_of(p)
     x = np.ones(shape, F32)
     x.flat[-1] = np.nan
@@ -292,7 +296,7 @@ def test_zero_points(shape, fmt, isa):
 @each_kind
 @pytest.mark.parametrize("size", [1, 5, 32, 4097])
 @pytest.mark.parametrize("shape", [(40,), (3, 63), (2, 2, 4100)])
-def test_errors_of_values(shape, size, kind, isa):
+def test_error_metrics(shape, size, kind, isa):
     x = np.random.default_rng(5).standard_normal(shape).astype(F32)
     q = dynamic_quantize(x, per_group(kind, size))
     values = q.dequantize()
@@ -325,7 +329,7 @@ def test_zero_points_count_as_memory():
     assert q.compression_ratio == 4 * 8 * 64 / q.memory_bytes
 
 
-def test_repr_tells_groups_and_zero_points():
+def test_repr_has_groups_and_zero_points():
     q, _, _ = with_zero_points(DynQuantFormat(4, "per_group", 32, True), (8, 64))
     for part in ("(8, 64)", "int4 per_group of 32", "zero points", "packed", f"{q.memory_bytes} bytes"):
         assert part in repr(q)
@@ -364,7 +368,7 @@ def test_strided_and_misaligned_fields(fmt):
         assert quantization_mae(x, other) == quantization_mae(x, q)
 
 
-def test_fields_that_do_not_fit():
+def test_invalid_fields():
     fmt, data, scales = (
         DynQuantFormat(4, "per_group", 4, True),
         np.zeros((2, 5), np.uint8),

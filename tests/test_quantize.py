@@ -27,8 +27,8 @@ from dynquant import (
     quantization_mae,
 )
 
-# A block of the kernels is 4096 floats and a run 2**18.
-BLOCK, RUN = 4096, 1 << 16
+# Floats that the kernels take at a time: a block, and a segment of 256 KiB.
+BLOCK, SEGMENT = 4096, 1 << 16
 
 
 def expected(x, fmt, p=None):
@@ -63,16 +63,16 @@ def test_shapes(shape, fmt, isa):
 
 @each_format
 @pytest.mark.parametrize("n", [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 33])
-def test_about_one_block(n, fmt, isa):
+def test_lengths_around_one_block(n, fmt, isa):
     x = np.random.default_rng(n).standard_normal((2, n)).astype(F32)
     for p in (None, 0.97):
         check(x, fmt, p)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-@pytest.mark.parametrize("n", [RUN - 1, RUN, RUN + 1, 2 * RUN + BLOCK + 5])
-def test_about_one_run(n, dtype, isa):
-    """A row's runs are coded from the last to the first; each must land in its place."""
+@pytest.mark.parametrize("n", [SEGMENT - 1, SEGMENT, SEGMENT + 1, 2 * SEGMENT + BLOCK + 5])
+def test_lengths_around_one_segment(n, dtype, isa):
+    """The segments of a row are coded from the last to the first; each must land at its offset."""
     x = np.random.default_rng(n).standard_normal(n).astype(dtype)
     for name in ("int8 per tensor", "packed per tensor"):
         check(x, FORMATS[name], None, name)
@@ -80,28 +80,28 @@ def test_about_one_run(n, dtype, isa):
 
 @pytest.fixture(scope="module", params=[(1, 9_000_001), (2, 2**23 + 77)], ids=str)
 def large(request):
-    """(x, codes, scales), the rows at least 2**23 long."""
+    """(x, codes, scales), with rows of at least 2**23 elements."""
     x = np.random.default_rng(0).standard_normal(request.param, F32)
     scales = np.abs(x).max(axis=1) / F32(127)
     return x, reference.codes(x, scales[:, None], 127), scales
 
 
-def test_codes_written_past_the_caches(large, isa):
-    """The codes of a large row take another way to memory; `out` begins and ends within a cache line."""
+def test_nontemporal_stores(large, isa):
+    """Codes of a large row are written with nontemporal stores; `out` begins and ends inside a cache line."""
     x, codes, scales = large
-    room = np.full(x.size + 128, 99, np.int8)
-    out = room[37 : 37 + x.size].reshape(x.shape)
+    memory = np.full(x.size + 128, 99, np.int8)
+    out = memory[37 : 37 + x.size].reshape(x.shape)
     q = dynamic_quantize(x, out=out)
     assert_same_bits(q.scales, scales)
     assert_same_bits(out, codes)
-    assert (room[:37] == 99).all()
-    assert (room[37 + x.size :] == 99).all()
+    assert (memory[:37] == 99).all()
+    assert (memory[37 + x.size :] == 99).all()
 
 
 @pytest.mark.parametrize("values", [[], [0.0] * 9, [-0.0], [1.0], [-1.0, 0.5]], ids=str)
 @each_format
 def test_scale_zero(values, fmt, isa):
-    """Empty, all zero, and magnitudes whose quotient underflows: +0.0 and zero codes."""
+    """Empty, all zero, and magnitudes whose quotient underflows: scale +0.0 and zero codes."""
     # A little under half of the smallest float times clip.
     largest = fmt.clip // 2 * 2.0**-149
     q = check((np.array(values) * largest).astype(F32).reshape(1, -1), fmt)
@@ -110,13 +110,13 @@ def test_scale_zero(values, fmt, isa):
 
 
 @each_format
-def test_a_percentile_scale_of_zero_zeroes_the_large_values_too(fmt):
+def test_percentile_scale_of_zero_zeroes_large_values_too(fmt):
     q = check(np.array([[0, 0, 0, 0, 5, -7]], F32), fmt, 0.5)
     assert not q.scales.any()
     assert not q.data.any()
 
 
-def test_zero_rows_among_others(isa):
+def test_zero_rows(isa):
     x = np.random.default_rng(6).standard_normal((9, 100)).astype(F32)
     x[[0, 4, 8]] = 0
     for name in ("int8 per row", "packed per row"):
@@ -146,7 +146,7 @@ def test_a_single_number(x):
 
 
 @pytest.mark.parametrize("p", [None, 0.8])
-def test_the_named_functions_are_formats_of_dynamic_quantize(p):
+def test_named_functions_equal_dynamic_quantize(p):
     x = np.random.default_rng(7).standard_normal((4, 33)).astype(F32)
     mode = mode_of(p)
     for q, name in [
@@ -164,7 +164,7 @@ def test_the_named_functions_are_formats_of_dynamic_quantize(p):
         assert_same_bits(q.scales, scales, name)
 
 
-def test_packed_codes_of_every_pair(isa):
+def test_every_pair_of_packed_codes(isa):
     codes = np.array(list(itertools.product(range(-7, 8), repeat=2)), np.int8)
     x = codes.astype(F32)
     x = np.concatenate([x.ravel(), [F32(7)]])
@@ -182,7 +182,7 @@ matrices = arrays(F32, array_shapes(min_dims=2, max_dims=3, min_side=0, max_side
 
 
 @given(x=matrices, p=p_or_none, name=st.sampled_from(sorted(FORMATS)))
-def test_any_matrix_as_the_oracle(x, p, name):
+def test_any_matrix_equals_oracle(x, p, name):
     before = x.tobytes()
     check(x, FORMATS[name], p)
     assert x.tobytes() == before
@@ -197,23 +197,23 @@ def test_any_matrix_as_the_oracle(x, p, name):
     data=st.data(),
 )
 def test_a_row_depends_on_nothing_else(x, p, name, threads, offset, data):
-    """Not on the other rows, its place, the number of threads, alignment or stride."""
+    """Not on the other rows, its index, the number of threads, alignment or stride."""
     order = data.draw(st.permutations(range(len(x))))
     fmt, mode = FORMATS[name], mode_of(p)
     whole = dynamic_quantize(array_at(4 * offset, x[order]), fmt, mode, num_threads=threads)
     wide = np.zeros((2 * len(x), 3 * x.shape[1]), F32)
     wide[::2, 1::3] = x
     strided = dynamic_quantize(wide[::2, 1::3], fmt, mode)
-    for place, row in enumerate(order):
+    for position, row in enumerate(order):
         alone = dynamic_quantize(x[row : row + 1], fmt, mode)
-        for batch, index in ((whole, place), (strided, row)):
+        for batch, index in ((whole, position), (strided, row)):
             assert_same_bits(batch.data[index : index + 1], alone.data)
             assert_same_bits(batch.scales[index : index + 1], alone.scales)
 
 
 @given(x=matrices, name=st.sampled_from(sorted(FORMATS)))
-def test_round_trip_within_half_a_step(x, name):
-    """Up to the roundings of scale, quotient and product, each 2**-24 of the value."""
+def test_round_trip_error_at_most_half_a_scale(x, name):
+    """Within half a scale, up to the roundings of scale, quotient and product, each 2**-24 of the value."""
     fmt = FORMATS[name]
     q = dynamic_quantize(x, fmt)
     values = q.dequantize().astype(np.float64)
@@ -227,7 +227,7 @@ def test_round_trip_within_half_a_step(x, name):
 
 
 @given(x=matrices, p=p_or_none, name=st.sampled_from(sorted(FORMATS)), threads=st.integers(1, 3))
-def test_out_takes_what_is_returned(x, p, name, threads):
+def test_out_equals_returned(x, p, name, threads):
     fmt, mode = FORMATS[name], mode_of(p)
     allocated = dynamic_quantize(x, fmt, mode)
     out = np.full_like(allocated.data, 77)
@@ -239,7 +239,7 @@ def test_out_takes_what_is_returned(x, p, name, threads):
 
 @given(x=matrices)
 def test_signs_and_powers_of_two(x):
-    """Negating negates every code; doubling what stays finite and normal changes none."""
+    """Negation negates every code; doubling changes none while values stay finite and normal."""
     q = dynamic_quantize_int8(x)
     assert_same_bits(dynamic_quantize_int8(-x).data, -q.data)
     if 1e-37 < q.scales[0] < 1e36:

@@ -1,8 +1,8 @@
 """Codes at and next to every boundary between two codes, against a true division.
 
-The kernel divides only where two bounds on the quotient round apart, and then divides a whole vector step.
-So a boundary is tried twice: with all the others beside it, and alone among zeros, where nothing but its own
-bounds can send it to the division.
+The kernel divides only where two bounds on the quotient round to different codes, and then divides a whole
+vector. So each boundary is tried twice: among all the others, and alone among zeros, where only its own
+bounds can trigger the division.
 """
 
 import numpy as np
@@ -13,8 +13,8 @@ from helpers.common import F32, assert_same_bits
 from dynquant import DynQuantFormat, Percentile, dynamic_quantize, dynamic_quantize_int8
 
 ROWS = 1500
-# At least as long as the vector step of any instruction set.
-STEP = 64
+# Elements: at least one vector of any instruction set.
+VECTOR = 64
 FORMATS = {127: DynQuantFormat.INT8_PER_ROW, 7: DynQuantFormat.INT4_PER_ROW}
 
 
@@ -23,7 +23,7 @@ def from_bits(bits):
 
 
 def around(value, ulps):
-    """The floats up to `ulps` places on either side of `value`."""
+    """`value` and the `ulps` next floats on either side."""
     return from_bits(F32(value).view(np.int32) + np.arange(-ulps, ulps + 1))
 
 
@@ -87,7 +87,7 @@ def boundaries(amax, clip, ulps):
     scale = (amax / F32(clip)).astype(np.float64)
     nearest = (scale[:, None] * halves).astype(F32).view(np.int32)
     bits = nearest[..., None] + np.arange(-ulps, ulps + 1, dtype=np.int32)
-    # A larger magnitude than amax would change the scale.
+    # Nothing larger than amax, which would change the scale.
     return np.minimum(np.maximum(bits, 0).view(F32), amax[:, None, None])
 
 
@@ -103,7 +103,7 @@ def amaxes(request):
 
 
 @pytest.fixture(scope="module", params=FORMATS)
-def crowded(request, amaxes):
+def side_by_side(request, amaxes):
     """Every boundary with two floats on either side, in both signs."""
     clip = request.param
     amax = amaxes[clip]
@@ -114,8 +114,8 @@ def crowded(request, amaxes):
 
 
 @pytest.fixture(scope="module", params=FORMATS)
-def lonely(request, amaxes):
-    """The boundaries that a quotient comes nearest to, one float on either side, each alone in its step."""
+def alone(request, amaxes):
+    """The boundaries that a quotient comes closest to, one float on either side, each alone in its vector."""
     clip, rng = request.param, np.random.default_rng(2)
     amax = amaxes[clip]
     scales = amax / F32(clip)
@@ -126,27 +126,27 @@ def lonely(request, amaxes):
     closest = np.argsort(distance, axis=1)[:, :12]
     probes = np.take_along_axis(near, closest[..., None], axis=1).reshape(amax.size, -1)
     probes *= rng.choice([F32(-1), F32(1)], probes.shape)
-    x = np.zeros((amax.size, STEP * (1 + probes.shape[1])), F32)
+    x = np.zeros((amax.size, VECTOR * (1 + probes.shape[1])), F32)
     codes = np.zeros(x.shape, np.int8)
-    places = STEP * np.arange(1, 1 + probes.shape[1]) + rng.integers(0, STEP, probes.shape)
+    indices = VECTOR * np.arange(1, 1 + probes.shape[1]) + rng.integers(0, VECTOR, probes.shape)
     values = np.concatenate([amax[:, None], probes], axis=1)
-    places = np.concatenate([np.zeros((amax.size, 1), int), places], axis=1)
-    np.put_along_axis(x, places, values, axis=1)
-    np.put_along_axis(codes, places, reference.codes(values, scales[:, None], clip), axis=1)
+    indices = np.concatenate([np.zeros((amax.size, 1), int), indices], axis=1)
+    np.put_along_axis(x, indices, values, axis=1)
+    np.put_along_axis(codes, indices, reference.codes(values, scales[:, None], clip), axis=1)
     return x, codes, scales, clip
 
 
-def test_boundaries_side_by_side(crowded, isa):
-    check(*crowded)
+def test_boundaries_side_by_side(side_by_side, isa):
+    check(*side_by_side)
 
 
-def test_boundaries_alone(lonely, isa):
-    check(*lonely)
+def test_boundaries_alone(alone, isa):
+    check(*alone)
 
 
 @pytest.mark.parametrize("clip", FORMATS)
 def test_every_subnormal_ratio(clip, isa):
-    """With subnormal scales a quotient is a ratio of small integers, and ties are many."""
+    """With subnormal scales a quotient is a ratio of small integers, and many are ties."""
     amax = np.arange(1, 5000, 9, dtype=np.int32)
     x = np.minimum(np.arange(5000, dtype=np.int32), amax[:, None]).view(F32)
     x[:, ::2] *= -1
@@ -155,9 +155,9 @@ def test_every_subnormal_ratio(clip, isa):
 
 
 @pytest.mark.parametrize("tie, code", [(0.5, 1), (-0.5, -1), (126.5, 127), (-126.5, -127)])
-def test_a_tie_in_every_lane(tie, code, isa):
-    """Row i has its only tie at place i."""
-    n = 3 * STEP
+def test_tie_in_every_lane(tie, code, isa):
+    """Row i has its only tie at index i."""
+    n = 3 * VECTOR
     x, codes = np.zeros((n, n + 1), F32), np.zeros((n, n + 1), np.int8)
     x[:, n] = codes[:, n] = 127
     np.fill_diagonal(x, tie)
@@ -165,23 +165,27 @@ def test_a_tie_in_every_lane(tie, code, isa):
     check(x, codes, np.ones(n, F32), 127)
 
 
-# Past 2**22 the sum that rounds loses its unit, past 1.5 * 2**23 its sign.
-BEYOND = np.array([126.5, 127.4, 127.5, 128, 255.5, 32_767.5, 2.0**22, 1.49 * 2**23, 1.5 * 2**23, 2.0**24])
-BEYOND = np.concatenate([BEYOND, [2.9 * 2**23, 3.1 * 2**23, 2.0**31, 1.6 * 2**32, 2.0**60, np.inf]])
+# Rounding adds a constant: from 2**22 on that sum loses its last bit, and from 1.5 * 2**23 on its sign.
+OUT_OF_RANGE = np.array(
+    [126.5, 127.4, 127.5, 128, 255.5, 32_767.5, 2.0**22, 1.49 * 2**23, 1.5 * 2**23, 2.0**24]
+)
+OUT_OF_RANGE = np.concatenate(
+    [OUT_OF_RANGE, [2.9 * 2**23, 3.1 * 2**23, 2.0**31, 1.6 * 2**32, 2.0**60, np.inf]]
+)
 
 
 @pytest.mark.parametrize("exponent", [-149, -140, -126, -125, -120, -1, 0, 60, 110])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_values_beyond_the_clip(sign, exponent, isa):
-    """Quotients that only a percentile lets arise, up to infinite ones, each alone in its step."""
+def test_values_above_the_clip(sign, exponent, isa):
+    """Quotients above the clip, as only a percentile gives them, up to infinity; each alone in its vector."""
     scale = F32(2.0**exponent)
     with np.errstate(over="ignore"):
-        beyond = np.minimum((BEYOND * float(scale)).astype(F32), np.finfo(F32).max)
-    x = np.zeros(STEP * 20 * BEYOND.size, F32)
-    x[: 10 * x.size // 20 : STEP] = F32(127) * scale
-    x[x.size // 2 + 5 :: STEP][: BEYOND.size] = sign * beyond
-    # The magnitudes above zero, less those that may be beyond.
-    p = 1 - (BEYOND.size + 0.5) / x.size
+        values = np.minimum((OUT_OF_RANGE * float(scale)).astype(F32), np.finfo(F32).max)
+    x = np.zeros(VECTOR * 20 * OUT_OF_RANGE.size, F32)
+    x[: 10 * x.size // 20 : VECTOR] = F32(127) * scale
+    x[x.size // 2 + 5 :: VECTOR][: OUT_OF_RANGE.size] = sign * values
+    # The rank just below the values out of range.
+    p = 1 - (OUT_OF_RANGE.size + 0.5) / x.size
     q = dynamic_quantize_int8(x, Percentile(p))
     assert q.scales[0] == scale
     assert_same_bits(q.data, reference.codes(x, scale, 127))

@@ -12,15 +12,15 @@ import dynquant
 from dynquant import NonFiniteError, Percentile, compute_scale
 
 PERCENTILES = (None, 1e-6, 0.001, 0.07, 0.25, 0.5, 0.99, 0.999, 1.0)
-# A block of the kernels is 4096 floats and a run 2**18.
-BLOCK, RUN = 4096, 1 << 16
+# Floats that the kernels take at a time: a block, and a segment of 256 KiB.
+BLOCK, SEGMENT = 4096, 1 << 16
 
 
 @pytest.mark.parametrize("clip", [127, 7, 1, 0.5, 448.0, 1e-3, np.float32(3.3), np.int64(15)])
 def test_compute_scale(clip, isa):
     for name, x in distributions(1000, np.random.default_rng(5)).items():
         if name == "every exponent":
-            x = x * F32(2.0**-20)  # the quotient by a small clip stays finite
+            x = x * F32(2.0**-20)  # so that the quotient by a small clip stays finite
         for p in PERCENTILES:
             scale = compute_scale(x, clip, mode_of(p))
             assert type(scale) is float
@@ -29,8 +29,8 @@ def test_compute_scale(clip, isa):
 
 @pytest.mark.parametrize("start", [0, 1, 15])
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 200, 1024 + 63, 2 * 65_536 + 777])
-def test_the_largest_is_found_wherever_it_stands(n, start, isa):
-    """A long array is read in four places by turns, 65,536 elements at a time."""
+def test_largest_magnitude_at_any_index(n, start, isa):
+    """A long array is read as four streams, 65,536 elements at a time."""
     x = np.ones(start + n, F32)[start:]
     near = np.arange(-66, 67)
     for i in np.unique([edge + near for edge in (0, n, *range(0, n, 16_384))]):
@@ -40,11 +40,11 @@ def test_the_largest_is_found_wherever_it_stands(n, start, isa):
             x[i] = 1
 
 
-def test_compute_scale_takes_the_sign_off():
+def test_negative_values_count_by_magnitude():
     assert compute_scale([-0.0, -5.0, 4.0], 1) == 5.0
 
 
-def test_a_scale_beyond_float32():
+def test_scale_that_overflows_float32():
     with pytest.raises(dynquant.ParameterError, match="clip_val"):
         dynquant.compute_scale([3e38], 0.5)
 
@@ -53,27 +53,27 @@ def test_a_scale_beyond_float32():
 
 
 @pytest.mark.parametrize("n", [1, 2, 31, 100, BLOCK - 1, BLOCK, BLOCK + 1, 20_000])
-def test_percentile_equals_a_full_sort(n, isa):
+def test_percentile_equals_full_sort(n, isa):
     for name, x in distributions(n, np.random.default_rng(n)).items():
         magnitudes = np.sort(np.abs(x))
         for p in PERCENTILES[1:]:
             assert compute_scale(x, 1, Percentile(p)) == magnitudes[reference.rank(p, n)], (name, p)
 
 
-@pytest.mark.parametrize("n", [RUN - 1, RUN, RUN + 1])
-def test_percentile_of_a_run(n, isa):
+@pytest.mark.parametrize("n", [SEGMENT - 1, SEGMENT, SEGMENT + 1])
+def test_percentile_at_segment_lengths(n, isa):
     for name, x in distributions(n, np.random.default_rng(n)).items():
         magnitudes = np.sort(np.abs(x))
         for p in (1e-9, 0.5, 0.99, 1.0):
             assert compute_scale(x, 1, Percentile(p)) == magnitudes[reference.rank(p, n)], (name, p)
 
 
-# From this many floats on a percentile is looked for between bounds that 2,048 of them suggest.
+# From this many floats on, a sample of 2,048 gives bounds between which the percentile is searched.
 SAMPLED = 1 << 16
 
 
-def orders(n, rng):
-    """Magnitudes that sampling finds, and such that mislead it."""
+def sampled_inputs(n, rng):
+    """Inputs whose percentile the sample bounds well, and inputs whose sample misleads."""
     x = rng.standard_normal(n).astype(F32)
     stride = n // 2048
     large = np.where(np.arange(n) % stride, x, 1e6 + x).astype(F32)
@@ -86,26 +86,26 @@ def orders(n, rng):
         "the sample is smaller": small,
         "equal": np.full(n, -2.5, F32),
         "two values": np.where(rng.random(n) < 0.37, F32(1), F32(-3)).astype(F32),
-        "two neighbors": np.where(rng.random(n) < 0.5, F32(1), np.nextafter(F32(1), F32(2))),
+        "two adjacent floats": np.where(rng.random(n) < 0.5, F32(1), np.nextafter(F32(1), F32(2))),
         "few values": np.round(x),
         "clipped": np.clip(x, -2, 2),
         "half of them zero": np.maximum(x, 0),
         "two in three equal": np.where(rng.random(n) < 0.66, F32(0.25), x).astype(F32),
         "zeros and one": np.eye(1, n, n // 3, dtype=F32)[0],
         "subnormal": (x * F32(1e-42)).astype(F32),
-        "all orders of magnitude": np.exp2(rng.uniform(-149, 127, n)).astype(F32),
+        "all sampled_inputs of magnitude": np.exp2(rng.uniform(-149, 127, n)).astype(F32),
     }
 
 
 @pytest.mark.parametrize("n", [SAMPLED - 1, SAMPLED, SAMPLED + 37, 10 * SAMPLED + 1])
-def test_percentile_of_many(n, isa):
-    for name, x in orders(n, np.random.default_rng(n)).items():
+def test_percentile_with_sampling(n, isa):
+    for name, x in sampled_inputs(n, np.random.default_rng(n)).items():
         magnitudes = np.sort(np.abs(x))
         for p in (1e-6, 0.001, 0.25, 0.5, 0.63, 0.99, 0.999, 1 - 1e-6, 1.0):
             assert compute_scale(x, 1, Percentile(p)) == magnitudes[reference.rank(p, n)], (name, p)
 
 
-def test_percentile_of_many_halves(isa):
+def test_percentile_with_sampling_of_float16(isa):
     x = np.random.default_rng(0).standard_normal(3 * SAMPLED).astype(np.float16)
     magnitudes = np.sort(np.abs(x.astype(F32)))
     for p in (0.001, 0.5, 0.999):
@@ -114,7 +114,7 @@ def test_percentile_of_many_halves(isa):
 
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
 @pytest.mark.parametrize("p", [0.001, 0.5, 0.999, 1.0])
-def test_percentile_of_many_refuses(p, bad, isa):
+def test_percentile_with_sampling_rejects_non_finite(p, bad, isa):
     x = np.random.default_rng(1).standard_normal(SAMPLED + 5).astype(F32)
     for index in (0, 1, 31, 32, SAMPLED // 2, SAMPLED, SAMPLED + 4):
         poisoned = x.copy()
@@ -148,20 +148,20 @@ def test_rank(p, n):
         (0.07, 100, 6),
         # The float32 product is a little above 30, the float64 one is 30.
         (0.3, 100, 30),
-        # float32 rounds the product to the even neighbor below.
+        # float32 rounds the product to the even float below.
         ((2**24 - 1.6) / 2**24, 2**24, 2**24 - 3),
         # Above 2**24 elements ranks are told apart only by float64.
         (1 - 3 / (2**24 + 8), 2**24 + 8, 2**24 + 4),
         (1.0, 2**40, 2**40 - 1),
     ],
 )
-def test_rank_of(p, n, rank):
+def test_rank_values(p, n, rank):
     assert Percentile(p).rank(n) == rank
 
 
 @pytest.mark.parametrize("n", [2**24, 2**24 + 9])
-def test_percentile_on_either_side_of_2_to_24(n):
-    """All zero but for the ten largest magnitudes, so that neighboring ranks have different values."""
+def test_percentile_around_2_to_24_elements(n):
+    """Zeros but for the ten largest magnitudes, so that adjacent ranks have different values."""
     x = np.zeros(n, np.float16)
     x[np.random.default_rng(0).choice(n, 10, replace=False)] = np.arange(1, 11)
     for below_top in (0, 1, 2, 3, 6):
@@ -178,7 +178,7 @@ finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
 @given(x=arrays(F32, st.integers(1, 300), elements=finite), p=st.floats(0, 1, exclude_min=True))
-def test_any_percentile_as_a_full_sort(x, p):
+def test_any_percentile_equals_full_sort(x, p):
     assert compute_scale(x, 1, Percentile(p)) == np.sort(np.abs(x))[reference.rank(p, x.size)]
 
 

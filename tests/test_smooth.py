@@ -1,4 +1,4 @@
-"""Smooth factors, and the two products with them."""
+"""Smooth factors, folding them into a norm, and smoothing by them."""
 
 import dataclasses
 
@@ -40,8 +40,8 @@ each_product = pytest.mark.parametrize("smooth", SMOOTH, ids=lambda function: fu
 
 def layer(tokens, out_features, in_features, seed=0):
     rng = np.random.default_rng(seed)
-    spread = np.geomspace(1e-3, 1e3, in_features)
-    a = rng.standard_normal((tokens, in_features)) * spread
+    sizes = np.geomspace(1e-3, 1e3, in_features)
+    a = rng.standard_normal((tokens, in_features)) * sizes
     return a.astype(F32), rng.standard_normal((out_features, in_features)).astype(F32)
 
 
@@ -79,8 +79,8 @@ def test_factors(shape, alpha, isa):
 
 @pytest.mark.parametrize("row", range(9))
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_the_largest_of_a_column_may_be_in_any_row(row, dtype, isa):
-    """Rows are folded in by fours and ones."""
+def test_column_maximum_in_any_row(row, dtype, isa):
+    """Rows are reduced four at a time, then one at a time."""
     a = np.random.default_rng(0).uniform(-1, 1, (9, 70)).astype(dtype)
     a[row] = np.linspace(-9, -8, 70)
     factors = compute_smooth_factors(a, np.ones((1, 70)), SmoothQuantConfig(1.0))
@@ -88,7 +88,7 @@ def test_the_largest_of_a_column_may_be_in_any_row(row, dtype, isa):
 
 
 @pytest.mark.parametrize("epsilon", [1e-10, 1e-5, 0.1, 2.0])
-def test_epsilon_is_added_and_is_the_least(epsilon, isa):
+def test_epsilon_is_added_and_is_the_minimum(epsilon, isa):
     a, w = np.zeros((2, 4), F32), np.array([[0, 1, 1e6, 1e12]], F32)
     for alpha in (0.0, 0.5, 1.0):
         factors = compute_smooth_factors(a, w, SmoothQuantConfig(alpha, epsilon))
@@ -98,7 +98,7 @@ def test_epsilon_is_added_and_is_the_least(epsilon, isa):
 
 
 def test_alpha_moves_the_range():
-    """0 leaves the weights at 1, 1 the activations, 0.5 makes the two ranges equal."""
+    """Alpha 0 brings the weights to 1, alpha 1 the activations, and 0.5 makes the two ranges equal."""
     a, w = layer(20, 10, 30)
     amax = {}
     for alpha in (0.0, 0.5, 1.0):
@@ -122,7 +122,7 @@ def test_weights_that_share_an_input(kind, isa):
     assert_same_bits(compute_smooth_factors(a, kind([w])), compute_smooth_factors(a, w))
 
 
-def test_each_of_several_weights_may_hold_the_largest():
+def test_maximum_in_any_of_several_weights():
     weights = [np.full((2, 3), 0.1), np.full((1, 3), 0.1), np.full((3, 3), 0.1)]
     for j, w in enumerate(weights):
         w[-1, j] = -5
@@ -138,7 +138,7 @@ def test_nested_numbers_are_one_matrix():
     assert_same_bits(compute_smooth_factors(a, [w[:1], w[1:].tolist()]), expected)
 
 
-# Which magnitude stands for a channel
+# Percentiles and given magnitudes
 
 
 @pytest.mark.parametrize("p", [0.01, 0.5, 0.9, 0.99, 1.0])
@@ -163,7 +163,7 @@ def test_percentiles_of_other_floats(dtype, p, isa):
 
 
 @pytest.mark.parametrize("p", [0.5, 0.95])
-def test_percentiles_of_many_shapes_of_values(p, isa):
+def test_percentiles_of_many_distributions(p, isa):
     columns = distributions(200, np.random.default_rng(2))
     del columns["every exponent"]
     a = np.stack(list(columns.values()), axis=1)
@@ -173,7 +173,7 @@ def test_percentiles_of_many_shapes_of_values(p, isa):
     np.testing.assert_array_max_ulp(factors, expected, maxulp=1)
 
 
-def test_the_whole_range_is_the_largest_magnitude():
+def test_percentile_1_is_max_abs():
     a, w = layer(50, 4, 33)
     assert_same_bits(compute_smooth_factors(a, w, mode=Percentile(1.0)), compute_smooth_factors(a, w))
     assert_same_bits(compute_smooth_factors(a, w, mode=MaxAbs()), compute_smooth_factors(a, w))
@@ -189,27 +189,27 @@ def test_given_magnitudes(dtype, isa):
         assert_same_bits(compute_smooth_factors(magnitudes.tolist(), [w[:2], w[2:]]), expected)
 
 
-# Channels that are never or rarely active, or have no weights
+# Dead and rarely active channels
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_channels_that_were_never_active(alpha):
-    """1, except where equation 4 is followed to the letter."""
+def test_dead_channels(alpha):
+    """Their factor is 1, except with MaxAbs, which follows equation 4 of the paper exactly."""
     a, w = layer(20, 3, 9)
     a[:, [0, 4]] = 0
     a[:, 4] = -0.0
     config = SmoothQuantConfig(alpha)
-    letter = compute_smooth_factors(a, w, config)
-    np.testing.assert_array_max_ulp(letter, reference.smooth_factors(a, w, alpha), maxulp=1)
-    expected = letter.copy()
+    exact = compute_smooth_factors(a, w, config)
+    np.testing.assert_array_max_ulp(exact, reference.smooth_factors(a, w, alpha), maxulp=1)
+    expected = exact.copy()
     expected[[0, 4]] = 1
     assert_same_bits(compute_smooth_factors(a, w, config, mode=Percentile(1.0)), expected)
     assert_same_bits(compute_smooth_factors(np.abs(a).max(axis=0), w, config), expected)
     assert (compute_smooth_factors(a, w, config, mode=Percentile(0.5))[[0, 4]] == 1).all()
 
 
-def test_a_channel_less_often_active_than_the_percentile_leaves_out():
-    """Its percentile is 0; its largest magnitude keeps it from drowning the rows where it is active."""
+def test_channel_active_more_rarely_than_the_percentile():
+    """Its percentile is 0, so its maximum is taken; else it would dominate the rows where it is active."""
     a, w = layer(100, 3, 5)
     a[:, 2] = 0
     a[17, 2] = 40
@@ -218,7 +218,7 @@ def test_a_channel_less_often_active_than_the_percentile_leaves_out():
     assert np.abs(a / factors)[17, 2] == np.abs(a[:, 2]).max() / factors[2] < 50
 
 
-def test_a_channel_without_weights_drops_out_of_the_scales():
+def test_channel_without_weights_does_not_set_the_scales():
     rng = np.random.default_rng(9)
     a, w = rng.standard_normal((20, 9), F32), rng.standard_normal((3, 9), F32)
     w[:, 5] = 0
@@ -244,8 +244,8 @@ def test_smoothing_of_a_real_layer(name, plain, smoothed):
 
 
 @pytest.mark.parametrize("name", ["up", "down"])
-def test_a_massive_token_in_the_calibration_data(name):
-    """It ruins factors from maxima and leaves those from a percentile, whichever token it is."""
+def test_massive_token_in_the_calibration_data(name):
+    """It ruins factors from maxima, and not those from a percentile, whichever token it is."""
     weight, calibration, x = real_layer(name)
     mode = Percentile(0.99)
     clean = output_sqnr(weight, x, compute_smooth_factors(calibration, weight))
@@ -258,15 +258,15 @@ def test_a_massive_token_in_the_calibration_data(name):
         assert ranked > max(clean, clean_ranked) - 0.5
 
 
-def test_silent_channels_of_a_real_layer_that_speak_later():
-    """After ReLU some channels were silent in calibration and are not in use; others are rarely active."""
+def test_channels_that_become_active_after_calibration():
+    """After ReLU some channels are zero in calibration but not later; others are rarely active."""
     weight, calibration, x = real_layer("down")
     calibration, x = np.maximum(calibration, 0), np.maximum(x, 0)
     plain = output_sqnr(weight, x, None)
-    woken = (calibration.max(axis=0) == 0) & (x.max(axis=0) > 0)
-    assert woken.sum() >= 5
-    letter = compute_smooth_factors(calibration, weight)
-    assert output_sqnr(weight, x, letter) < plain - 10
+    active_later = (calibration.max(axis=0) == 0) & (x.max(axis=0) > 0)
+    assert active_later.sum() >= 5
+    exact = compute_smooth_factors(calibration, weight)
+    assert output_sqnr(weight, x, exact) < plain - 10
     for factors in (
         compute_smooth_factors(calibration.max(axis=0), weight),
         compute_smooth_factors(calibration, weight, mode=Percentile(1.0)),
@@ -282,14 +282,14 @@ def test_silent_channels_of_a_real_layer_that_speak_later():
 
 
 def layer_norm(x, gamma, beta):
-    centerd = x - x.mean(axis=-1, keepdims=True)
-    y = centerd / np.sqrt(np.square(centerd).mean(axis=-1, keepdims=True) + F32(1e-5)) * gamma
+    centered = x - x.mean(axis=-1, keepdims=True)
+    y = centered / np.sqrt(np.square(centered).mean(axis=-1, keepdims=True) + F32(1e-5)) * gamma
     return y if beta is None else y + beta
 
 
 @pytest.mark.parametrize("with_beta", [True, False])
 @pytest.mark.parametrize("exact", [True, False], ids=["powers of two", "any factors"])
-def test_folding_into_the_norm_is_smoothing_in_every_call(exact, with_beta, isa):
+def test_folding_equals_smoothing_in_every_call(exact, with_beta, isa):
     rng = np.random.default_rng(8)
     x, w = rng.standard_normal((40, 96), F32), rng.standard_normal((30, 96), F32)
     gamma = rng.uniform(0.1, 30, 96).astype(F32)
@@ -305,7 +305,7 @@ def test_folding_into_the_norm_is_smoothing_in_every_call(exact, with_beta, isa)
     if exact:
         assert_same_bits(actual, expected)
     else:
-        # A code may fall on the other side of a half: one step of one input.
+        # A code may round to the other side of a tie: one scale of one input.
         step = np.abs(before / factors).max() / 127 * np.abs(w * factors).max()
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2 * step)
         assert (np.abs(actual - expected) > step / 100).mean() < 0.02
@@ -324,12 +324,12 @@ def test_folded_arrays_are_new_and_float32(dtype):
     assert_same_bits(fold_smooth_factors(np.ones(3), gamma)[0], gamma.astype(F32))
 
 
-# Products
+# Smoothing
 
 
 @each_product
 @pytest.mark.parametrize("shape", [(1,), (300,), (1, 1), (3, 65), (2, 3, 31), (2, 4096), (5, 9001)])
-def test_products(smooth, shape, isa):
+def test_smoothing(smooth, shape, isa):
     rng = np.random.default_rng(3)
     factors = rng.uniform(0.01, 100, shape[-1]).astype(F32)
     for name, x in distributions(int(np.prod(shape)), rng).items():
@@ -346,8 +346,8 @@ def test_products(smooth, shape, isa):
 @each_product
 @pytest.mark.parametrize("k", [1, 2, 3, 7, 16, 33, 100, 341, 512, 513, 1023, 1024, 1025])
 @pytest.mark.parametrize("dtype", [F32, np.float16])
-def test_products_of_rows_of_every_length(smooth, k, dtype, isa):
-    """Short rows are taken together: as many as fill 1024 columns, several times, and what is left."""
+def test_smoothing_of_rows_of_every_length(smooth, k, dtype, isa):
+    """Short rows are processed together, as many as fill 1024 columns; here several times and some more."""
     rng = np.random.default_rng(9)
     many = max(1024 // k, 1)
     for m in {1, 2, many - 1, many, many + 1, 3 * many + 1, 5 * many - 1, 37 * many + 2} - {0}:
@@ -362,7 +362,7 @@ def test_products_of_rows_of_every_length(smooth, k, dtype, isa):
 @each_product
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 @pytest.mark.parametrize("shape", [(3, 65), (2, 4099)])
-def test_products_of_other_floats(smooth, dtype, shape, isa):
+def test_smoothing_of_other_floats(smooth, dtype, shape, isa):
     x = np.random.default_rng(4).standard_normal(shape).astype(dtype)
     factors = np.random.default_rng(5).uniform(0.5, 2, shape[1]).astype(dtype)
     assert_same_bits(smooth(x, factors), SMOOTH[smooth](x, factors))
@@ -378,7 +378,7 @@ def test_every_float16_and_its_subnormals(smooth, isa):
 
 @each_product
 def test_extreme_quotients(smooth, isa):
-    """Subnormal, zero and infinite results, with the rounding of one IEEE operation."""
+    """Subnormal, zero and infinite results, rounded once as IEEE 754 has it."""
     x = np.array([1e-45, -1e-45, 1e-38, 3e38, -3e38, 0.0, -0.0, 1.5, 7e-39], F32)
     for factor in (1e-45, 1e-38, 2.0**-126, 0.3, 3.0, 1e38, 3e38):
         factors = np.full(x.size, factor, F32)
@@ -388,9 +388,9 @@ def test_extreme_quotients(smooth, isa):
 def near_ties(odd, shift):
     """Dividends, in rows, for the divisors ``b = odd << shift``; all are integers of 24 bits.
 
-    They are all those whose quotients lie within 8 / (2**25 * b) of a tie of two floats: with a tie at
-    t / 2**24 or t / 2**25, for an odd t, a * 2**24 - b * t or a * 2**25 - b * t is between -8 and 8. For each
-    such difference one t modulo a power of two leaves an integer a. Where there is none, b stands for it.
+    They are all those whose quotients are at most 8 / (2**25 * b) from a tie between two floats: with a tie
+    at t / 2**24 or t / 2**25, for an odd t, a * 2**24 - b * t or a * 2**25 - b * t is between -8 and 8. For
+    each such difference one t modulo a power of two gives an integer a. Where there is none, b fills the gap.
     """
     b, inverse = odd << shift, odd.copy()
     for _ in range(5):  # each doubles the low bits in which odd * inverse is 1
@@ -398,9 +398,9 @@ def near_ties(odd, shift):
     for bits in (24, 25):
         modulus = 1 << (bits - shift)
         for difference in range(-8 >> shift, (8 >> shift) + 1):
-            rest = inverse * -difference % modulus
+            residue = inverse * -difference % modulus
             for start in range(0, 1 << 25, modulus):
-                t = start + rest
+                t = start + residue
                 a = (b * t + (difference << shift)) >> bits
                 inside = (t >= 1 << 24) & (t % 2 == 1) & (a >= 1 << 23) & (a < 1 << 24)
                 if inside.any():
@@ -409,10 +409,10 @@ def near_ties(odd, shift):
 
 @pytest.mark.parametrize("shift", range(4))
 def test_every_quotient_next_to_a_tie(shift):
-    """Where a quotient found by multiplying would be rounded to the wrong side, if it were anywhere."""
-    run, tried = 1 << 15, 0
-    for first in range((1 << 23) >> shift, (1 << 24) >> shift, run):
-        odd = np.arange(first + 1, first + run, 2)
+    """Where a quotient computed by a reciprocal would round to the wrong side, if anywhere."""
+    chunk, tried = 1 << 15, 0
+    for first in range((1 << 23) >> shift, (1 << 24) >> shift, chunk):
+        odd = np.arange(first + 1, first + chunk, 2)
         b = (odd << shift).astype(F32)
         a = np.array(list(near_ties(odd, shift))).astype(F32)
         tried += np.count_nonzero(a != b)
@@ -423,8 +423,8 @@ def test_every_quotient_next_to_a_tie(shift):
 
 
 @pytest.mark.parametrize("exponents", [(0, 1), (-60, 60), (-62, -58), (58, 62)])
-def test_quotients_of_every_size(exponents, isa):
-    """Zeros of both signs, and numbers too small for the quickest way, are strewn in."""
+def test_quotients_of_every_magnitude(exponents, isa):
+    """With zeros of both signs, and numbers too small for the fast path, among them."""
     rng = np.random.default_rng(8)
     k = 50_000
     powers = rng.integers(*exponents, k)
@@ -445,7 +445,7 @@ def test_quotients_of_every_size(exponents, isa):
 
 
 @pytest.mark.parametrize("power", [-149, -130, -102, -65, -64, 64, 65, 127])
-def test_quotients_of_one_size(power, isa):
+def test_quotients_of_one_magnitude(power, isa):
     rng, size = np.random.default_rng(7), 2.0**power
     factors = (rng.uniform(1, 2, 256) * 2.0 ** rng.integers(-59, 59, 256)).astype(F32)
     factors[:2] = 2.0**-60, 2.0**60
@@ -456,17 +456,17 @@ def test_quotients_of_one_size(power, isa):
 
 @each_product
 @pytest.mark.parametrize("shape", [(1, 4_300_007), (1030, 4098)])
-def test_products_written_past_the_caches(smooth, shape, isa):
-    """Large results take another way to memory; `out` begins and ends within a cache line."""
+def test_nontemporal_stores(smooth, shape, isa):
+    """Large results are written with nontemporal stores; `out` begins and ends inside a cache line."""
     x = np.random.default_rng(0).standard_normal(shape, F32)
     factors = np.linspace(0.1, 3, shape[1], dtype=F32)
-    room = np.full(x.size + 32, 99, F32)
-    out = room[5 : 5 + x.size].reshape(shape)
+    memory = np.full(x.size + 32, 99, F32)
+    out = memory[5 : 5 + x.size].reshape(shape)
     expected = SMOOTH[smooth](x, factors)
     smooth(x, factors, out=out)
     assert_same_bits(out, expected)
-    assert (room[:5] == 99).all()
-    assert (room[5 + x.size :] == 99).all()
+    assert (memory[:5] == 99).all()
+    assert (memory[5 + x.size :] == 99).all()
     smooth(x, factors, out=x)
     assert_same_bits(x, expected)
 
@@ -482,7 +482,7 @@ def test_empty(smooth, shape, in_features):
 
 @each_product
 def test_in_place_through_another_view(smooth):
-    """The same elements by another object, a buffer among them, are the input itself."""
+    """Another object over the same elements, such as a memoryview, counts as the same array."""
     x = np.random.default_rng(6).standard_normal((4, 9)).astype(F32)
     factors = np.linspace(1, 2, 9, dtype=F32)
     expected = SMOOTH[smooth](x, factors)
@@ -495,7 +495,7 @@ def test_in_place_through_another_view(smooth):
 
 @each_product
 @pytest.mark.parametrize("kind", [memoryview, Arrayish, Interface, Struct])
-def test_memory_that_is_converted_is_not_written_over(smooth, kind):
+def test_memory_of_a_converted_input_is_not_overwritten(smooth, kind):
     memory = np.ones(16, F32)
     x = kind(memory.reshape(2, 8)[:, ::2])
     with pytest.raises(LayoutError, match="out:"):
@@ -527,14 +527,14 @@ def test_inputs_unchanged_and_rows_independent(x, factors):
     alpha=st.floats(0, 1),
     order=st.permutations(range(6)),
 )
-def test_factors_are_positive_and_blind_to_the_order_of_tokens(a, w, alpha, order):
+def test_factors_are_positive_and_independent_of_token_order(a, w, alpha, order):
     config = SmoothQuantConfig(alpha)
     factors = compute_smooth_factors(a, w, config)
     assert (factors >= F32(1e-5)).all()
     assert_same_bits(compute_smooth_factors(-a[list(order)], w[::-1], config), factors)
 
 
-def test_factors_beyond_float32():
+def test_factors_that_overflow_float32():
     config = SmoothQuantConfig(1.0, 3e38)
     with pytest.raises(ParameterError, match="within float32"):
         compute_smooth_factors(np.array([[3e38]], np.float32), [[1.0]], config)

@@ -81,7 +81,7 @@ def test_packed_shapes():
     assert dynamic_quantize_int4(x, packed=True).data.shape == (15,)
 
 
-def test_packed_rows_begin_on_a_byte():
+def test_packed_rows_start_at_a_byte():
     q = dynamic_quantize([[7.0, -1, 2], [-7, 3, 1]], DynQuantFormat.INT4_PER_ROW, packed=True)
     assert q.data.tolist() == [[0xF7, 0x02], [0x39, 0x01]]
 
@@ -91,7 +91,7 @@ def test_memory_bytes(n, packed, size):
     assert dynamic_quantize_int4(np.ones(n, F32), packed=packed).memory_bytes == size
 
 
-def test_repr_tells_shape_and_format():
+def test_repr_has_shape_and_format():
     text = repr(tensor(DynQuantFormat(4, "per_row", packed=True)))
     for part in ("DynQuantTensor", "(3, 5)", "int4", "per_row", "packed", "21 bytes"):
         assert part in text
@@ -101,7 +101,7 @@ def test_repr_tells_shape_and_format():
 # Construction
 
 
-def test_constructed_by_hand():
+def test_construction():
     data, scales = np.zeros((2, 3), np.int8), np.ones(2, F32)
     q = DynQuantTensor(data, scales, None, [2, 3], DynQuantFormat.INT8_PER_ROW)
     assert q.shape == (2, 3)
@@ -123,7 +123,7 @@ def test_fields_in_order():
     ]
 
 
-def test_codes_are_the_callers_array():
+def test_data_is_the_array_passed_as_out():
     x, out = np.ones((2, 2), F32), np.zeros((2, 2), np.int8)
     assert dynamic_quantize(x, out=out).data is out
 
@@ -145,7 +145,7 @@ def test_duplicates(duplicate, fmt):
         twin.shape = ()
 
 
-def test_a_deep_copy_has_memory_of_its_own():
+def test_deep_copy_does_not_share_memory():
     q = tensor()
     twin = copy.deepcopy(q)
     assert not np.shares_memory(q.data, twin.data)
@@ -180,13 +180,13 @@ def test_tensors_compare_by_identity():
         (np.ones((1, 3), int), DynQuantFormat.INT8_PER_TENSOR, "shape"),
     ],
 )
-def test_a_tensor_of_wrong_shape_or_format(shape, fmt, name):
+def test_wrong_shape_or_format(shape, fmt, name):
     with pytest.raises(ParameterError, match=name):
         DynQuantTensor(np.zeros(3, np.int8), np.zeros(1, np.float32), None, shape, fmt)
 
 
 @pytest.mark.parametrize("kind", [list, np.array, lambda lengths: (np.int64(lengths[0]), lengths[1])])
-def test_a_shape_that_is_no_tuple_of_ints_becomes_one(kind):
+def test_shape_becomes_a_tuple_of_ints(kind):
     q = tensor()
     shape = DynQuantTensor(q.data, q.scales, None, kind([3, 5]), q.format).shape
     assert shape == (3, 5)
@@ -196,7 +196,7 @@ def test_a_shape_that_is_no_tuple_of_ints_becomes_one(kind):
 @pytest.mark.parametrize(
     ("shape", "codes"), [((1,) * 65, 1), ((1,) * 10_000, 1), ((0, 2**63), 0), ((0, 10**5000), 0)]
 )
-def test_a_shape_that_no_array_can_have(shape, codes):
+def test_shape_that_no_array_can_have(shape, codes):
     fmt = DynQuantFormat(4, "per_tensor", packed=True)
     with pytest.raises(ParameterError, match="shape: ") as caught:
         DynQuantTensor(np.zeros(codes, np.uint8), np.zeros(1, F32), None, shape, fmt)
@@ -217,7 +217,7 @@ def test_masked_fields(field):
 
 
 def test_arrays_changed_in_place_after_construction():
-    """Products look again: these arrays are the caller's."""
+    """Products check the fields again, since the arrays belong to the caller."""
     x, fields = np.ones((1, 8), F32), {}
 
     def weight():
@@ -242,7 +242,7 @@ def test_arrays_changed_in_place_after_construction():
             assert isinstance(caught.value, DynQuantError)
 
 
-def test_a_tensor_is_frozen_and_can_be_referred_to_weakly():
+def test_frozen_and_weakly_referenceable():
     tensor = dynamic_quantize_int4([1.0, 2.0])
     assert weakref.ref(tensor)() is tensor
     for name in ("data", "shape", "anything"):
@@ -259,7 +259,7 @@ EVERY_KIND = [
 
 
 @pytest.mark.parametrize("tensor", EVERY_KIND, ids=repr)
-def test_arrays_through_a_file(tensor, tmp_path):
+def test_arrays_round_trip_through_a_file(tensor, tmp_path):
     np.savez(tmp_path / "tensor.npz", **tensor.to_arrays())
     with np.load(tmp_path / "tensor.npz", allow_pickle=False) as file:
         loaded = DynQuantTensor.from_arrays(file)
@@ -272,7 +272,7 @@ def test_arrays_through_a_file(tensor, tmp_path):
 
 
 def test_arrays_are_not_copied(tmp_path):
-    """So that those of a large tensor may stay in their files."""
+    """So that the arrays of a large tensor may stay memory-mapped."""
     tensor = dynamic_quantize(np.ones((3, 5), F32))
     np.save(tmp_path / "data.npy", tensor.data)
     mapped = np.load(tmp_path / "data.npy", mmap_mode="r")
@@ -281,7 +281,7 @@ def test_arrays_are_not_copied(tmp_path):
 
 
 @pytest.mark.parametrize("tensor", EVERY_KIND, ids=repr)
-def test_arrays_from_a_machine_of_the_other_byte_order(tensor):
+def test_arrays_in_the_other_byte_order(tensor):
     arrays = {name: array.astype(array.dtype.newbyteorder()) for name, array in tensor.to_arrays().items()}
     loaded = DynQuantTensor.from_arrays(arrays)
     assert (loaded.shape, loaded.format) == (tensor.shape, tensor.format)
@@ -306,26 +306,26 @@ ARRAYS = quantize_weights(np.ones((2, 7), F32), bits=4, group_size=3).to_arrays(
         ({"name": np.array(1)}, ParameterError, r"unknown \['name'\]"),
     ],
 )
-def test_arrays_that_are_no_tensor(change, error, message):
+def test_invalid_arrays(change, error, message):
     with pytest.raises(error, match=message) as caught:
         DynQuantTensor.from_arrays({**ARRAYS, **change})
     assert isinstance(caught.value, DynQuantError)
 
 
 @pytest.mark.parametrize("name", sorted(ARRAYS))
-def test_arrays_that_are_missing(name):
-    rest = {key: array for key, array in ARRAYS.items() if key != name}
-    if name == "zero_points":  # they mean symmetric codes where there are none
-        assert DynQuantTensor.from_arrays(rest).zero_points is None
+def test_missing_arrays(name):
+    others = {key: array for key, array in ARRAYS.items() if key != name}
+    if name == "zero_points":  # without them the codes are symmetric
+        assert DynQuantTensor.from_arrays(others).zero_points is None
         return
     with pytest.raises(ParameterError, match=rf"missing \['{name}'\]|group_size: expected"):
-        DynQuantTensor.from_arrays(rest)
+        DynQuantTensor.from_arrays(others)
     with pytest.raises(ParameterError, match="arrays: expected a mapping"):
-        DynQuantTensor.from_arrays(list(rest))
+        DynQuantTensor.from_arrays(list(others))
 
 
-def test_a_tensor_is_no_array(tmp_path):
-    """NumPy would wrap it in an array of objects, and write a file that cannot be read."""
+def test_conversion_to_an_array_is_refused(tmp_path):
+    """NumPy would wrap it in an object array, and save a file that cannot be loaded."""
     tensor = dynamic_quantize(np.ones((3, 5), F32))
     with pytest.raises(DTypeError, match="dequantize"):
         np.asarray(tensor)

@@ -1,4 +1,4 @@
-"""Results under threads, forks, processes and beside other pools; and that no thread outlives a call."""
+"""Results with threads, after forks, in other processes and beside other libraries' thread pools."""
 
 import concurrent.futures
 import copy
@@ -74,8 +74,8 @@ def test_no_thread_outlives_a_call():
     assert threading.active_count() == before
 
 
-def test_the_work_is_shared(monkeypatch):
-    """As many threads as rows at most, one of them the caller's."""
+def test_number_of_threads_started(monkeypatch):
+    """At most as many threads as rows, the caller's among them."""
     started = []
     start = threading.Thread.start
     monkeypatch.setattr(threading.Thread, "start", lambda thread: (started.append(thread), start(thread)))
@@ -86,7 +86,7 @@ def test_the_work_is_shared(monkeypatch):
 
 
 @pytest.mark.whitebox
-def test_there_is_a_limit_to_threads(monkeypatch):
+def test_limit_of_threads(monkeypatch):
     monkeypatch.setattr(_threads, "_MOST_THREADS", 3)
     x = np.arange(20, dtype=np.float32).reshape(10, 2)
     expected = dynamic_quantize_int8_per_row(x)
@@ -97,8 +97,8 @@ def test_there_is_a_limit_to_threads(monkeypatch):
     assert len(started) == 2
 
 
-def test_when_no_more_threads_can_be_started(monkeypatch):
-    """The caller does the share of those that cannot: in either pass, so that out is never half written."""
+def test_threads_that_cannot_start(monkeypatch):
+    """The caller does the work of threads that cannot start, in both passes, so that `out` is complete."""
     calls, start = itertools.count(), threading.Thread.start
 
     def start_one(thread):
@@ -116,8 +116,8 @@ def test_when_no_more_threads_can_be_started(monkeypatch):
 
 
 @pytest.mark.whitebox
-def test_an_interrupt_waits_for_the_threads(monkeypatch):
-    """A KeyboardInterrupt while the caller waits is raised, but not before the others have ended."""
+def test_interrupt_waits_for_the_threads(monkeypatch):
+    """A KeyboardInterrupt while the caller waits is raised, but only after the other threads have ended."""
     join, pending, release = (
         threading.Thread.join,
         [KeyboardInterrupt(), KeyboardInterrupt()],
@@ -145,8 +145,8 @@ def test_an_interrupt_waits_for_the_threads(monkeypatch):
 
 @pytest.mark.whitebox
 @pytest.mark.parametrize("delay", [0.0, 0.03])
-def test_an_interrupt_while_a_thread_starts(monkeypatch, delay):
-    """It is not known to be alive then, and must not write once the call has raised."""
+def test_interrupt_while_a_thread_starts(monkeypatch, delay):
+    """The thread does not count as alive yet, and must not write after the call has raised."""
     begun, ended, bootstrap = [], [], threading.Thread._bootstrap
 
     def work(first, end):
@@ -175,7 +175,7 @@ def test_an_interrupt_while_a_thread_starts(monkeypatch, delay):
 
 @pytest.mark.whitebox
 def test_at_the_end_of_the_stack():
-    """RecursionError, whatever the depth at which it comes."""
+    """A RecursionError, at whatever depth it is raised."""
 
     def nested(depth):
         return nested(depth - 1) if depth else parallel_ranges(lambda first, end: True, (), 4, 2)
@@ -193,7 +193,7 @@ LAYER = QuantLinear.from_float(X[:41], bias=X[0, :41], smooth=abs(X[1]) + F32(0.
 
 
 def everything(x):
-    """One of each kind of result that the functions give for `x`, and what one shared layer gives."""
+    """One of each kind of result for `x`, and those of one shared layer."""
     q = dynamic_quantize_int8_per_row(x, num_threads=2)
     packed = dynamic_quantize(x, FORMATS[3], Percentile(0.99))
     factors = compute_smooth_factors(x, x)
@@ -224,8 +224,8 @@ def test_concurrent_calls_on_shared_inputs():
     assert failures == []
 
 
-def test_an_input_that_is_written_meanwhile():
-    """Numbers that are neither the old nor the new are to be expected, an access outside of memory is not."""
+def test_input_written_during_the_call():
+    """Results may mix old and new values, but no access is out of bounds."""
     x, stop = np.ones(70_000, F32), threading.Event()
 
     def write():
@@ -254,7 +254,7 @@ def test_in_an_executor():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize("busy", [0, 3])
 def test_after_a_fork(busy):
-    """The child of a process that used threads can use them too, even if some were at work just then."""
+    """The child of a process that used threads can use them too, even if some were running at the fork."""
     expected, stop = everything(X), threading.Event()
 
     def work():
@@ -296,8 +296,8 @@ def test_in_other_processes(method):
 
 
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
-def test_a_layer_in_a_process_pool(method):
-    """It goes there by pickling, and the packed weights are made anew."""
+def test_layer_in_a_process_pool(method):
+    """It is pickled, and its weights are packed again in each process."""
     batches = [X[:7] * F32(i + 1) for i in range(4)]
     context = multiprocessing.get_context(method)
     with warnings.catch_warnings():
@@ -307,8 +307,8 @@ def test_a_layer_in_a_process_pool(method):
                 assert_same_bits(y, LAYER(x))
 
 
-# Another library's pool computes in the same process, from several threads at once, while dynquant does; both
-# give what they gave alone, and so does a forked child. POOL is replaced.
+# Another library's thread pool computes in the same process as dynquant, from several threads at once. Both
+# must give the results that they gave alone, and so must a forked child. POOL is replaced.
 BESIDE_A_POOL = """if True:
     import os, threading
     import numpy as np
@@ -362,13 +362,13 @@ POOLS = {
 
 
 @pytest.mark.parametrize("library", POOLS)
-def test_beside_the_pool_of(library, tmp_path):
+def test_beside_the_thread_pool_of(library, tmp_path):
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
     roots = {os.path.dirname(os.path.dirname(module.__file__)) for module in (dynquant, np)}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sorted(roots)), "OPENBLAS_NUM_THREADS": "3"}
     command = [sys.executable, "-c", BESIDE_A_POOL.replace("POOL", POOLS[library])]
-    # Not in a checkout, whose source folder would hide the installed package.
+    # Not in a checkout: its source folder would hide the installed package.
     done = subprocess.run(
         emulated(command), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -376,6 +376,6 @@ def test_beside_the_pool_of(library, tmp_path):
 
 
 @pytest.mark.parametrize("num_threads", [True, np.True_, 1.0, "1", None, np.array([1])])
-def test_a_thread_count_is_an_integer(num_threads):
+def test_thread_count_must_be_an_integer(num_threads):
     with pytest.raises(dynquant.ParameterError, match="num_threads"):
         dynquant.dynamic_quantize_int8_per_row(np.ones((2, 2), np.float32), num_threads=num_threads)

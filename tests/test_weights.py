@@ -70,7 +70,7 @@ def test_rows_of_several_blocks(symmetric, group_size, isa):
 
 
 @pytest.mark.parametrize("group_size", [None, 5, 32])
-def test_symmetric_is_dynamic_quantize(group_size):
+def test_symmetric_equals_dynamic_quantize(group_size):
     w = normal(7, 65)
     fmt = DynQuantFormat(4, "per_row" if group_size is None else "per_group", group_size, True)
     for q, plain in [
@@ -92,14 +92,14 @@ RANGES = {
     "below zero": [-1.0, -2.0, -30.0],
     "one above": [5.0],
     "one below": [-5.0],
-    # 7.5 steps below zero: the half goes away from zero.
+    # 7.5 scales below zero: the half rounds away from zero.
     "half a step": [-7.5, 7.5, 0.5, -0.5, 1.5],
     "nearly all below": [-29.9, 0.1],
     "scale underflows": [7 * TINY, -0.4 * TINY],
     "scale underflows, both signs": [3 * TINY, -4 * TINY],
-    # 8/15 of the smallest float is rounded to that float, and the range is 8 steps of it.
+    # 8/15 of the smallest float rounds to that float, and the range is 8 of it.
     "scale rounded up": [-8 * TINY],
-    # 22/15 is rounded down: 22 steps do not fit 15 codes.
+    # 22/15 rounds down: the range of 22 exceeds 15 codes.
     "scale rounded down": [22 * TINY, 3 * TINY],
     "scale rounded down, below": [-22 * TINY, -3 * TINY],
     "scale rounded down, both": [-11 * TINY, 11 * TINY, 4 * TINY],
@@ -114,7 +114,7 @@ RANGES = {
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("values", RANGES.values(), ids=RANGES.keys())
 def test_ranges(values, symmetric, search, isa):
-    """Each alone, and as one group between others."""
+    """Each alone, and as a group between others."""
     w = np.array([values], F32)
     q = check(w, symmetric=symmetric, search=search)
     assert np.isfinite(q.scales).all()
@@ -144,23 +144,23 @@ def test_any_matrix(w, group_size, symmetric, threads):
     before = w.tobytes()
     q = check(w, group_size=group_size, symmetric=symmetric, num_threads=threads)
     assert w.tobytes() == before
-    # Zero is always a code; the rest within half a step, up to the roundings of scale and quotient.
+    # Zero is always a code; others err by half a scale at most, up to the roundings of scale and quotient.
     values = q.dequantize().astype(np.float64)
     assert (values[w == 0] == 0).all()
     scales = np.repeat(q.scales.reshape(2, -1), group_size or 21, axis=1)[:, :21].astype(np.float64)
-    # A zero point is rounded too, so an end of an asymmetric range may miss by a whole half step more.
+    # A zero point is rounded too, so an end of an asymmetric range may err by another half scale.
     steps = 0.5 if symmetric else 1.0
     assert (np.abs(w - values) <= scales * steps * (1 + 2**-20) + np.abs(w) * 2.0**-20 + 16 * TINY).all()
 
 
 @pytest.mark.parametrize("bad", [[LARGEST, -LARGEST], [LARGEST, -LARGEST / 64]])
 @pytest.mark.parametrize("search", [False, True])
-def test_a_range_beyond_float32(search, bad):
+def test_range_that_overflows_float32(search, bad):
     w = np.zeros((3, 8), F32)
     w[2, 6:] = bad
     with pytest.raises(ParameterError, match="w: expected the range of each group within float32"):
         quantize_weights(w, bits=4, group_size=4, search=search)
-    # The two ends in groups of their own, or symmetric.
+    # No overflow with the two ends in different groups, or symmetric.
     assert np.isfinite(quantize_weights(w, bits=4, group_size=1, search=search).scales).all()
     assert np.isfinite(quantize_weights(w, bits=4, symmetric=True, search=search).scales).all()
 
@@ -198,7 +198,7 @@ def test_threads_change_nothing(symmetric, search, num_threads):
 
 
 @pytest.mark.parametrize("group_size", [2**63 - 1, 10**30])
-def test_a_group_longer_than_a_row_is_the_row(group_size):
+def test_group_longer_than_the_row_is_the_row(group_size):
     w = normal(5, 37)
     q, rows = quantize_weights(w, bits=4, group_size=group_size), quantize_weights(w, bits=4)
     assert_same_bits(q.data, rows.data)
@@ -211,8 +211,8 @@ def test_a_group_longer_than_a_row_is_the_row(group_size):
 
 @pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"bits": 8}], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e15])
-def test_the_search_finds_the_least_error(scale, options, isa):
-    """Heavy tails, so that the best shares differ from group to group."""
+def test_search_finds_the_smallest_error(scale, options, isa):
+    """Heavy tails, so that the best share differs between groups."""
     rng = np.random.default_rng(8)
     w = (rng.standard_t(3, (4, 129)) * scale).astype(F32)
     check(w, search=True, **options)
@@ -220,12 +220,12 @@ def test_the_search_finds_the_least_error(scale, options, isa):
         check(w, search=True, group_size=32, **options)
 
 
-def test_the_search_over_several_blocks(isa):
+def test_search_over_several_blocks(isa):
     check(np.random.default_rng(9).standard_t(4, (1, 9001)).astype(F32), search=True)
 
 
-def test_shares_that_are_taken():
-    """An outlier is cut the more, the more there is beside it."""
+def test_shares_that_the_search_takes():
+    """The more values beside an outlier, the more of the range is cut."""
     shares = set()
     for n in (2, 16, 64, 300, 5000):
         w = normal(1, n, seed=n) * F32(0.1)
@@ -235,11 +235,11 @@ def test_shares_that_are_taken():
         shares.add(round(float(best.scales[0] / whole.scales[0] * 32)))
     assert len(shares) > 2
     assert min(shares) >= 10
-    # A range that is exact cannot be improved, and the largest of equals is taken.
+    # An exact range cannot be improved, and the largest of equal shares is taken.
     assert_same_bits(
         quantize_weights([[7.0, -7, 3, 0]], bits=4, symmetric=True, search=True).scales, np.ones(1, F32)
     )
-    # It would be cut further if there were a smaller share.
+    # A smaller share would be taken if there were one.
     w = normal(1, 20_000) * F32(0.07)
     w[0, 0] = 1
     last = quantize_weights(w, bits=4, symmetric=True, search=True)
@@ -248,7 +248,7 @@ def test_shares_that_are_taken():
 
 def squared_errors(w, q, group_size):
     d = (w.astype(np.float64) - q.dequantize()) ** 2
-    return np.stack([part.sum(axis=1) for part in reference.groups(d, group_size)])
+    return np.stack([group.sum(axis=1) for group in reference.groups(d, group_size)])
 
 
 @given(
@@ -256,13 +256,13 @@ def squared_errors(w, q, group_size):
     group_size=st.integers(1, 24),
     symmetric=st.booleans(),
 )
-def test_the_search_never_loses(w, group_size, symmetric):
+def test_search_never_increases_the_error(w, group_size, symmetric):
     options = {"bits": 4, "group_size": group_size, "symmetric": symmetric}
     plain, best = (
         squared_errors(w, quantize_weights(w, search=search, **options), group_size)
         for search in (False, True)
     )
-    # The sums are in another order here.
+    # These sums add in another order.
     assert (best <= plain * (1 + 1e-12)).all()
 
 

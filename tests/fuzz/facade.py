@@ -1,8 +1,8 @@
-"""The public functions on inputs that Hypothesis chooses, against tests/reference.py.
+"""The public functions on inputs that Hypothesis draws, against tests/helpers/reference.py.
 
-Shapes, dtypes, layouts, modes, formats and options are drawn; the numbers come from a seed that is drawn too.
-Every property below holds for whatever is drawn. The suite tries each a few times; as a program this file
-takes how many executions to make, and shares them among the properties.
+Shapes, dtypes, layouts, modes, formats and options are drawn; the numbers come from a drawn seed. Every
+property below holds for all inputs. The suite tries each a few times. Run as a program, this file takes the
+number of executions, and divides them among the properties.
 """
 
 import contextlib
@@ -137,7 +137,7 @@ def arrays(draw, shape=shapes, numbers=NUMBERS):
 
 
 def matrices(m, k, numbers=("normal", "halves", "zeros", "neighbors")):
-    """Of numbers whose products stay within float32."""
+    """Of numbers whose products do not overflow float32."""
     return arrays((m, k), numbers)
 
 
@@ -147,7 +147,7 @@ def assert_equal(actual, expected, what):
     assert np.array_equal(actual, expected, equal_nan=actual.dtype.kind == "f"), what
 
 
-# ---- What is right ----
+# ---- Expected results ----
 
 
 def parts_of(x, fmt):
@@ -180,10 +180,10 @@ def weight_codes(w, fmt, symmetric):
     codes, scales, zeros = np.zeros(w.shape, np.int64), [], []
     for a, b in groups:
         part = w[:, a:b]
-        least, most = np.minimum(part.min(1), F32(0)), np.maximum(part.max(1), F32(0))
+        low, high = np.minimum(part.min(1), F32(0)), np.maximum(part.max(1), F32(0))
         with np.errstate(all="ignore"):
-            scale = np.abs(part).max(1) / F32(fmt.clip) if symmetric else (most - least) / F32(15)
-            zero = np.where(scale > 0, np.floor((-least / scale).astype(np.float64) + 0.5), 0)
+            scale = np.abs(part).max(1) / F32(fmt.clip) if symmetric else (high - low) / F32(15)
+            zero = np.where(scale > 0, np.floor((-low / scale).astype(np.float64) + 0.5), 0)
         if not np.isfinite(scale).all():
             return None
         zero = np.zeros(len(w)) if symmetric else np.clip(zero, 0, 15)
@@ -213,7 +213,7 @@ PROPERTIES = []
 
 
 def drawn(*strategies):
-    """A property of whatever the strategies give: a function that `run` calls."""
+    """Register a property of all that the strategies draw: a function that `run` calls."""
 
     def register(function):
         PROPERTIES.append((function, strategies))
@@ -224,7 +224,7 @@ def drawn(*strategies):
 
 @contextlib.contextmanager
 def unchanged(*held):
-    """The arrays are after the block as they were before."""
+    """The arrays are unchanged after the block."""
     before = [np.array(a, copy=True) for a in held]
     yield
     for a, b in zip(held, before, strict=True):
@@ -284,7 +284,7 @@ def scale(pair, mode, clip, isa):
 
 @drawn(st.data(), formats, modes, isas)
 def refused(data, fmt, mode, isa):
-    """NaN anywhere, or an `out` that cannot be: the error says so, and no array has changed."""
+    """NaN anywhere, or an invalid `out`: the error says so, and no array has changed."""
     shape = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 300)))
     x, _ = data.draw(arrays(shape))
     x = np.array(x, order="C")
@@ -359,7 +359,7 @@ def weights(data, isa, num_threads):
 
 @drawn(st.data(), isas, threads)
 def products(data, isa, num_threads):
-    """The functions and a layer, the layer also from its own arrays."""
+    """The functions and a layer, which is also rebuilt from its arrays."""
     w, plain, options, fmt, expected = draw_weights(data)
     (n, k), m = w.shape, data.draw(st.integers(0, 9))
     x, plain_x = data.draw(matrices(m, k))
@@ -393,7 +393,7 @@ def products(data, isa, num_threads):
 
 
 def product8(x, codes, scales, bias):
-    """One scale an output: the weight's scale first, then the row's."""
+    """One scale per output: first the weight's scale is applied, then the row's."""
     a, a_scales = reference.quantize(x, per_row=True)
     sums = a.astype(np.float64) @ codes.T.astype(np.float64)
     with np.errstate(all="ignore"):
@@ -420,7 +420,7 @@ def transforms(data, isa):
 
 
 def butterflies(x):
-    """The Walsh-Hadamard transform in runs of the largest power of two that divides the length."""
+    """The Walsh-Hadamard transform in blocks of the largest power of two that divides the length."""
     k = x.shape[-1]
     block = k & -k or 1
     y = x.reshape(-1, block).copy()
@@ -434,7 +434,7 @@ def butterflies(x):
 
 @drawn(st.data())
 def loaders(data):
-    """Arrays that are not as they should be are refused by the package's own errors, or taken and work."""
+    """Changed arrays are refused with one of the package's errors, or make a layer that works."""
     w, plain, options, _, expected = draw_weights(data)
     if expected is None or not np.abs(plain).max() < 1e30:
         return
@@ -459,7 +459,7 @@ def loaders(data):
 
 
 def damaged(array, data):
-    """Another array, number or object in the place of one; None for nothing."""
+    """Another array, number or object in place of one; None to remove it."""
     kind = data.draw(st.sampled_from(["none", "number", "object", "cut", "shape", "dtype", "values", "axes"]))
     if kind == "none" or (array is None and kind != "number"):
         return None
@@ -484,7 +484,7 @@ def damaged(array, data):
 
 @drawn(st.data())
 def files(data):
-    """A calibrator's file with bytes changed, cut or added is refused, or is a calibrator that works."""
+    """A calibrator's file with bytes changed, cut or added is refused, or loads a working calibrator."""
     x = np.random.default_rng(data.draw(seeds)).standard_normal((4, 3)).astype(F32)
     channels = data.draw(st.sampled_from([None, 3]))
     calibrator = calibrator_of([x][: data.draw(st.integers(0, 1))], channels)
@@ -511,7 +511,7 @@ def files(data):
 
 @drawn(st.data(), isas, threads)
 def layers(data, isa, num_threads):
-    """Smoothing and rotation in a layer are what the functions of those names do, one after the other."""
+    """Smoothing and rotation in a layer equal the public functions, one after the other."""
     w, plain, options, _, expected = draw_weights(data)
     if expected is None or not np.abs(plain).max() < 1e30:
         return
@@ -546,15 +546,15 @@ def layers(data, isa, num_threads):
 
 @drawn(arrays(), st.data(), isas)
 def others(pair, data, isa):
-    """The ONNX operator, factors and metrics of rows, against a few lines of NumPy."""
+    """The ONNX operator, smooth factors and metrics per row, against a few lines of NumPy."""
     x, plain = pair
     with using(isa), unchanged(x), np.errstate(all="ignore"):
-        least, most = min(plain.min(initial=0), F32(0)), max(plain.max(initial=0), F32(0))
-        step = (most - least) / F32(255)
+        low, high = min(plain.min(initial=0), F32(0)), max(plain.max(initial=0), F32(0))
+        step = (high - low) / F32(255)
         if np.isfinite(step):
             y, scale, zero = dynamic_quantize_linear(x)
             step = step or F32(1)
-            assert (scale, zero) == (step, np.rint(np.clip(-least / step, F32(0), F32(255))))
+            assert (scale, zero) == (step, np.rint(np.clip(-low / step, F32(0), F32(255))))
             codes = np.clip(np.rint(plain / step) + F32(zero), 0, 255).astype(np.uint8)
             assert_equal(y, codes.reshape(x.shape), "ONNX")
         if x.ndim == 2 and x.size and np.abs(plain).max() < 1e18:
@@ -580,7 +580,7 @@ def assert_factors(x, plain, data):
 
 @drawn(st.data(), isas)
 def calibrators(data, isa):
-    """Batches in any order, cut and merged in any way: exact counts and extremes, percentiles as promised."""
+    """Batches in any order, split and merged in any way: exact counts and extremes, bounded percentiles."""
     channels = data.draw(st.none() | st.integers(1, 40))
     k = channels or data.draw(st.integers(0, 300))
     parts = [
@@ -614,21 +614,21 @@ def calibrators(data, isa):
 # ---- Any argument at all ----
 
 N, K = 5, 12
-# What a stranger may pass in the place of anything.
+# Objects that may be passed for any argument.
 ODD = [
     *(None, True, False, 0, -1, 2, 2.5, 0.5, math.nan, math.inf, 1j, 10**30, -(10**30), 10**400, 2**63),
     *("8", b"8", (), [], [[]], {}, {"a": 1}, [1, [2]], range(3), object(), int, np.float64(1), np.int8(4)),
     *(MaxAbs, MaxAbs(), Percentile(0.5), SmoothQuantConfig(), DynQuantFormat.INT8_PER_ROW, np.bool_(True)),
     *(np.ones((), F32), np.zeros(3, object), np.ones((2, 2), "S3"), np.ma.ones((N, K)), np.zeros(3, "f4,f4")),
     *(np.ones((N, K), np.int8), np.ones((N, K), complex), np.empty((0, K), F32), np.empty((N, 0), F32)),
-    # As long as the address space, of one element.
+    # One element, broadcast to the length of the address space.
     *(np.broadcast_to(F32(1), shape) for shape in [(2**46,), (2**23, 2**23), (2**60, 0), (N, 2**44)]),
 ]
 
 
 @st.composite
 def suspects(draw, shape):
-    """Floats of that shape, more often than not; now and then with NaN, or something else altogether."""
+    """Mostly floats of that shape; sometimes with NaN, or another object."""
     kind = draw(st.sampled_from([*["good"] * 8, "bad", "bad", "shape", "odd"]))
     if kind == "odd":
         return draw(st.sampled_from(ODD))
@@ -640,16 +640,16 @@ def suspects(draw, shape):
     if kind == "bad" and x.size:
         x = np.array(x)
         bits = x.view(f"u{x.itemsize}")
-        place = draw(st.integers(0, x.size - 1))
-        # All exponent bits, and any payload.
+        index = draw(st.integers(0, x.size - 1))
+        # All exponent bits set, and any payload.
         payload = draw(st.integers(0, 2 ** (8 * x.itemsize) - 1))
-        bits.reshape(-1)[place] = payload | int(np.array(np.inf, x.dtype).view(bits.dtype))
+        bits.reshape(-1)[index] = payload | int(np.array(np.inf, x.dtype).view(bits.dtype))
     return x
 
 
 @st.composite
 def targets(draw, argument, shape, dtype):
-    """None or an `out`, of that shape and dtype or others, in any layout, read-only, or over the argument."""
+    """None or an `out`: of that shape and dtype or others, of any layout, read-only, or over the argument."""
     kind = draw(
         st.sampled_from(["none", "plain", "plain", "layout", "itself", "overlap", "overlap", "other"])
     )
@@ -665,7 +665,7 @@ def targets(draw, argument, shape, dtype):
         return out
     if kind == "itself" or argument.dtype.hasobject:
         return argument
-    # Memory that holds both, which have at least a byte in common.
+    # One buffer for both, which have at least a byte in common.
     if argument.nbytes == 0 or not argument.flags.writeable:
         return out
     raw = argument.base if type(argument.base) is np.ndarray else argument
@@ -680,7 +680,7 @@ odd = st.sampled_from(ODD)
 
 
 def mostly(strategy):
-    return st.integers(0, 15).flatmap(lambda place: strategy if place else odd)
+    return st.integers(0, 15).flatmap(lambda n: strategy if n else odd)
 
 
 ROWS = np.random.default_rng(0).standard_normal((N, K)).astype(F32)
@@ -815,7 +815,7 @@ IN_PLACE = {"divide", "multiply", "hadamard"}
 
 
 def bytes_of(held):
-    """Of the arrays among arguments, with what lies beside them in the same memory."""
+    """The bytes of all array arguments, and of the buffers that they are views of."""
     found = []
     for each in held:
         if isinstance(each, (list, tuple)):
@@ -829,7 +829,7 @@ def bytes_of(held):
 
 @drawn(st.data(), st.sampled_from(sorted(ANY)), isas)
 def anything(data, name, isa):
-    """Whatever the arguments are: a result, or an error of the package or MemoryError; and no change."""
+    """For any arguments: a result, an error of the package, or MemoryError; and inputs are unchanged."""
     function, strategies, optional, target = ANY[name]
     arguments = [data.draw(strategy) for strategy in strategies]
     names = data.draw(st.sets(st.sampled_from(sorted(optional)))) if optional else ()
@@ -844,7 +844,7 @@ def anything(data, name, isa):
         try:
             function(*arguments, **options, **into)
         except (DynQuantError, MemoryError, ValueError) as error:
-            # NumPy says so of what is longer than an address can be.
+            # NumPy's message for sizes larger than the address space.
             assert isinstance(error, (DynQuantError, MemoryError)) or "array is too big" in str(error)
             assert bytes_of([out]) == before, "out was changed"
         else:
@@ -857,7 +857,7 @@ def anything(data, name, isa):
 
 
 def damage(content, data):
-    """Change a file's bytes, more often where it has structure than among its many zeros."""
+    """Change bytes of a file, more often in its structure than in its many zeros."""
     size = len(content)
     places = [st.integers(0, 800), st.integers(max(0, size - 1500), size - 1), st.integers(0, size - 1)]
     at = data.draw(st.one_of(places))
@@ -875,7 +875,7 @@ def damage(content, data):
 
 
 def run(function, strategies, executions, start):
-    """Try a property that often, beginning with the seed `start`."""
+    """Try a property that many times, starting with the seed `start`."""
     options = settings(
         max_examples=executions,
         deadline=None,
@@ -889,7 +889,7 @@ def run(function, strategies, executions, start):
 def main(executions, start=0):
     each = -(-executions // len(PROPERTIES))
     for function, strategies in PROPERTIES:
-        # Hypothesis remembers every example of a run: many short runs take less memory than a long one.
+        # Hypothesis keeps every example of a run: many short runs take less memory than a long one.
         for chunk in range(0, each, 1000):
             run(function, strategies, min(1000, each - chunk), start + chunk)
         print(f"{function.__name__}: {each} executions", flush=True)

@@ -16,12 +16,12 @@ sys.path.insert(0, str(HERE.parent))
 
 CORPUS = HERE / "corpus.txt"
 TABLE = HERE.parent.parent / "dynquant" / "_table.pxd"
-# Only the kernels steer the fuzzer: the plain loops of kernels.c are checked for bad accesses alone.
+# Only the kernels guide the fuzzer: the plain loops of kernels.c are only checked for bad accesses.
 CHECKS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 def table_header():
-    """The struct of row kernels in C: the text of _table.pxd is nearly that already."""
+    """The struct of row kernels in C, made from the text of _table.pxd."""
     constants, _, fields = TABLE.read_text().partition("ctypedef struct Kernels:\n")
     fields = re.sub(r"#.*", "", fields).replace(" noexcept nogil", ";").replace("bint", "int")
     fields = re.sub(r"^(    \w+ \w+)$", r"\1;", fields, flags=re.MULTILINE)
@@ -33,7 +33,7 @@ def table_header():
 
 
 def build(folder, command, *flags, sources=("kernels.c", "replay.c"), linking=()):
-    """The program made of `sources`, in `folder`; `linking` are flags for the last step alone."""
+    """Build `sources` into a program in `folder`; `linking` are flags for the linker alone."""
     from helpers import programs  # skips the test where there is no compiler
 
     import dynquant
@@ -52,7 +52,7 @@ def build(folder, command, *flags, sources=("kernels.c", "replay.c"), linking=()
 
 
 def environment(*packages):
-    """For a program that embeds Python: the dynquant under test, or the first in the folders `packages`."""
+    """Environment of a program that embeds Python and imports dynquant, first looked up in `packages`."""
     from helpers import programs
 
     home = os.pathsep.join(dict.fromkeys([sys.base_prefix, sys.base_exec_prefix]))

@@ -1,9 +1,9 @@
-/* One input of the fuzzer: what it says is computed by a kernel and by the plain loops below, which share
-   nothing with it, and has to be the same in every bit.
+/* One input of the fuzzer: a kernel and the plain loops below, which share no code with it, compute the same
+   thing, and must agree in every bit.
 
-   Bytes of the input choose an instruction set, a case, lengths, addresses and numbers; what it does not give
-   is zero. Every array is a block of its own on the heap and ends where the block ends, so that AddressSanitizer
-   sees the first byte too far. The public functions are called through dynquant.h, the row kernels behind the
+   The bytes of the input choose an instruction set, a case, lengths, addresses and numbers; missing bytes are
+   zero. Every array is a heap block of its own and ends where the block ends, so that AddressSanitizer reports
+   the first byte out of bounds. The public functions are called through dynquant.h, the row kernels behind the
    other Python functions through the table of dynquant/_table.pxd, which table.h is made from. */
 #include <dynquant.h>
 #include <math.h>
@@ -20,15 +20,15 @@ static PyObject *set_table, *tables;
 
 /* ---- The input ---- */
 
-static const uint8_t *rest;
-static size_t rest_size;
+static const uint8_t *input;
+static size_t input_size;
 static uint32_t noise;
 
 static uint32_t take(int bytes) {
     uint32_t value = 0;
     while (bytes--) {
-        value = value << 8 | (rest_size ? *rest : 0);
-        if (rest_size) rest++, rest_size--;
+        value = value << 8 | (input_size ? *input : 0);
+        if (input_size) input++, input_size--;
     }
     return value;
 }
@@ -39,12 +39,12 @@ static uint32_t more_noise(void) {
     return noise ^= noise << 5;
 }
 
-/* A length up to `most`: short as a rule, and often beside a multiple of 64. */
-static int64_t length(int64_t most) {
+/* A length up to `limit`: mostly short, and often next to a multiple of 64. */
+static int64_t length(int64_t limit) {
     const uint32_t kind = take(1), n = take(2);
-    const int64_t range = kind < 160 ? 150 : kind < 250 ? 700 : most + 1, any = n % (range > most ? most + 1 : range);
+    const int64_t range = kind < 160 ? 150 : kind < 250 ? 700 : limit + 1, any = n % (range > limit ? limit + 1 : range);
     const int64_t beside = any / 64 * 64 + kind % 3 - 1;
-    return kind % 4 || beside < 0 || beside > most ? any : beside;
+    return kind % 4 || beside < 0 || beside > limit ? any : beside;
 }
 
 /* ---- Memory ---- */
@@ -60,10 +60,10 @@ static void *keep(void *block) {
 /* `bytes` that end with their block, `offset` bytes past a multiple of 16. */
 static void *array_at(size_t bytes, size_t offset) { return (char *)keep(malloc(bytes + offset)) + offset; }
 
-/* The same at an address that the input chooses, a multiple of `item`. */
+/* The same, at an address that the input chooses, a multiple of `item`. */
 static void *array(size_t bytes, size_t item) { return array_at(bytes, take(1) % 16 / item * item); }
 
-/* The same at a cache line, which is what panels and rows of activations start at. */
+/* The same, at a cache line, where panels and rows of activations start. */
 static void *lines(size_t bytes) {
     void *block;
     if (posix_memalign(&block, 64, bytes ? bytes : 1)) abort();
@@ -114,7 +114,7 @@ static float number(uint32_t kind) {
     }
 }
 
-/* n floats; only where they are GIVEN, or spoilt at one place, can they be NaN or infinite. */
+/* n floats; NaN and infinity occur only where they are GIVEN, or where one of them was spoiled. */
 static float *floats(int64_t n) {
     const uint32_t kind = take(1), spoil = take(1);
     float *x = array(4 * n, 4);
@@ -130,20 +130,20 @@ static float *finite_floats(int64_t n) {
     return x;
 }
 
-/* Plain magnitudes that no sum or product leaves float32 with. */
+/* Moderate magnitudes, with which no sum or product overflows float32. */
 static float *moderate_floats(int64_t n, uint32_t kind) {
     float *x = array(4 * n, 4);
     for (int64_t i = 0; i < n; i++) x[i] = number(kind % 2);
     return x;
 }
 
-/* n bytes, the least of them `least`. */
-static int8_t *codes_from(int64_t n, int least) {
+/* n codes of at least `low`. */
+static int8_t *codes_from(int64_t n, int low) {
     const uint32_t kind = take(1);
     int8_t *codes = array(n, 1);
     for (int64_t i = 0; i < n; i++) {
         const int code = kind < 200 ? (int)(more_noise() % 256) - 128 : kind < 220 ? 127 : kind < 240 ? -128 : 0;
-        codes[i] = (int8_t)(code < least ? least : code);
+        codes[i] = (int8_t)(code < low ? low : code);
     }
     return codes;
 }
@@ -163,7 +163,7 @@ static void same(const char *what, const void *actual, const void *expected, siz
         if (a[i] != e[i]) fail(what, (int64_t)i);
 }
 
-/* NaN, which infinite products leave, is as good as any other. */
+/* Any NaN, from infinite products, equals any other. */
 static void same_floats(const char *what, const float *actual, const float *expected, int64_t n) {
     for (int64_t i = 0; i < n; i++)
         if (bits_of(actual[i]) != bits_of(expected[i]) && !(isnan(actual[i]) && isnan(expected[i]))) fail(what, i);
@@ -182,12 +182,12 @@ static void untouched(const void *memory, size_t bytes) {
         if (((const uint8_t *)memory)[i] != 77) fail("memory that was to stay as it was", (int64_t)i);
 }
 
-/* ---- What is right ---- */
+/* ---- Expected results ---- */
 
 static float amax_of(const float *x, int64_t n) {
-    float most = 0;
-    for (int64_t i = 0; i < n; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
-    return most;
+    float largest = 0;
+    for (int64_t i = 0; i < n; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
+    return largest;
 }
 
 static int by_size(const void *a, const void *b) {
@@ -230,7 +230,7 @@ static int64_t dot_of(const int8_t *a, const int8_t *b, int64_t n) {
     return sum;
 }
 
-/* The groups' exact sums of one output, each times its scale, added up in ascending order. */
+/* One output: the exact sum of each group times its scale, added in ascending order. */
 static float total_of(const uint8_t *w, const float *scales, const uint8_t *zeros, const int8_t *a, int64_t k,
                       int64_t group) {
     float total = 0;
@@ -295,7 +295,7 @@ static void scales(void) {
     }
 }
 
-/* Every eighth number becomes a boundary between two codes, or the float before or after it. */
+/* Every eighth number becomes a boundary between two codes, or a float next to it. */
 static void to_boundaries(float *x, int64_t n, float scale) {
     for (int64_t i = 0; i < n; i += 8) {
         const uint32_t r = more_noise();
@@ -464,7 +464,7 @@ static void smooth(void) {
     else same("memory that was to stay as it was", out, expected, 4 * m * k);
 }
 
-/* Lengths that cannot be: nothing is read or written. */
+/* Invalid lengths: nothing is read or written. */
 static void impossible(void) {
     static const int64_t LENGTHS[] = {-1, INT64_MIN, INT64_MAX, INT64_MAX / 4 + 1, INT64_MAX / 2};
     const int64_t n = LENGTHS[take(1) % 5];
@@ -513,18 +513,18 @@ static void counts(void) {
     const int shift = take(1) % 2 ? 10 : 0;
     const int32_t prefix = bound >> (shift + 10);
     Py_ssize_t *found = array_at(4096 * sizeof *found, 0), *expected = array_at(4096 * sizeof *expected, 0), below = 0;
-    int32_t most = 0;
+    int32_t largest = 0;
     memset(found, 0, 4096 * sizeof *found);
     memset(expected, 0, 4096 * sizeof *expected);
     for (int64_t i = 0; i < n; i++) {
         const int32_t bits = (int32_t)(bits_of(x[i]) & 0x7FFFFFFF);
         below += bits < bound;
-        if (bits < bound && bits > most) most = bits;
+        if (bits < bound && bits > largest) largest = bits;
         expected[bits >> 20]++;
         if (bits >> (shift + 10) == prefix) expected[2048 + (bits >> shift & 1023)]++;
     }
     if (kernels->count_below_f32(x, bound, n) != below) fail("count", bound);
-    if (kernels->amax_bits_below_f32(x, bound, n) != most) fail("next lower", bound);
+    if (kernels->amax_bits_below_f32(x, bound, n) != largest) fail("next lower", bound);
     kernels->count_top_bits_f32(x, found, n);
     for (int64_t b = 0; b < 2048; b++)
         if (found[b] + found[2048 + b] != expected[b]) fail("top bits", b);
@@ -533,13 +533,13 @@ static void counts(void) {
     same("next bits", found, expected + 2048, 1024 * sizeof *found);
 }
 
-/* Where some are not finite too. */
+/* Also with some that are not finite. */
 static void between(void) {
-    const int64_t n = length(4096), room = take(1) % 2 ? n : take(1);
+    const int64_t n = length(4096), capacity = take(1) % 2 ? n : take(1);
     const float *x = floats(n);
     const int32_t one = (int32_t)(n ? bits_of(x[take(2) % n]) & 0x7FFFFFFF : 0), other = (int32_t)(take(4) >> 1);
     const int32_t low = one < other ? one : other, high = take(1) % 3 ? one < other ? other : one : low;
-    int32_t *kept = sentinel(4 * room, 4), *expected = array_at(4 * n, 0);
+    int32_t *candidates = sentinel(4 * capacity, 4), *expected = array_at(4 * n, 0);
     int64_t below = 3, less = 3, count = 0;
     int finite = 1;
     for (int64_t i = 0; i < n; i++) {
@@ -547,11 +547,11 @@ static void between(void) {
         less += bits < low;
         if (bits >= low && bits <= high) expected[count++] = bits;
     }
-    if (kernels->keep_between_f32(x, low, high, kept, room, &below, &finite, n) != count) fail("count", count);
+    if (kernels->keep_between_f32(x, low, high, candidates, capacity, &below, &finite, n) != count) fail("count", count);
     if (below != less) fail("below", below);
     if (finite != all_finite(x, n)) fail("finite", finite);
-    same("kept", kept, expected, 4 * (count < room ? count : room));
-    if (count < room) untouched(kept + count, 4 * (room - count));
+    same("candidates", candidates, expected, 4 * (count < capacity ? count : capacity));
+    if (count < capacity) untouched(candidates + count, 4 * (capacity - count));
 }
 
 static void asymmetric(void) {
@@ -598,7 +598,7 @@ static void columns(void) {
     same("of a row that is in it", four, one, 4 * n);
 }
 
-/* 8-bit weights of up to five panels, and rows of codes that come in parts. */
+/* 8-bit weights of up to five panels, and rows of codes in several blocks. */
 static void panels(void) {
     const int64_t k = take(1) == 255 ? 65536 + length(3000) : 1 + length(1000), each = kernels->panel_outputs;
     const int64_t n = 1 + take(1) % (5 * each), m = 1 + take(1) % (k < 300 ? 70 : 6), stride = n + take(1) % 5;
@@ -633,7 +633,7 @@ static void panels(void) {
     for (int64_t r = 0; r + 1 < m; r++) untouched(out + r * stride + n, 4 * (stride - n));
 }
 
-/* As matmul, for 4-bit weights with a scale and perhaps a zero point for each group. */
+/* As matmul, for 4-bit weights with a scale and perhaps a zero point per group. */
 static void matmul4(void) {
     const int64_t m = length(9), n = length(40), k = length(300), group = 1 + length(350), bytes = (k + 1) / 2;
     const int64_t count = (k + group - 1) / group, all = n * count;
@@ -676,14 +676,14 @@ static void matmul4(void) {
     same_floats("outputs", out, expected, m * n);
 }
 
-/* 4-bit weights: (rows, ceil(k / 2)) nibbles, a scale and perhaps a zero point for each group. */
+/* 4-bit weights: (rows, ceil(k / 2)) bytes of nibbles, a scale and perhaps a zero point per group. */
 static void groups(void) {
     const int long_groups = take(1) == 255;
-    /* Groups of whole tiles of AMX, with as many rows as these have, or any. */
-    const int64_t unit = long_groups || take(1) % 2 ? 1 : 32, any_k = 1 + length(700), at_most = any_k < 300 ? 70 : 6;
-    const int64_t k = long_groups ? 8193 + length(20000) : (any_k + unit - 1) / unit * unit;
-    const int64_t group = long_groups ? 8193 + take(2) % (k - 8192) : (1 + take(2) % (k / unit)) * unit;
-    const int64_t m = 1 + take(1) % (unit > 1 ? at_most : 6), rows = 1 + take(1) % kernels->panel_outputs;
+    /* Groups of whole AMX tiles, with enough rows to fill tiles; or any groups. */
+    const int64_t multiple = long_groups || take(1) % 2 ? 1 : 32, any_k = 1 + length(700), at_most = any_k < 300 ? 70 : 6;
+    const int64_t k = long_groups ? 8193 + length(20000) : (any_k + multiple - 1) / multiple * multiple;
+    const int64_t group = long_groups ? 8193 + take(2) % (k - 8192) : (1 + take(2) % (k / multiple)) * multiple;
+    const int64_t m = 1 + take(1) % (multiple > 1 ? at_most : 6), rows = 1 + take(1) % kernels->panel_outputs;
     const int64_t count = (k + group - 1) / group, bytes = (k + 1) / 2, all = kernels->panel_outputs;
     const int symmetric = take(1) % 2;
     const float *scales = moderate_floats(rows * count, take(1)), *a_scales = moderate_floats(m, 0);
@@ -733,7 +733,7 @@ static void statistics(void) {
     const float *x = finite_floats(n), *value = finite_floats(n);
     const double mean = number(NEAR_ONE);
     double sum[16] = {0}, deviation[16] = {0}, error[6][16] = {{0}}, sums[6] = {0};
-    float least = 0, most = 0, low = 0, high = 0;
+    float min = 0, max = 0, low = 0, high = 0;
     for (int64_t i = 0; i < n; i++) {
         const double v = x[i], q = value[i], d = fabs(v - q), terms[5] = {d, d * d, v * v, q * q, v * q};
         low = x[i] < low ? x[i] : low;
@@ -743,8 +743,8 @@ static void statistics(void) {
         for (int t = 0; t < 5; t++) error[t][i % 16] += terms[t];
         error[5][0] = d > error[5][0] ? d : error[5][0];
     }
-    kernels->min_max_row_f32(x, &least, &most, n);
-    if (least != low || most != high) fail("range", 0);
+    kernels->min_max_row_f32(x, &min, &max, n);
+    if (min != low || max != high) fail("range", 0);
     same_number("sum", kernels->sum_row_f32_f64(x, n), lanes_of(sum));
     same_number("deviation", kernels->square_deviation_row_f32_f64(x, mean, n), lanes_of(deviation));
     same_number("error", kernels->abs_error_row_f32_f64(x, value, n), lanes_of(error[0]));
@@ -809,7 +809,7 @@ static const struct {
     {"bins", bins},             {"between", between},
 };
 
-/* ---- The two functions that a driver calls ---- */
+/* ---- The two functions that the driver calls ---- */
 
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
     PyObject *core, *isa;
@@ -833,7 +833,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     PyObject *table, *done;
-    rest = data, rest_size = size;
+    input = data, input_size = size;
     table = PyList_GET_ITEM(tables, take(1) % PyList_GET_SIZE(tables));
     kernels = (const Kernels *)PyCapsule_GetPointer(table, "dynquant._table.Kernels");
     done = PyObject_CallFunctionObjArgs(set_table, table, NULL);

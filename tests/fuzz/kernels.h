@@ -1,4 +1,4 @@
-/* What a fuzzer calls: libFuzzer, or replay.c. */
+/* The functions that libFuzzer or replay.c calls. */
 #ifndef DQ_FUZZ_KERNELS_H
 #define DQ_FUZZ_KERNELS_H
 

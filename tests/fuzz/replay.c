@@ -1,20 +1,20 @@
-/* Gives the fuzzer's inputs to kernels.c where there is no libFuzzer: every line of the files named, in
-   hexadecimal, and then as many random inputs as the first argument says. */
+/* Runs kernels.c without libFuzzer: on every line of the given files, an input in hexadecimal, and then on as many
+   random inputs as the first argument says. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "kernels.h"
 
-enum { MOST = 512 };
+enum { MAX_SIZE = 512 };
 
 static long lines_of(const char *path) {
-    char line[2 * MOST + 2];
+    char line[2 * MAX_SIZE + 2];
     long count = 0;
     FILE *file = fopen(path, "r");
     if (file == NULL) exit(2);
     for (; fgets(line, sizeof line, file) != NULL; count++) {
-        uint8_t input[MOST];
+        uint8_t input[MAX_SIZE];
         unsigned byte;
         size_t size = 0;
         while (sscanf(line + 2 * size, "%2x", &byte) == 1) input[size++] = (uint8_t)byte;

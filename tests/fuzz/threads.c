@@ -1,6 +1,6 @@
-/* Threads that call the C table on the same inputs and the same packed weights, on each instruction set; each
-   writes to memory of its own, and finds there what a single thread found. With the argument "race" they all
-   write to the same memory instead, for ThreadSanitizer to show that it looks. */
+/* Threads that call the C table on shared inputs and packed weights, on each instruction set. Each writes to
+   memory of its own, and must get the results of a single thread. With the argument "race" all write to the same
+   memory instead, which ThreadSanitizer must report. */
 #include <dynquant.h>
 #include <pthread.h>
 #include <stddef.h>
@@ -16,7 +16,7 @@ static int8_t w[N * K];
 static uint8_t zero_points[N * GROUPS];
 static void *packed8, *packed4;
 
-/* All that a thread writes. */
+/* Everything that a thread writes. */
 typedef struct {
     int8_t codes[M * K];
     uint8_t nibbles[K / 2];

@@ -1,6 +1,7 @@
 """Builds threads.c with ThreadSanitizer and runs it: `python threads.py PACKAGE FOLDER`.
 
-PACKAGE is where the dynquant is that was built with ``DYNQUANT_SANITIZE=thread``; the program goes to FOLDER.
+PACKAGE is the folder of the dynquant that was built with ``DYNQUANT_SANITIZE=thread``; the program is built
+in FOLDER.
 """
 
 import os
@@ -25,7 +26,7 @@ def main(package, folder):
     planted, real = run(package, program, "race"), run(package, program)
     print(real.stdout, real.stderr, sep="")
     if "data race" not in planted.stderr:
-        sys.exit(f"a race that was planted was not found:\n{planted.stderr}")
+        sys.exit(f"the planted race was not reported:\n{planted.stderr}")
     sys.exit(real.returncode)
 
 

@@ -1,7 +1,7 @@
-"""One call of everything public that computes, for tests that make it again and again.
+"""One call of everything public that computes, for tests that repeat it.
 
-`CALLS` are functions without arguments. `INTO` are pairs: a function of ``out``, and the array to give it.
-`UPDATES` are functions of a Calibrator(K), which they change.
+`CALLS` are functions without arguments. `INTO` are pairs: a function of ``out``, and the array to pass.
+`UPDATES` are functions that update a Calibrator(K).
 """
 
 import os
@@ -65,13 +65,13 @@ LAYER = QuantLinear.from_float(FLOAT_WEIGHT, BIAS)
 LAYER4 = QuantLinear.from_float(FLOAT_WEIGHT, BIAS, bits=4, group_size=3, smooth=FACTORS, hadamard=True)
 CALIBRATOR = calibrator_of([A], K)
 SAVED = os.path.join(tempfile.mkdtemp(prefix="dynquant"), "calibrator.npz")
-# More rows than are quantized at once.
+# More rows than one chunk.
 MANY = np.random.default_rng(2).standard_normal((20, 30_000)).astype(F32)
 WIDE = QuantLinear.from_float(MANY[:2])
 
 
 def new_layer(**options):
-    """A layer with a bias, from few weights, so that options that take long are quick."""
+    """A small layer with a bias, so that the slow options are quick too."""
     return QuantLinear.from_float(FLOAT_WEIGHT[:4, :12], BIAS[:4], smooth=FACTORS[:12], **options)
 
 
@@ -144,7 +144,7 @@ CALLS = {
     "a layer's pickle": lambda: pickle.loads(pickle.dumps(LAYER)),
     "a layer's weights": LAYER4.weight_dequantized,
     "a layer's weights, 8 bits": LAYER.weight_dequantized,
-    # Many batches, so that what is kept for each of them adds up.
+    # Many batches, so that a leak per batch adds up.
     "collect": lambda: CalibStats.collect([A] * 20),
     "calibrator": lambda: calibrator_of([A, HALF], K),
     "calibrator, merged": lambda: Calibrator(K).merge(CALIBRATOR),

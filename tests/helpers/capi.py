@@ -1,4 +1,4 @@
-"""The C table seen from Python: its functions by name, and what the header and the pxd say about them."""
+"""The C table from Python: its functions by name, and their signatures in the header and in the pxd."""
 
 import ctypes
 import os
@@ -33,23 +33,23 @@ def read(path):
 
 
 def signature(result, name, parameters):
-    """One line a function, spaced as in `int f(const float* x, int64_t n)`."""
+    """One line, spaced as in `int f(const float* x, int64_t n)`."""
     text = f"{result} {name}({parameters})"
     return re.sub(r"\s*\*\s*", "* ", re.sub(r"\s+", " ", text)).replace("* )", "*)")
 
 
 def header_signatures():
-    """Signatures of the table's functions, in the order of the struct."""
+    """Signatures of the functions of the table, in the order of the struct."""
     text = re.sub(r"/\*.*?\*/", "", read(HEADER), flags=re.DOTALL)
     body = re.search(r"typedef struct dynquant_api \{(.*?)\} dynquant_api;", text, re.DOTALL)[1]
     found = re.findall(r"(\w+) \(\*(\w+)\)\((.*?)\);", body, re.DOTALL)
-    rest = re.sub(r"\w+ \(\*\w+\)\(.*?\);", "", body, flags=re.DOTALL).split()
-    assert rest == ["int32_t", "version;", "int32_t", "size;"]
+    others = re.sub(r"\w+ \(\*\w+\)\(.*?\);", "", body, flags=re.DOTALL).split()
+    assert others == ["int32_t", "version;", "int32_t", "size;"]
     return [signature(*parts) for parts in found]
 
 
 def pxd_signatures():
-    """The same of the pxd's functions, less the version's."""
+    """The same from the pxd, without the function that returns the version."""
     found = re.findall(
         r"^cdef (\w+) dynquant_(\w+)\((.*?)\) noexcept nogil$", read(PXD), re.DOTALL | re.MULTILINE
     )
@@ -63,7 +63,7 @@ def ctypes_of(parameter):
 
 
 def bound(address, line):
-    """The function at `address`, to be called with arrays, None and numbers as `line` declares it."""
+    """Name and function of the signature `line`; the function takes arrays, None and numbers."""
     result, name, parameters = re.fullmatch(r"(\w+) (\w+)\((.*)\)", line).groups()
     function = ctypes.CFUNCTYPE(_TYPES[result], *map(ctypes_of, parameters.split(", ")))(address)
 
@@ -80,6 +80,7 @@ FUNCTIONS = dict(map(bound, ADDRESSES, header_signatures()))
 
 
 def call(name, *arguments):
+    """Call a function of the table that must succeed."""
     status = FUNCTIONS[name](*arguments)
     assert status == OK, (name, status)
 
@@ -103,7 +104,7 @@ def packed_int4(tensor, offset=0):
 
 
 def arguments_of(name):
-    """A good call of function `name`: a value for each parameter."""
+    """Valid arguments for the function `name`."""
     x, codes, scales, value = np.ones(6, F32), np.ones(6, np.int8), np.ones(2, F32), number()
     packed, scratch = (
         packed_weights(np.ones((2, 3), np.int8)),

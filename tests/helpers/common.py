@@ -1,4 +1,4 @@
-"""What several test files share: instruction sets, bitwise comparison, and inputs worth trying."""
+"""Shared by the test files: instruction sets, bitwise comparison, and inputs worth trying."""
 
 import contextlib
 import pathlib
@@ -10,8 +10,8 @@ from dynquant import Calibrator, DynQuantFormat, MaxAbs, Percentile, _isa, simd_
 F32 = np.float32
 
 _INFO = simd_info()
+# Built and supported by this CPU, weakest first.
 ISAS = [isa for isa in _INFO["built"] if isa in _INFO["supported"]]
-
 
 BLOCK = pathlib.Path(__file__).parents[2] / "bench" / "data" / "minilm_ffn.npz"
 
@@ -27,7 +27,7 @@ FORMATS = {
 
 
 class Arrayish:
-    """What offers nothing but the array protocol."""
+    """An object that offers its data through ``__array__`` alone."""
 
     def __init__(self, x):
         self.x = x
@@ -37,7 +37,7 @@ class Arrayish:
 
 
 class Interface:
-    """What offers its memory by ``__array_interface__`` alone."""
+    """An object that offers its memory through ``__array_interface__`` alone."""
 
     def __init__(self, x):
         self.x = x
@@ -45,7 +45,7 @@ class Interface:
 
 
 class Struct:
-    """What offers its memory by ``__array_struct__`` alone."""
+    """An object that offers its memory through ``__array_struct__`` alone."""
 
     def __init__(self, x):
         self.x = x
@@ -65,6 +65,7 @@ def real_layer(name):
 
 @contextlib.contextmanager
 def using(isa):
+    """Within the block, kernels of the instruction set `isa` run."""
     before = simd_info()["selected"]
     _isa.select(isa)
     try:
@@ -77,28 +78,28 @@ def assert_same_bits(actual, expected, message=""):
     """Equal in dtype, shape and every bit: 0.0 is not -0.0."""
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), message
     if actual.tobytes() != expected.tobytes():
-        places = np.argwhere(actual.view(f"u{actual.itemsize}") != expected.view(f"u{actual.itemsize}"))
-        first = tuple(places[0])
+        indices = np.argwhere(actual.view(f"u{actual.itemsize}") != expected.view(f"u{actual.itemsize}"))
+        first = tuple(indices[0])
         found = f"{actual[first]!r}, expected {expected[first]!r}"
-        raise AssertionError(f"{message} {len(places)} differ, first at {first}: {found}")
+        raise AssertionError(f"{message} {len(indices)} differ, first at {first}: {found}")
 
 
 def assert_tensor_holds(tensor, data, scales, values, message=""):
-    """The same bits in codes, scales and what they stand for."""
+    """The tensor has these codes, scales and dequantized values, bit for bit."""
     assert_same_bits(tensor.scales, scales, message)
     assert_same_bits(tensor.data, data, message)
     assert_same_bits(tensor.dequantize(), values, message)
 
 
 def memory(n_bytes, offset):
-    """`n_bytes` that begin `offset` bytes past a 64-byte boundary."""
+    """`n_bytes` of zeros that start `offset` bytes past a 64-byte boundary."""
     raw = np.zeros(n_bytes + 128, np.uint8)
     start = -raw.ctypes.data % 64 + offset
     return raw[start : start + n_bytes]
 
 
 def array_at(offset, values):
-    """A copy of `values` that begins `offset` bytes past a 64-byte boundary."""
+    """A copy of `values` that starts `offset` bytes past a 64-byte boundary."""
     values = np.ascontiguousarray(values)
     copy = memory(values.nbytes, offset).view(values.dtype).reshape(values.shape)
     copy[...] = values
@@ -106,7 +107,7 @@ def array_at(offset, values):
 
 
 def distributions(n, rng):
-    """Named float32 arrays of length `n` with the shapes that activations and their corner cases take."""
+    """Named float32 arrays of length `n`: distributions of activations, and corner cases."""
     normal = rng.standard_normal(n).astype(F32)
     bits = rng.integers(0, 0x7F800000, n, dtype=np.int32) | (rng.integers(0, 2, n, dtype=np.int32) << 31)
     return {
@@ -116,7 +117,7 @@ def distributions(n, rng):
         "sorted": np.sort(normal),
         "reversed": np.sort(normal)[::-1].copy(),
         "mostly zero": np.where(rng.random(n) < 0.01, normal, F32(0)),
-        # Neighboring floats: they differ only in the lowest bits of the pattern.
+        # Adjacent floats: they differ only in the lowest bits of the mantissa.
         "neighbors": (0x3F800000 + rng.integers(0, 1000, n)).astype(np.int32).view(F32),
         "subnormal": rng.integers(0, 5000, n).astype(np.int32).view(F32),
         "outliers": np.where(rng.random(n) < 0.001, normal * F32(1e4), normal),
@@ -125,7 +126,7 @@ def distributions(n, rng):
 
 
 def channel_data(rng, rows, channels):
-    """float32 (rows, channels): scales of every size, dead channels, outliers of up to 2**20 times others."""
+    """float32 (rows, channels): all magnitudes, dead channels, outliers up to 2**20 times the rest."""
     x = rng.standard_normal((rows, channels)) * 2.0 ** rng.integers(-120, 100, channels)
     x[rng.integers(0, rows, channels), np.arange(channels)] *= 2.0 ** rng.integers(0, 21, channels)
     x[:, rng.integers(0, channels, 1 + channels // 16)] = 0
@@ -141,10 +142,11 @@ def calibrator_of(batches, channels=None):
 
 
 def exact_state(calibrator):
-    """All that a calibrator holds but the sums, which alone may depend on the order."""
-    count, channels, extremes, _sums, *rest = calibrator.__reduce__()[1]
-    return count, channels, extremes.tobytes(), *(a.tobytes() for a in rest)
+    """The state of a calibrator without its sums, which alone depend on the order of updates."""
+    count, channels, extremes, _sums, *counts = calibrator.__reduce__()[1]
+    return count, channels, extremes.tobytes(), *(a.tobytes() for a in counts)
 
 
 def whole_state(calibrator):
+    """The state of a calibrator, sums included."""
     return exact_state(calibrator), calibrator.__reduce__()[1][3].tobytes()

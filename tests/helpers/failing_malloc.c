@@ -1,5 +1,5 @@
-/* Loaded before Python by test_allocation.py: the allocations of a process, counted, and failing on demand.
-   glibc has the same functions under a second name, so that nothing needs to be looked up. */
+/* Preloaded by test_allocation.py: counts the allocations of a process, and makes them fail on demand.
+   glibc has the same functions under a second name, so no symbol needs to be looked up. */
 #include <errno.h>
 #include <pthread.h>
 #include <stddef.h>
@@ -14,8 +14,8 @@ void __libc_free(void *block);
 static long until_first, to_fail, failed, live;
 static pthread_t thread;
 
-/* From now on `skipped` allocations of this thread work, then `count` fail. Those of other threads work: CPython
-   waits for ever for a thread that cannot allocate what it begins with. */
+/* The next `skipped` allocations of this thread succeed, then `count` fail. Those of other threads succeed, because
+   CPython waits forever for a thread that fails to allocate as it starts. */
 void fail_allocations(long skipped, long count) {
     __atomic_store_n(&to_fail, 0, __ATOMIC_SEQ_CST);
     failed = 0;
@@ -24,13 +24,13 @@ void fail_allocations(long skipped, long count) {
     __atomic_store_n(&to_fail, count, __ATOMIC_SEQ_CST);
 }
 
-/* All allocations work again; returns how many did not. */
+/* All allocations succeed again; returns how many failed. */
 long stop_failing(void) {
     __atomic_store_n(&to_fail, 0, __ATOMIC_SEQ_CST);
     return __atomic_load_n(&failed, __ATOMIC_SEQ_CST);
 }
 
-/* Blocks that were allocated and not freed. */
+/* Blocks allocated and not freed. */
 long live_blocks(void) { return live; }
 
 static int fails(void) {

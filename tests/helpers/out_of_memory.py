@@ -1,6 +1,6 @@
-"""What test_allocation.py runs with failing_malloc.c loaded: every allocation of every call fails once.
+"""The program of test_allocation.py, run with failing_malloc.c preloaded: every allocation fails once.
 
-Prints what went wrong, a line each, and how many allocations failed.
+Prints one line for each fault, and how many allocations failed.
 """
 
 import ctypes
@@ -17,21 +17,21 @@ from helpers.common import calibrator_of, whole_state
 _malloc = ctypes.CDLL(None)
 _malloc.fail_allocations.argtypes = [ctypes.c_long, ctypes.c_long]
 _malloc.stop_failing.restype = _malloc.live_blocks.restype = ctypes.c_long
-# More than any call makes: from the first on none works.
+# More than any call makes: all allocations from the first on fail.
 ALL = 1_000_000
-# A call that makes more allocations than this has only some of the later ones fail.
+# Of a call that makes more allocations than this, only some of the later ones are made to fail.
 EVERY_ONE = 400
 
 
 def take_arrays_from_malloc():
-    """Give NumPy the handler of failing_malloc.c: its own keeps small blocks, and gives them again."""
+    """Give NumPy the allocator of failing_malloc.c: its own caches small blocks."""
     api = ctypes.pythonapi
     api.PyCapsule_GetPointer.restype, api.PyCapsule_New.restype = ctypes.c_void_p, ctypes.py_object
     api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
     api.PyCapsule_New.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     numpy_core = getattr(np, "_core", None) or np.core
     table = api.PyCapsule_GetPointer(numpy_core._multiarray_umath._ARRAY_API, None)
-    # PyDataMem_SetHandler, the same place in every NumPy since 1.22.
+    # PyDataMem_SetHandler, at the same index in every NumPy since 1.22.
     address = ctypes.c_void_p.from_address(table + 304 * ctypes.sizeof(ctypes.c_void_p))
     handler = ctypes.addressof(ctypes.c_char.in_dll(_malloc, "array_memory"))
     set_handler = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.py_object)(address.value)
@@ -40,7 +40,7 @@ def take_arrays_from_malloc():
 
 
 def stop_failing():
-    """Let all allocations work, which takes some itself; returns how many did not."""
+    """Let all allocations succeed again, a call that allocates itself; returns how many had failed."""
     while True:
         try:
             return _malloc.stop_failing()
@@ -49,7 +49,7 @@ def stop_failing():
 
 
 def outcome(call, first, count):
-    """What the call gave or raised when `count` allocations from `first` on fail, and how many did fail."""
+    """Result or exception of a call while `count` allocations from `first` on fail; how many did fail."""
     try:
         _malloc.fail_allocations(first, count)
         result = call()
@@ -59,23 +59,23 @@ def outcome(call, first, count):
 
 
 def problem(result, expected, out, before):
-    """What is wrong with what a call gave, or None."""
-    if isinstance(result, MemoryError) or _said_otherwise(result):
+    """Description of the fault in a result, or None."""
+    if isinstance(result, MemoryError) or _memory_error_in_disguise(result):
         return None if out is None or out.tobytes() == before else "out was changed"
     if isinstance(result, BaseException):
         return f"raised {type(result).__name__}: {result}"
     return None if pickle.dumps(result) == expected else "another result"
 
 
-def _said_otherwise(result):
-    """NumPy's iterators may return without an exception; CPython raises something else for want of a lock."""
+def _memory_error_in_disguise(result):
+    """NumPy's iterators may set no exception; CPython raises another error when it cannot make a lock."""
     text = str(result)
-    forgotten = isinstance(result, SystemError) and "without" in text
-    return forgotten or (isinstance(result, (RuntimeError, ValueError)) and "can't allocate" in text)
+    unset = isinstance(result, SystemError) and "without" in text
+    return unset or (isinstance(result, (RuntimeError, ValueError)) and "can't allocate" in text)
 
 
 def sweep(name, call, out, count):
-    """Fail each allocation in turn; returns how many did fail."""
+    """Make each allocation of a call fail in turn; returns how many failed."""
     call()
     expected, total, first = pickle.dumps(call()), 0, 0
     while True:
@@ -93,20 +93,20 @@ def sweep(name, call, out, count):
 
 
 def sweep_twice(name, call, out=None):
-    """The second time nothing is allocated for good, whatever failed."""
+    """Sweep twice; the second time no block may stay allocated, whichever allocation failed."""
     total = sum(sweep(name, call, out, count) for count in (1, 2, ALL))
     gc.collect()
     before = _malloc.live_blocks()
     total += sum(sweep(name, call, out, count) for count in (1, 2, ALL))
     gc.collect()
-    # Free lists of the interpreter and of NumPy keep a few blocks; a leak would show once for each failure.
+    # Free lists of the interpreter and of NumPy keep a few blocks; a leak shows once for each failure.
     if _malloc.live_blocks() - before > 40:
         print(f"{name}: {_malloc.live_blocks() - before} blocks were lost")
     return total
 
 
 def sweep_updates(name, call):
-    """Fail each allocation of a call that changes a calibrator: all of the change is made, or none."""
+    """Make each allocation of an update fail: the calibrator has all of the update, or nothing of it."""
     states, total = [], 0
     while True:
         calibrator = calibrator_of([A[:2] / 3], K)
@@ -119,7 +119,7 @@ def sweep_updates(name, call):
             print(f"{name}: the calibrator was changed, allocation {total}")
         total += 1
     if len({*states, before}) != 2:
-        print(f"{name}: other states than before and after")
+        print(f"{name}: a state other than before and after")
     return total
 
 
@@ -129,7 +129,7 @@ def into(call, out):
 
 def main():
     take_arrays_from_malloc()
-    # A ZipFile that could not begin complains when it ends.
+    # A ZipFile whose constructor failed complains in its destructor.
     sys.unraisablehook = lambda _: None
     pick = sys.argv[1:]
     calls = [(name, call, None) for name, call in CALLS.items()]

@@ -12,7 +12,7 @@ import pytest
 import dynquant
 
 INCLUDE = sysconfig.get_paths()["include"]
-# The emulator that the suite runs under, if any: what an emulated program starts is not emulated by itself.
+# The emulator that the suite runs under, if any: child processes of an emulated program are not emulated.
 EMULATOR = shlex.split(os.environ.get("EMULATOR", ""))
 STRICT = ["-Wall", "-Wextra", "-pedantic", "-Werror"]
 
@@ -32,13 +32,13 @@ def compiler(kind):
 
 
 def environment(**more):
-    """Where a new interpreter finds the packages under test."""
+    """Environment in which a new interpreter finds the packages under test."""
     roots = {os.path.dirname(os.path.dirname(module.__file__)) for module in (dynquant, np)}
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sorted(roots)), **more}
 
 
 def emulated(command):
-    """`command` under the emulator that the suite runs under; compilers, which have no path, as they are."""
+    """`command` under the emulator of the suite, if any; not compilers, which are named without a path."""
     return [*EMULATOR, *command] if os.path.isabs(command[0]) else command
 
 
@@ -50,7 +50,7 @@ def run(command, **options):
 
 
 def library_flags():
-    """What links a program with libpython, as `python3-config --embed --ldflags` has it."""
+    """Flags that link a program with libpython, as `python3-config --embed --ldflags` prints them."""
     folders = [variable("LIBDIR"), variable("LIBPL")]
     names = {variable("LDLIBRARY"), variable("LIBRARY")} - {""}
     if not any(os.path.exists(os.path.join(folder, name)) for folder in folders for name in names):

@@ -1,4 +1,4 @@
-"""What every public function computes, written the slow and obvious way. Tests compare bit for bit with it.
+"""The oracle: every public function in slow, obvious NumPy. Tests compare with it bit for bit.
 
 Nothing here shares code or method with the package: percentiles come from a full sort, codes from one
 division each, integer sums from int64.
@@ -67,12 +67,12 @@ def dequantize(codes, scales, per_row=False):
 
 
 def groups(x, size):
-    """Runs of `size` elements of the last axis; the last one may be shorter."""
+    """Views of `size` elements along the last axis; the last one may be shorter."""
     return [x[..., start : start + size] for start in range(0, x.shape[-1], size)]
 
 
 def quantize_groups(x, clip, size, p=None):
-    """(codes, scales) of `x`, the scales with an axis of groups in place of the last one."""
+    """(codes, scales) of `x`; the last axis of the scales runs over the groups."""
     x = floats(x)
     parts = [quantize(part, clip, p, per_row=True) for part in groups(x, size)]
     if not parts:
@@ -93,14 +93,14 @@ def dequantize_groups(codes, scales, size, zero_points=None):
 
 def weight_range(x, clip, symmetric, share=1.0):
     """(scale, zero_point) for codes of `share` of the range of `x`; the zero point is 0 if symmetric."""
-    least, most = (F32(bound) * F32(share) for bound in (min(0, x.min()), max(0, x.max())))
+    low, high = (F32(bound) * F32(share) for bound in (min(0, x.min()), max(0, x.max())))
     with np.errstate(over="ignore", under="ignore"):
         if symmetric:
-            return max(most, -least) / F32(clip), 0
-        scale = (most - least) / F32(15)
+            return max(high, -low) / F32(clip), 0
+        scale = (high - low) / F32(15)
         if scale == 0:
             return scale, 0
-        return scale, min(math.floor(float(-least / scale) + 0.5), 15)
+        return scale, min(math.floor(float(-low / scale) + 0.5), 15)
 
 
 def weight_codes(x, scale, zero_point, clip, symmetric):
@@ -120,7 +120,7 @@ def square_error(x, codes, scale, zero_point):
 def quantize_weights(w, bits=4, size=None, symmetric=False, search=False):
     """codes (N, K), scales (N, groups), zero_points (N, groups), all 0 if symmetric.
 
-    The search tries the shares 1, 31/32, ..., 10/32 of each range; the first of the best is taken.
+    The search tries the shares 1, 31/32, ..., 10/32 of each range, and takes the first of the best.
     """
     w = floats(w)
     clip = 127 if bits == 8 else 7
@@ -148,7 +148,7 @@ def mae(x, values):
 def smooth_factors(activations, weights, alpha=0.5, epsilon=1e-5, p=None):
     """The powers in float64, each rounded once; the sums, the quotient and the maximum in float32.
 
-    `p` None is the largest magnitude of each channel, and the equation to the letter.
+    With `p` None, the largest magnitude of each channel, as the equation of the paper has it.
     """
     epsilon = F32(epsilon)
     magnitudes = np.sort(np.abs(floats(activations)), axis=0)
@@ -182,7 +182,7 @@ def w8a8_matvec(weight, weight_scales, activation):
 
 
 def w8a8_matmul(weight, weight_scales, x, bias=None):
-    """`weight` (N, K) of codes; `x` (M, K) quantized row by row."""
+    """`weight` (N, K) of codes; `x` (M, K), quantized row by row."""
     a, a_scales = quantize(x, per_row=True)
     # Products of integers added up in float64 are exact below 2**53, and BLAS adds them fast.
     sums = a.astype(np.float64) @ weight.T.astype(np.float64)
@@ -192,7 +192,7 @@ def w8a8_matmul(weight, weight_scales, x, bias=None):
 
 
 def w4a8_matmul(codes, scales, zero_points, size, x, bias=None):
-    """`codes` (N, K) with `zero_points` (N, groups) taken off, or None; `x` (M, K) quantized row by row."""
+    """`codes` (N, K), less `zero_points` (N, groups) if given; `x` (M, K), quantized row by row."""
     a, a_scales = quantize(x, per_row=True)
     total = np.zeros((len(x), len(codes)), F32)
     for g, (w, part) in enumerate(zip(groups(codes, size), groups(a, size), strict=True)):
