@@ -64,8 +64,8 @@ EVERY = {
     **C_CALLS,
     **{f"{name} refuses": refused(calls) for name, calls in refusals().items()},
 }
-# Free lists of the interpreter, of NumPy and of malloc may have grown. 2,000 calls that each leak the smallest
-# block there is leak 32,000 bytes.
+# Free lists of the interpreter, of NumPy and of malloc may have grown. 2,000 calls that each leak the
+# smallest block leak 32,000 bytes.
 MAX_OBJECTS, MAX_BYTES = 200, 16_000
 
 

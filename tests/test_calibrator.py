@@ -95,7 +95,6 @@ def test_worked_examples(x, stats, isa):
     names = ("min", "max", "mean", "std_dev", "p99", "suggested_scale")
     assert [getattr(actual, name) for name in names] == pytest.approx([float(v) for v in stats], rel=1e-12)
     assert all(type(getattr(actual, name)) is float for name in names)
-    assert math.copysign(1, actual.min + 0.0) == math.copysign(1, stats[0])
 
 
 @pytest.mark.parametrize("value", [0.1, 1e4, -3.3e7, 3e38, 1e-40])

@@ -216,7 +216,7 @@ def test_matmul_of_packed_weights(isa, shape, with_bias):
     rng = np.random.default_rng(n)
     w, x = rng.integers(-128, 128, (n, k), dtype=np.int8), floats(m * k).reshape(m, k)
     w_scales, bias = floats(n), floats(n, 1) if with_bias else None
-    expected = dynquant.w8a8_matmul(w, w_scales, x, bias)
+    expected = reference.w8a8_matmul(w, w_scales, x, bias)
     for offset in (0, 1, 37):
         packed, scratch = (
             packed_weights(w, offset),
@@ -238,7 +238,8 @@ def test_matmul_of_packed_4_bit_weights(isa, shape, symmetric, with_bias):
     w, x, bias = floats(n * k, 2).reshape(n, k), floats(m * k).reshape(m, k), floats(n, 1)
     weight = dynquant.quantize_weights(w, bits=4, group_size=group, symmetric=symmetric)
     bias = bias if with_bias else None
-    expected = dynquant.w4a8_matmul(weight, x, bias)
+    codes, scales, zero_points = reference.quantize_weights(w, 4, group, symmetric)
+    expected = reference.w4a8_matmul(codes, scales, zero_points, group, x, bias)
     for offset in (0, 1, 37):
         packed = packed_int4(weight, offset)
         scratch = memory(FUNCTIONS["w4a8_scratch_bytes"](m, k, group), 63 - offset)

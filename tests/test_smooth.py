@@ -416,7 +416,8 @@ def test_every_quotient_next_to_a_tie(shift):
         b = (odd << shift).astype(F32)
         a = np.array(list(near_ties(odd, shift))).astype(F32)
         tried += np.count_nonzero(a != b)
-        for isa in ISAS[1:]:
+        # The baseline divides. It is tried where it is the only one.
+        for isa in ISAS[1:] or ISAS:
             with using(isa):
                 assert_same_bits(smooth_activations(a, b), a / b, isa)
     assert tried > 1000
