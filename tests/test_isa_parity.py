@@ -166,7 +166,7 @@ def test_statistics(dtype):
 
 @each_float
 def test_calibrator(dtype):
-    """count_bins, count_windows_row and the sums, bit for bit."""
+    """count_bins, count_channel_bins_row and the sums, bit for bit."""
     x = floats(np.random.default_rng(10), 3 * LONGEST).astype(dtype)
 
     def calls(arena, offset):

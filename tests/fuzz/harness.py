@@ -26,7 +26,7 @@ def table_header():
     fields = re.sub(r"#.*", "", fields).replace(" noexcept nogil", ";").replace("bint", "int")
     fields = re.sub(r"^(    \w+ \w+)$", r"\1;", fields, flags=re.MULTILINE)
     enums = "".join(
-        f"enum {{ {name} = {value} }};\n" for name, value in re.findall(r"(\w+) = (\d+)", constants)
+        f"enum {{ {name} = {value} }};\n" for name, value in re.findall(r"(\w+) = (\w+)", constants)
     )
     includes = "#include <Python.h>\n#include <stdint.h>\n"
     return f"{includes}{enums}typedef struct {{\n{fields}}} Kernels;\n"

@@ -547,7 +547,7 @@ static void between(void) {
         less += bits < low;
         if (bits >= low && bits <= high) expected[count++] = bits;
     }
-    if (kernels->keep_between_f32(x, low, high, candidates, capacity, &below, &finite, n) != count) fail("count", count);
+    if (kernels->collect_between_f32(x, low, high, candidates, capacity, &below, &finite, n) != count) fail("count", count);
     if (below != less) fail("below", below);
     if (finite != all_finite(x, n)) fail("finite", finite);
     same("candidates", candidates, expected, 4 * (count < capacity ? count : capacity));
@@ -753,16 +753,16 @@ static void statistics(void) {
     same_number("largest error", sums[5], error[5][0]);
 }
 
-/* The counts of a calibration: 2**16 bins, and the WINDOW cells of each column below its largest magnitude. */
+/* The histograms of a calibration: 2**16 bins in all, and for each column CHANNEL_BINS bins up to its amax. */
 static void bins(void) {
     const int64_t n = length(600), columns = n < 70 ? n : 70;
     const float *x = finite_floats(n);
     int64_t *found = array_at(65536 * sizeof *found, 0);
     int32_t *amax = array(4 * columns, 4);
-    uint32_t *cells = array(4 * columns * WINDOW, 4), *expected = array_at(4 * columns * WINDOW, 0);
+    uint32_t *channel_bins = array(4 * columns * CHANNEL_BINS, 4), *expected = array_at(4 * columns * CHANNEL_BINS, 0);
     memset(found, 0, 65536 * sizeof *found);
-    memset(cells, 0, 4 * columns * WINDOW);
-    memset(expected, 0, 4 * columns * WINDOW);
+    memset(channel_bins, 0, 4 * columns * CHANNEL_BINS);
+    memset(expected, 0, 4 * columns * CHANNEL_BINS);
     kernels->count_bins_f32(x, found, n);
     for (int64_t i = 0; i < n; i++)
         if (found[(bits_of(x[i]) & 0x7FFFFFFF) >> 15]-- == 0) fail("bin", i);
@@ -770,13 +770,13 @@ static void bins(void) {
         if (found[b]) fail("bin", b);
     for (int64_t i = 0; i < columns; i++) {
         const int32_t bits = (int32_t)(bits_of(x[i]) & 0x7FFFFFFF);
-        int64_t cell;
+        int64_t bin;
         amax[i] = bits + (int32_t)(more_noise() % (0x7F800000 - bits));
-        cell = WINDOW - 1 - ((amax[i] >> 20) - (bits >> 20));
-        expected[i * WINDOW + (cell < 0 ? 0 : cell)]++;
+        bin = CHANNEL_BINS - 1 - ((amax[i] >> 20) - (bits >> 20));
+        expected[i * CHANNEL_BINS + (bin < 0 ? 0 : bin)]++;
     }
-    kernels->count_windows_row_f32(x, amax, cells, columns);
-    same("cells", cells, expected, 4 * columns * WINDOW);
+    kernels->count_channel_bins_row_f32(x, amax, channel_bins, columns);
+    same("channel bins", channel_bins, expected, 4 * columns * CHANNEL_BINS);
 }
 
 static void hadamard(void) {
