@@ -40,7 +40,7 @@ $(VENV)/installed-%: $(VENV)/installed
 	$(PIP) install --quiet "$$(echo dist/*.whl)[$*]"
 	@touch $@
 
-demo: $(VENV)/installed  ## quantize a real feed-forward block, every recipe beside NumPy
+demo: $(VENV)/installed  ## quantize a real feed-forward block: bytes, accuracy and speed beside NumPy
 	$(BIN)/python bench/demo.py
 
 test: lint $(VENV)/installed-test  ## lint, then test the installed wheel on every instruction set
@@ -87,14 +87,15 @@ old-cpus: $(VENV)/installed-test  ## the suite with the baseline, then on emulat
 		export EMULATOR="$$(command -v qemu-x86_64-static) -cpu $$cpu" NPY_DISABLE_CPU_FEATURES="$(NUMPY_KERNELS)"; \
 		$$EMULATOR $(BIN)/python $(BIN)/pytest $(NOT_EMULATED) $(PYTEST_ARGS) || exit 1; done
 
-bench: $(VENV)/installed-bench  ## every kernel on every instruction set beside NumPy; saves JSON and chart
-	$(BIN)/python bench/run.py $(BENCH_ARGS)
+# The results that the docs show are committed: BENCH_ARGS="--out bench/results/peers.json" replaces them.
+bench: $(VENV)/installed  ## every kernel on every instruction set beside NumPy; saves a summary and a chart in .bench
+	$(BIN)/python -m bench --out .bench/numpy.json $(BENCH_ARGS)
 
-bench-peers: $(VENV)/installed-bench $(VENV)/installed-peers  ## the same beside PyTorch and ONNX Runtime too
-	$(BIN)/python bench/run.py --peers $(BENCH_ARGS)
+bench-peers: $(VENV)/installed-peers  ## the same beside PyTorch and ONNX Runtime too
+	$(BIN)/python -m bench --peers --out .bench/peers.json $(BENCH_ARGS)
 
-bench-avx2: $(VENV)/installed-bench $(VENV)/installed-peers  ## the same with everybody kept from AVX-512
-	$(BIN)/python bench/run.py --peers --no-avx512 $(BENCH_ARGS)
+bench-avx2: $(VENV)/installed-peers  ## the same with everybody kept from AVX-512
+	$(BIN)/python -m bench --peers --no-avx512 --out .bench/peers_avx2.json $(BENCH_ARGS)
 
 wheel: $(VENV)/installed  ## build the wheel into dist/
 	@ls -l dist
@@ -103,6 +104,6 @@ wheels: $(VENV)/installed-wheels  ## build, repair, check and test a wheel for e
 	$(BIN)/python tests/wheels.py --pytest-args "$(PYTEST_ARGS)" $(PYTHONS)
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) build dist wheelhouse *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) .bench build dist wheelhouse *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	rm -f dynquant/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

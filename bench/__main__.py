@@ -1,12 +1,11 @@
-"""`python -m bench`: the same as `python bench/run.py`."""
+"""`python -m bench`."""
 
 import sys
-from pathlib import Path
 
-# This folder instead of the checkout, whose source folder dynquant would hide the installed one.
-sys.path.pop(0)
-sys.path.insert(0, str(Path(__file__).parent))
+# The checkout: its source folder dynquant would hide the installed one. PYTHONPATH=. puts it there again.
+if not getattr(sys.flags, "safe_path", False):
+    sys.path.pop(0)
 
-from run import main
+from bench.cli import main
 
 sys.exit(main())

@@ -7,17 +7,20 @@ and a work array too, so that neither pays for memory that the other does not.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 
 import dynquant as dq
 from dynquant import _isa
+
+from . import oracle
 
 Arrays = dict[str, Any]
 Call = Callable[[Arrays], Any]
@@ -30,7 +33,8 @@ class Case:
     `read` and `written` are bytes of distinct memory; `passes` is how often what is read has to be read,
     2 where a scale over all of it must be known before the first code. `operation` names the peers'
     equivalents in peers.py. `ours` must agree with `oracle` to `rtol`, 0 being bit for bit. Cases of one
-    `group` and of as many `threads` share a table; `layer` is (out_features, in_features, rows).
+    `group` and of as many `threads` share a table; `layer` is (out_features, in_features, rows), and
+    `activations` says what these rows are.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Case:
     rtol: float = 0.0
     group: str = "operations"
     layer: tuple[int, int, int] | None = None
+    activations: str | None = None
     threads: int = 1
 
 
@@ -337,16 +342,54 @@ ROWS = (1, 4, 16, 128)
 # The layers and rows that two threads are measured on: enough work to share.
 SHARED_LAYERS = ((4096, 4096), (11008, 4096))
 SHARED_ROWS = (1, 16, 128)
+# The family "rows": every number of rows that a microkernel or its remainder sees.
+ROW_LAYERS = ((1024, 1024), (3072, 768))
+EVERY_ROWS = range(1, 65)
+# The family "activations".
+ACTIVATION_LAYERS = ((384, 1536), (1536, 384), (1024, 1024), (4096, 4096), (11008, 4096), (30522, 384))
+ACTIVATION_ROWS = (16, 128)
+GROUP_SIZES = (None, 32, 128)
+
+# The layers of the block in data/: what most users have instead of a normal distribution.
+BLOCK = Path(__file__).parent / "data" / "minilm_ffn.npz"
+REAL = {"up": (1536, 384), "down": (384, 1536)}
+ACTIVATIONS = ("normal", *REAL, "uniform", "alternating")
 
 
-def linear(n: int, k: int, m: int, *, group_size: int | None = None, threads: int = 1) -> Case:
+def activations(kind: str, m: int, k: int) -> np.ndarray:
+    """Rows for a layer. Real ones are repeated, in both directions, to the number that is asked for."""
+    if kind in REAL:
+        x = real(f"{kind}_eval")
+        return np.resize(np.tile(x, -(-k // x.shape[1]))[:, :k], (m, k))
+    if kind == "uniform":
+        return np.random.default_rng(1).uniform(-1, 1, (m, k)).astype(np.float32)
+    if kind == "alternating":
+        # Codes 127 and -127 in turn: what exact products on AVX2 find hardest.
+        return np.resize(np.array([1, -1], np.float32), (m, k))
+    return normal(m, k, seed=1)
+
+
+def weights(kind: str, n: int, k: int) -> np.ndarray:
+    """The real weights where the activations and the shape are those of a real layer."""
+    return real(f"{kind}_weight") if REAL.get(kind) == (n, k) else normal(n, k)
+
+
+@functools.cache
+def real(name: str) -> np.ndarray:
+    with np.load(BLOCK) as block:
+        return block[name].astype(np.float32)
+
+
+def linear(
+    n: int, k: int, m: int, *, group_size: int | None = None, threads: int = 1, kind: str = "normal"
+) -> Case:
     """W8A8, or W4A8 in groups of `group_size`. NumPy's side is the float32 layer.
 
     A layer is packed for the selected instruction set, so each has its own, made when first asked for.
     """
     int8 = group_size is None
     group = "W8A8" if int8 else f"W4A8, groups of {group_size}"
-    shape = f"{n}x{k}_m{m}" + f"_t{threads}" * (threads > 1)
+    shape = f"{n}x{k}_m{m}" + f"_{kind}" * (kind != "normal") + f"_t{threads}" * (threads > 1)
     # Half a byte a weight; a float32 scale and a byte of zero point a group.
     weight_bytes = n * k if int8 else n * k // 2 + 5 * n * k // group_size
     return Case(
@@ -354,8 +397,8 @@ def linear(n: int, k: int, m: int, *, group_size: int | None = None, threads: in
         what=f"{group}: linear layer, {n} x {k}, {m} rows; NumPy: float32",
         operation="w8a8_linear" if int8 else "w4a8_linear",
         setup=lambda: {
-            **(int8_layer(n, k) if int8 else int4_layer(n, k, group_size)),
-            "x": normal(m, k, seed=1),
+            **(int8_layer(kind, n, k) if int8 else int4_layer(kind, n, k, group_size)),
+            "x": activations(kind, m, k),
             "out": np.empty((m, n), np.float32),
             "threads": threads,
         },
@@ -366,17 +409,38 @@ def linear(n: int, k: int, m: int, *, group_size: int | None = None, threads: in
         written=4 * m * n,
         group=group,
         layer=(n, k, m),
+        activations=kind,
         threads=threads,
     )
 
 
-def linear_layers(group_size: int | None = None) -> list[Case]:
+def linear_layers(group_size: int | None) -> list[Case]:
     alone = [linear(n, k, m, group_size=group_size) for n, k in LAYERS for m in ROWS]
+    real_ones = [
+        linear(*shape, m, group_size=group_size, kind=kind) for kind, shape in REAL.items() for m in ROWS
+    ]
     shared = [
         linear(n, k, m, group_size=group_size, threads=2) for n, k in SHARED_LAYERS for m in SHARED_ROWS
     ]
-    # The cases of one layer stand together, for whom its weights are made once.
-    return sorted(alone + shared, key=lambda case: case.layer[:2])
+    # The cases of one layer stand together, for which its weights are made once.
+    return sorted(alone + real_ones + shared, key=lambda case: (case.layer[:2], case.activations))
+
+
+def every_number_of_rows(group_size: int | None) -> list[Case]:
+    """Real activations: those of `down`, which has the larger outliers."""
+    return [
+        linear(n, k, m, group_size=group_size, kind=kind)
+        for (n, k), kind in itertools.product(ROW_LAYERS, ("normal", "down"))
+        for m in EVERY_ROWS
+    ]
+
+
+def every_kind_of_activations(group_size: int | None) -> list[Case]:
+    return [
+        linear(n, k, m, group_size=group_size, kind=kind)
+        for (n, k), kind in itertools.product(ACTIVATION_LAYERS, ACTIVATIONS)
+        for m in ACTIVATION_ROWS
+    ]
 
 
 def oracle_w8a8(a: Arrays) -> Any:
@@ -388,8 +452,8 @@ def oracle_w4a8(a: Arrays) -> Any:
 
 
 @functools.lru_cache(maxsize=1)
-def int8_layer(n: int, k: int) -> Arrays:
-    q = dq.dynamic_quantize_int8_per_row(normal(n, k))
+def int8_layer(kind: str, n: int, k: int) -> Arrays:
+    q = dq.dynamic_quantize_int8_per_row(weights(kind, n, k))
     arrays = {"weight_i8": q.data, "weight_scales": q.scales}
     return {
         "w": q.data,
@@ -400,9 +464,9 @@ def int8_layer(n: int, k: int) -> Arrays:
 
 
 @functools.lru_cache(maxsize=1)
-def int4_layer(n: int, k: int, group_size: int) -> Arrays:
+def int4_layer(kind: str, n: int, k: int, group_size: int) -> Arrays:
     """With a zero point for each group, which is the default."""
-    w = normal(n, k)
+    w = weights(kind, n, k)
     q = dq.quantize_weights(w, bits=4, group_size=group_size)
     return {
         "w_packed": q.data,
@@ -428,27 +492,64 @@ def calibration(batches: int, n: int) -> Case:
     )
 
 
-CASES = [
-    *(int8_per_tensor(n) for n in (64, 2**16, 2**20, 2**24)),
-    int8_per_tensor_new(64, np.float32),
-    int8_per_tensor_new(2**20, np.float32),
-    int8_per_tensor_new(2**20, np.float16),
-    int8_per_row(512, 4096, new=False),
-    int8_per_row(512, 4096, new=True),
-    int4_packed(2**20),
-    percentile_scale(2**20, 0.999),
-    percentile_rows(512, 384, 0.999),
-    dequantize(2**20),
-    dequantize(2**24),
-    smooth(512, 4096, weights=False, in_place=True),
-    smooth(512, 4096, weights=False, in_place=False),
-    smooth(512, 4096, weights=True, in_place=True),
-    column_maxima(4096, 4096),
-    quantization_mae(2**20),
-    w8a8_matvec(1024, 1024),
-    w8a8_matvec(4096, 4096),
-    calibration(64, 2**16),
-    *linear_layers(),
-    *linear_layers(group_size=32),
-    *linear_layers(group_size=128),
-]
+def forget_layers() -> None:
+    """The next case makes its layer anew, in other memory."""
+    int8_layer.cache_clear()
+    int4_layer.cache_clear()
+
+
+def operations() -> list[Case]:
+    return [
+        *(int8_per_tensor(n) for n in (64, 2**16, 2**20, 2**24)),
+        int8_per_tensor_new(64, np.float32),
+        int8_per_tensor_new(2**20, np.float32),
+        int8_per_tensor_new(2**20, np.float16),
+        int8_per_row(512, 4096, new=False),
+        int8_per_row(512, 4096, new=True),
+        int4_packed(2**20),
+        percentile_scale(2**20, 0.999),
+        percentile_rows(512, 384, 0.999),
+        dequantize(2**20),
+        dequantize(2**24),
+        smooth(512, 4096, weights=False, in_place=True),
+        smooth(512, 4096, weights=False, in_place=False),
+        smooth(512, 4096, weights=True, in_place=True),
+        column_maxima(4096, 4096),
+        quantization_mae(2**20),
+        w8a8_matvec(1024, 1024),
+        w8a8_matvec(4096, 4096),
+        calibration(64, 2**16),
+    ]
+
+
+FAMILIES: dict[str, Callable[[], list[Case]]] = {
+    "operations": operations,
+    "layers": lambda: _for_each_group_size(linear_layers),
+    "rows": lambda: _for_each_group_size(every_number_of_rows),
+    "activations": lambda: _for_each_group_size(every_kind_of_activations),
+}
+
+
+def _for_each_group_size(layers: Callable[[int | None], list[Case]]) -> list[Case]:
+    return [case for group_size in GROUP_SIZES for case in layers(group_size)]
+
+
+def cases(families: Iterable[str]) -> list[Case]:
+    """The cases of some families; one that is in two of them once."""
+    found = {case.name: case for family in families for case in FAMILIES[family]()}
+    return list(found.values())
+
+
+def check(case: Case, arrays: Arrays, expected: Any) -> None:
+    """Raises AssertionError where dynquant's answer is not the oracle's."""
+    result = case.ours(arrays)
+    for ours, theirs in zip(_parts(result), _parts(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=case.rtol, atol=0, err_msg=case.name)
+
+
+def _parts(result: Any) -> tuple[Any, ...]:
+    if isinstance(result, dq.DynQuantTensor):
+        return result.data, result.scales
+    if isinstance(result, dq.CalibStats):
+        return dataclasses.astuple(result)
+    return result if isinstance(result, tuple) else (result,)

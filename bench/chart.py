@@ -1,22 +1,19 @@
-"""Draws saved results: `python bench/chart.py RESULTS.json CHART.svg`.
+"""Draws a saved run as SVG: `python -m bench chart RESULTS.json CHART.svg`.
 
-A bar for each library and operation; for the linear layers a panel for each kind and shape, with a line for
-each library over the number of rows. On the best instruction set that was measured. Of a library's several
-columns the one that is hardest to beat is drawn.
+A line for each case on the strongest instruction set measured, with a dot for each library at its ratio. Of a
+library's several ways, the one that is hardest to beat is drawn. The SVG is written as text, a line for each
+case, so that it is small and the same results give the same file.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import sys
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Iterator
+from html import escape
 
-import matplotlib.pyplot as plt
-from matplotlib.patches import Patch
+from .summary import Entry, Summary, hardest, strongest_isa
 
-# Library -> beginning of its columns' names, colour.
+# Library -> beginning of its columns' names, color.
 LIBRARIES = {
     "NumPy": ("numpy", "#4477aa"),
     "PyTorch": ("torch", "#ee6677"),
@@ -24,162 +21,105 @@ LIBRARIES = {
     "NumKong (integers only)": ("numkong", "#228833"),
     "dynquant on one thread": ("one_thread", "#999999"),
 }
-BAR = 0.26
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
-# Inches.
-WIDTH, BAR_ROW, PANEL_ROW, MARGIN = 9.5, 0.48, 2.1, 0.7
-# Text stays text, and the same results give the same file.
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "dynquant", "font.size": 9}
+# Pixels.
+WIDTH, LABELS, MARGIN, LINE, TOP, DOT = 820, 330, 30, 15, 66, 4
+STYLE = (
+    "text{font:11px sans-serif;fill:#222}.h{font-weight:bold}.n{fill:#777;font-size:10px}"
+    ".g{stroke:#ddd}.o{stroke:#000}circle{fill-opacity:.9}"
+)
 
 
-def main() -> int:
-    if len(sys.argv) != 3:
-        print(__doc__.partition("\n")[0])
-        return 2
-    save(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
-    return 0
+def svg(summary: Summary) -> str:
+    isa = strongest_isa(summary)
+    cases = [case for case in summary["cases"] if isa in case["isas"]]
+    scale = _Scale([ratio for case in cases for ratio in _dots(case, isa).values()])
+    body = "\n".join(_lines(cases, isa, scale))
+    height = TOP + LINE * (len(cases) + len({case["group"] for case in cases}) + 1)
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
+        f'viewBox="0 0 {WIDTH} {height}"><style>{STYLE}</style>\n'
+        f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>\n'
+    )
+    return (
+        head
+        + "\n".join([*_title(summary, isa), *_legend(cases, isa), scale.grid(height)])
+        + f"\n{body}\n</svg>\n"
+    )
 
 
-def save(report: dict[str, Any], out: Path) -> None:
-    with plt.rc_context(STYLE):
-        draw(report).savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+class _Scale:
+    """A logarithmic axis for `ratios`, on which 1 is as fast as dynquant."""
 
+    def __init__(self, ratios: list[float]) -> None:
+        self.low, self.high = min(0.45, 0.9 * min(ratios)), max(2.2, 1.1 * max(ratios))
 
-def draw(report: dict[str, Any]) -> Any:
-    # Instruction sets are saved weakest first.
-    isa = report["rows"][-1]["isa"]
-    rows = [row for row in report["rows"] if row["isa"] == isa]
-    operations = [row for row in rows if row["layer"] is None]
-    layers = [row for row in rows if row["layer"] is not None]
-    n_groups = len({row["group"] for row in layers})
-    parts = [
-        (draw_operations, operations, BAR_ROW * len(operations) + MARGIN),
-        (draw_layers, layers, PANEL_ROW * n_groups + MARGIN),
-    ]
-    parts = [part for part in parts if part[1]]
-    heights = [height for _, _, height in parts]
-    figure = plt.figure(figsize=(WIDTH, sum(heights) + MARGIN), layout="constrained")
-    subfigures = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for subfigure, (draw_part, data, _) in zip(subfigures, parts, strict=True):
-        draw_part(subfigure, data)
-    _entitle(figure, report, rows, isa)
-    return figure
+    def x(self, ratio: float) -> int:
+        share = math.log(ratio / self.low) / math.log(self.high / self.low)
+        return round(LABELS + share * (WIDTH - LABELS - MARGIN))
 
-
-def draw_operations(figure: Any, rows: list[dict[str, Any]]) -> None:
-    axes = figure.subplots()
-    for prefix, colour in LIBRARIES.values():
-        places, ratios = _bars(rows, prefix)
-        axes.barh(places, [r - 1 for r in ratios], BAR, left=1, color=colour)
-        for place, ratio in zip(places, ratios, strict=True):
-            _label(axes, place, ratio)
-    _ratio_axis(axes, "x", rows)
-    axes.tick_params(axis="x", top=True, labeltop=True)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks(range(len(rows)), [row["what"] for row in rows])
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.spines["right"].set_visible(False)
-
-
-def draw_layers(figure: Any, rows: list[dict[str, Any]]) -> None:
-    """A line of panels for each kind of layer, a column for each shape and number of threads."""
-    panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        threads = f"{row['threads']} threads" if row["threads"] > 1 else "one thread"
-        title = "{} x {}\n{}".format(*row["layer"][:2], threads)
-        panels.setdefault((row["group"], title), []).append(row)
-    groups, titles = (list(dict.fromkeys(names)) for names in zip(*panels, strict=True))
-    titles.sort(key=lambda title: "one thread" not in title)
-    counts = sorted({row["layer"][2] for row in rows})
-    grid = figure.subplots(len(groups), len(titles), squeeze=False, sharex=True, sharey=True)
-    for (i, group), (j, title) in itertools.product(enumerate(groups), enumerate(titles)):
-        _draw_panel(grid[i, j], panels.get((group, title), []), counts)
-        grid[0, j].set_title(title, fontsize=8)
-        grid[i, 0].set_ylabel(group, fontsize=9)
-    _ratio_axis(grid[0, 0], "y", rows)
-    grid[0, 0].set_xticks(range(len(counts)), counts)
-    figure.supxlabel("rows of activations; the least ratio is given", fontsize=9)
-
-
-def _draw_panel(axes: Any, rows: list[dict[str, Any]], counts: list[int]) -> None:
-    places = [counts.index(row["layer"][2]) for row in rows]
-    for prefix, colour in LIBRARIES.values():
-        ratios = [_hardest(row, prefix) for row in rows]
-        if None not in ratios:
-            axes.plot(places, ratios, color=colour, marker="o", markersize=3, linewidth=1.2)
-    for place, row in zip(places, rows, strict=True):
-        least = min(row["ratios"].values())
-        axes.annotate(
-            f"{least:.2g}",
-            (place, least),
-            xytext=(0, -4),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            fontsize=7,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+    def grid(self, height: int) -> str:
+        """A line and a number for each tick."""
+        return "\n".join(
+            f'<path class="{"o" if tick == 1 else "g"}" d="M{self.x(tick)} {TOP}V{height - LINE}"/>'
+            f'<text class="n" text-anchor="middle" x="{self.x(tick)}" y="{TOP - 4}">{tick:g}x</text>'
+            for tick in TICKS
+            if self.low < tick < self.high
         )
-    axes.grid(axis="y", color="#dddddd")
-    axes.axhline(1, color="black", linewidth=1)
-    axes.margins(x=0.12)
 
 
-def _bars(rows: list[dict[str, Any]], prefix: str) -> tuple[list[float], list[float]]:
-    """Places and lengths of one library's bars; the bars of a case stand close together, centred on it."""
-    places, ratios = [], []
-    for y, row in enumerate(rows):
-        present = [p for p, _ in LIBRARIES.values() if _hardest(row, p)]
-        if prefix in present:
-            places.append(y + BAR * (present.index(prefix) - (len(present) - 1) / 2))
-            ratios.append(_hardest(row, prefix))
-    return places, ratios
+def _dots(case: Entry, isa: str) -> dict[str, float]:
+    """Color -> the hardest ratio of that library."""
+    ratios = case["isas"][isa]["ratios"]
+    found = ((color, hardest(ratios, prefix)) for prefix, color in LIBRARIES.values())
+    return {color: ratio for color, ratio in found if ratio is not None}
 
 
-def _hardest(row: dict[str, Any], prefix: str) -> float | None:
-    return min((r for name, r in row["ratios"].items() if name.startswith(prefix)), default=None)
-
-
-def _label(axes: Any, place: float, ratio: float) -> None:
-    side = 1 if ratio >= 1 else -1
-    axes.annotate(
-        f"{ratio:.2g}" if ratio < 10 else f"{ratio:.0f}",
-        (ratio, place),
-        xytext=(3 * side, 0),
-        textcoords="offset points",
-        ha="left" if side == 1 else "right",
-        va="center",
-        fontsize=7,
+def _title(summary: Summary, isa: str) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    others = "" if summary["avx512"] else ", everybody without AVX-512"
+    lines = (
+        "Time of the other library / time of dynquant: right of 1x dynquant is faster",
+        f"{summary['machine']['cpu']}, {isa}{others}, one thread unless a line says otherwise; {versions}",
     )
+    return [
+        f'<text class="{style}" x="{MARGIN}" y="{y}">{escape(line)}</text>'
+        for line, style, y in zip(lines, ("h", "n"), (16, 31), strict=True)
+    ]
 
 
-def _ratio_axis(axes: Any, which: str, rows: list[dict[str, Any]]) -> None:
-    """A logarithmic axis for all ratios of `rows`, on which 1 is as fast as dynquant."""
-    ratios = [r for row in rows for r in row["ratios"].values()]
-    low, high = min(0.45, 0.7 * min(ratios)), max(2.2, 1.5 * max(ratios))
-    ticks = [t for t in TICKS if low < t < high]
-    axes.set(**{f"{which}scale": "log", f"{which}lim": (low, high)})
-    labels = ["1x: as fast" if t == 1 and which == "x" else f"{t:g}x" for t in ticks]
-    axes.set(**{f"{which}ticks": ticks, f"{which}ticklabels": labels})
-    axes.minorticks_off()
-    axes.grid(axis=which, color="#dddddd")
-    axes.set_axisbelow(True)
+def _legend(cases: list[Entry], isa: str) -> list[str]:
+    drawn = {color for case in cases for color in _dots(case, isa)}
+    parts, x = [], MARGIN
+    for name, (_, color) in LIBRARIES.items():
+        if color in drawn:
+            parts.append(_dot(x, 42, color) + f'<text x="{x + 8}" y="46">{name}</text>')
+            x += 26 + 6 * len(name)
+    return parts
 
 
-def _entitle(figure: Any, report: dict[str, Any], rows: list[dict[str, Any]], isa: str) -> None:
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    others = "" if report.get("avx512", True) else ", nobody with AVX-512"
-    figure.suptitle(
-        "Time of the other library / time of dynquant: above 1x dynquant is faster\n"
-        f"{report['machine']['cpu']}, {isa}{others}, one thread unless it says otherwise\n{versions}"
-    )
-    drawn = {
-        library: colour
-        for library, (prefix, colour) in LIBRARIES.items()
-        if any(_hardest(row, prefix) is not None for row in rows)
-    }
-    patches = [Patch(color=colour, label=library) for library, colour in drawn.items()]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
+def _dot(x: int, y: int, color: str) -> str:
+    return f'<circle cx="{x}" cy="{y}" r="{DOT}" fill="{color}"/>'
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _lines(cases: list[Entry], isa: str, scale: _Scale) -> Iterator[str]:
+    """A heading for each group, a line for each case."""
+    y, group = TOP, None
+    for case in sorted(cases, key=lambda case: [c["group"] for c in cases].index(case["group"])):
+        if case["group"] != group:
+            group = case["group"]
+            y += LINE
+            yield f'<text class="h" x="{MARGIN}" y="{y}">{escape(group)}</text>'
+        y += LINE
+        dots = "".join(_dot(scale.x(ratio), y - 4, color) for color, ratio in _dots(case, isa).items())
+        yield f'<text text-anchor="end" x="{LABELS - 12}" y="{y}">{escape(label(case))}</text>{dots}'
+
+
+def label(case: Entry) -> str:
+    """What a case is, below a heading that says its group."""
+    if case["layer"] is None:
+        return str(case["what"])
+    n, k, rows = case["layer"]
+    activations = "" if case["activations"] == "normal" else f", {case['activations']}"
+    threads = f", {case['threads']} threads" if case["threads"] > 1 else ""
+    return f"{n} x {k}, {rows} row{'s' * (rows > 1)}{activations}{threads}"

@@ -4,14 +4,14 @@ How the limits are measured
 ---------------------------
 Each is the best of many repetitions, since other programs can only slow a loop down.
 
-read            dynquant's check for NaN, which does nothing but read, or NumPy's maximum, whichever is
-                faster, on float32 buffers of half an L2 cache, a quarter of an L3 cache, and four times the
+read            dynquant's scale of a whole array, which does nothing but read, or NumPy's maximum, whichever
+                is faster, on float32 buffers of half an L2 cache, a quarter of an L3 cache, and four times the
                 L3 cache (at least 64 MiB, at most 1 GiB), which are kept in main memory.
 write           the faster of ndarray.fill and of multiplying the same buffer in place, of which only the
                 written half is counted.
 copy            numpy.copyto between two such buffers, bytes read and written together.
-divides         dynquant's division of rows by column factors, in place on 128 x 1024 floats, which a core
-                reads and writes faster than it divides.
+divides         the faster of dynquant's and NumPy's division of rows by column factors, in place on
+                128 x 1024 floats, which a core reads and writes faster than it divides.
 multiply_adds   NumPy's product of two float32 matrices of 512 x 512.
 """
 
@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from dynquant import _core, _isa, _validate
+import dynquant as dq
+from dynquant import _isa
 
 LEVELS = ("l2", "l3", "dram")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -41,6 +42,16 @@ def describe() -> dict[str, Any]:
         "os": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
+
+
+def text(described: dict[str, Any], limits: dict[str, Any]) -> str:
+    """What `describe` and `measure_limits` return, to be printed."""
+    lines = ["{cpu}, {cores} cores, {os}, Python {python}".format(**described)]
+    for level in LEVELS:
+        rates = [f"{name} {limits[level][name] / 1e9:.0f} GB/s" for name in ("read", "write", "copy")]
+        lines.append(f"{level:5}{', '.join(rates)}  ({limits[level]['bytes'] >> 10:,} KiB)")
+    rates = [f"{limits[name] / 1e9:.1f} G {name}/s" for name in ("divides", "multiply_adds")]
+    return "\n".join([*lines, f"core {', '.join(rates)}"])
 
 
 def _cpu_model() -> str:
@@ -100,7 +111,7 @@ def _best(call: Callable[[], Any], seconds: float) -> float:
 def _bandwidths(size: int, seconds: float) -> dict[str, float]:
     x = np.ones(size // 4, np.float32)
     y = np.ones_like(x)
-    reads = (lambda: _validate.check_finite(x, "x"), x.max)
+    reads = (lambda: dq.compute_scale(x, 127), x.max)
     writes = (lambda: y.fill(0), lambda: np.multiply(y, np.float32(1), out=y))
     return {
         "bytes": size,
@@ -112,8 +123,11 @@ def _bandwidths(size: int, seconds: float) -> dict[str, float]:
 
 def _divides(seconds: float) -> float:
     x, factors = np.ones((128, 1024), np.float32), np.ones(1024, np.float32)
-    rows = _validate.float_rows(x, *x.shape)
-    return x.size / _best(lambda: _core.scale_columns(rows, factors, True, x), seconds)
+    calls = (
+        lambda: dq.smooth_activations(x, factors, out=x),
+        lambda: np.divide(x, factors, out=x),
+    )
+    return x.size / min(_best(call, seconds) for call in calls)
 
 
 def _multiply_adds(seconds: float) -> float:

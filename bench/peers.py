@@ -2,7 +2,7 @@
 
 A library that is not installed has no column. Where a library offers several ways, the fastest on this
 machine stands for it. Everything that can be done once, before the first call, is done once: conversion to
-tensors, building and optimising the model, packing the weights.
+tensors, building and optimizing the model, packing the weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import oracle
+
+from . import oracle
 
 try:
     import torch
@@ -176,7 +177,7 @@ def torch_float_linear(a: Arrays) -> Call:
 
 
 def torch_dynamic_linear(engine: str) -> Callable[[Arrays], Call]:
-    """The operator behind a dynamically quantised Linear, its int8 weights packed by `engine`."""
+    """The operator behind a dynamically quantized Linear, its int8 weights packed by `engine`."""
 
     def way(a: Arrays) -> Call:
         torch.backends.quantized.engine = engine
@@ -263,7 +264,7 @@ def ort_dynamic_matmul(a: Arrays) -> tuple[Any, Arrays]:
 
 
 def ort_matmul_nbits(a: Arrays) -> tuple[Any, Arrays]:
-    """The same codes, scales and zero points as dynquant's. At accuracy level 4 activations are quantised to
+    """The same codes, scales and zero points as dynquant's. At accuracy level 4 activations are quantized to
     int8, a block at a time; at the others the product is in floating point, and slower."""
     (n, row_bytes), groups = a["w_packed"].shape, a["w_scales"].shape[1]
     weights = {
@@ -298,7 +299,7 @@ def ort_linear(layer: Callable[[Arrays], tuple[Any, Arrays]], *, bound: bool) ->
 
 
 # ----------------------------------------------------------------------------------------------------------
-# NumKong: the integer products alone, of activations that are quantised before
+# NumKong: the integer products alone, of activations that are quantized before
 
 
 def numkong_dots(x: np.ndarray, w: np.ndarray, dtype: str, expected: np.ndarray) -> Call:
@@ -334,13 +335,15 @@ def numkong_int4(a: Arrays) -> Call:
 
 
 def checked_linear(a: Arrays, call: Call) -> Call:
-    """`call`, after a look at its answer: activations of 7 bits, at worst, put it 2 % off the float product.
+    """`call`, after a look at its answer, which shows that the peer was given the right weights.
 
-    A layer that was handed over in the wrong order would be off by more than all of it.
+    A scale for all rows together, and 7 bits, put a peer 2 % off the float32 product for normal activations,
+    and up to some 30 % where a few rows are much larger than the others. A layer that was handed over in the
+    wrong order would be off by more than all of it.
     """
     expected = np.atleast_2d(a["x"] @ a["w_f32"].T)
     error = np.linalg.norm(np.asarray(call()) - expected) / np.linalg.norm(expected)
-    if not error < 0.05:
+    if not error < 0.5:
         raise AssertionError(f"a peer's linear layer is {error:.0%} off the float32 product")
     return call
 

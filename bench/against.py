@@ -1,0 +1,190 @@
+"""This build of dynquant beside another one, both in this process: `python -m bench --against FOLDER`.
+
+Why one process: both builds then read the same input arrays in the same pages, on the same core, a
+millisecond apart, so that a slow moment of the machine is slow for both. Two processes have memory of their
+own, whose pages lie differently in the caches, which is worth some percent for as long as they live, and each
+exchange of a message costs more than many of the calls measured.
+
+How two packages of one name are loaded: `sys.modules` is emptied of the one before the other is imported, and
+holds the modules of the build that is about to run. The extension modules of the two are different files, so
+each has its own static data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import itertools
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from . import cases as case_table
+from .cases import Arrays, Case
+from .sampling import Contender, median_ratio, sample_in_turns
+from .summary import SummaryError
+from .text import columns, duration
+
+OLD, NEW = "old", "new"
+ROUNDS, QUICK_ROUNDS = 61, 9
+# How often a case that is beyond the threshold is measured, each time on new arrays; the median counts.
+REPETITIONS = 3
+
+
+@dataclass
+class Build:
+    """One dynquant package, and the case table bound to it."""
+
+    modules: dict[str, ModuleType]
+    table: ModuleType
+    cases: dict[str, Case]
+
+    def activate(self, isa: str) -> None:
+        """Whatever is imported, selected or called from now on is this build's."""
+        for name in _loaded():
+            del sys.modules[name]
+        sys.modules.update(self.modules)
+        self.modules["dynquant._isa"].select(isa)
+
+    def described(self) -> str:
+        package = self.modules["dynquant"]
+        return f"dynquant {package.__version__} from {Path(package.__file__).parent}"
+
+
+def _loaded() -> dict[str, ModuleType]:
+    return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "dynquant"}
+
+
+def load(folder: Path, families: list[str]) -> Build:
+    """The package in `folder`. The modules of the present one are kept by who has them, but out of sight."""
+    package = folder.resolve() / "dynquant"
+    if not (package / "__init__.py").is_file():
+        raise SummaryError(f"--against: {folder} holds no package dynquant")
+    present = _loaded()
+    if package.samefile(Path(present["dynquant"].__file__).parent):
+        raise SummaryError(f"--against: {package} is the build that runs already")
+    for name in present:
+        del sys.modules[name]
+    sys.path.insert(0, str(package.parent))
+    try:
+        importlib.import_module("dynquant")
+        table = _case_table()
+    except ImportError as error:
+        raise SummaryError(f"--against: {error}") from error
+    finally:
+        sys.path.pop(0)
+    return Build(_loaded(), table, {case.name: case for case in table.cases(families)})
+
+
+def _case_table() -> ModuleType:
+    """A second copy of cases.py, whose `dynquant` is the one that can be imported now."""
+    spec = importlib.util.spec_from_file_location(f"{__package__}.cases_of_old", case_table.__file__)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def main(args: argparse.Namespace, cases: list[Case], isas: list[str]) -> int:
+    """Prints a table; returns 1 if this build is slower in a case by more than the threshold, else 0."""
+    new = Build(_loaded(), case_table, {case.name: case for case in cases})
+    old = load(args.against, args.family)
+    print(f"against {old.described()}", flush=True)
+    rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
+    rows, speedups = [["case", "isa", OLD, NEW, "old/new", ""]], []
+    for isa, name in itertools.product(isas, new.cases):
+        print(f"{name} on {isa} ...", file=sys.stderr, flush=True)
+        if missing := _missing(old, name, isa):
+            print(f"{name}: left out, for the other build has no {missing}", file=sys.stderr)
+            continue
+        seconds, speedup = measure(old, new, name, isa, rounds, args.threshold)
+        speedups.append(speedup)
+        remark = "slower" if _is_slower(speedup, args.threshold) else ""
+        rows.append([name, isa, *map(duration, seconds), f"{speedup:.3f}x", remark])
+    if not speedups:
+        raise SummaryError("--against: the two builds have no case in common")
+    slower = sum(_is_slower(speedup, args.threshold) for speedup in speedups)
+    print(columns(rows))
+    print(
+        f"median {statistics.median(speedups):.3f}x; "
+        f"{slower} of {len(speedups)} slower by more than {args.threshold:g} %"
+    )
+    return int(slower > 0)
+
+
+def _is_slower(speedup: float, threshold: float) -> bool:
+    return 1 / speedup > 1 + threshold / 100
+
+
+def _missing(old: Build, name: str, isa: str) -> str:
+    """What an older build lacks for a case, or nothing."""
+    try:
+        old.activate(isa)
+        case = old.cases[name]
+        case.ours(case.setup())
+    except (AttributeError, ImportError, TypeError) as error:
+        return str(error)
+    except old.modules["dynquant.errors"].IsaError:
+        return isa
+    return ""
+
+
+def measure(
+    old: Build, new: Build, name: str, isa: str, rounds: int, threshold: float
+) -> tuple[tuple[float, float], float]:
+    """Median seconds (old, new), and the median ratio old / new.
+
+    A case that is beyond the threshold, either way, is measured again on arrays and layers made anew, since
+    where they lie in memory can be worth some percent; the median of the ratios counts.
+    """
+    found = [_measure_once(old, new, name, isa, rounds)]
+    if abs(found[0][1] - 1) > threshold / 100:
+        for _ in range(REPETITIONS - 1):
+            old.table.forget_layers()
+            new.table.forget_layers()
+            found.append(_measure_once(old, new, name, isa, rounds))
+    return sorted(found, key=lambda result: result[1])[len(found) // 2]
+
+
+def _measure_once(
+    old: Build, new: Build, name: str, isa: str, rounds: int
+) -> tuple[tuple[float, float], float]:
+    arrays = _arrays(new, name, isa, {})
+    expected = new.cases[name].oracle(arrays)
+    _check(new, name, isa, _arrays(new, name, isa, {}), expected)
+    shared = {key: value for key, value in arrays.items() if isinstance(value, np.ndarray)}
+    old_arrays = _arrays(old, name, isa, shared)
+    _check(old, name, isa, _arrays(old, name, isa, {}), expected)
+    contenders = [
+        _contender(NEW, new, name, isa, arrays),
+        _contender(OLD, old, name, isa, old_arrays),
+    ]
+    threads = new.cases[name].threads
+    # The time of this thread leaves out what other programs take; of several threads it would be a part.
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    samples = sample_in_turns(contenders, rounds, clock=clock, idle=threads > 1)
+    seconds = statistics.median(samples[OLD]), statistics.median(samples[NEW])
+    return seconds, median_ratio(samples[OLD], samples[NEW])
+
+
+def _arrays(build: Build, name: str, isa: str, shared: Arrays) -> Arrays:
+    """The arrays of a case, those in `shared` instead of the build's own."""
+    build.activate(isa)
+    return {**build.cases[name].setup(), **shared}
+
+
+def _check(build: Build, name: str, isa: str, arrays: Arrays, expected: Any) -> None:
+    build.activate(isa)
+    build.table.check(build.cases[name], arrays, expected)
+
+
+def _contender(name: str, build: Build, case: str, isa: str, arrays: Arrays) -> Contender:
+    ours = build.cases[case].ours
+    return Contender(name, lambda: ours(arrays), lambda: build.activate(isa))
