@@ -41,7 +41,7 @@ $(VENV)/installed-%: $(VENV)/installed
 	@touch $@
 
 demo: $(VENV)/installed  ## quantize a real feed-forward block: bytes, accuracy and speed beside NumPy
-	$(BIN)/python bench/demo.py
+	$(BIN)/python -m bench demo
 
 test: lint $(VENV)/installed-test  ## lint, then test the installed wheel on every instruction set
 	$(BIN)/pytest $(PYTEST_ARGS)

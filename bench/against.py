@@ -18,7 +18,6 @@ import importlib.util
 import itertools
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -166,10 +165,7 @@ def _measure_once(
         _contender(NEW, new, name, isa, arrays),
         _contender(OLD, old, name, isa, old_arrays),
     ]
-    threads = new.cases[name].threads
-    # The time of this thread leaves out what other programs take; of several threads it would be a part.
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    samples = sample_in_turns(contenders, rounds, clock=clock, idle=threads > 1)
+    samples = sample_in_turns(contenders, rounds, new.cases[name].threads)
     seconds = statistics.median(samples[OLD]), statistics.median(samples[NEW])
     return seconds, median_ratio(samples[OLD], samples[NEW])
 

@@ -64,7 +64,11 @@ def _run(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.against and args.out:
         parser.error("--against compares, and saves nothing: leave out --out")
-    _set_environment(args)
+    _one_thread()
+    if args.no_avx512:
+        from . import no_avx512
+
+        no_avx512.apply(with_peers=args.peers)
     from . import run
 
     return run.main(args)
@@ -106,13 +110,9 @@ def _positive_float(text: str) -> float:
     return value
 
 
-def _set_environment(args: argparse.Namespace) -> None:
-    """One thread for everybody, unless a case asks for more; libraries read this while they are imported."""
+def _one_thread() -> None:
+    """For everybody, unless a case asks for more; libraries read this while they are imported."""
     os.environ.update(OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", OMP_NUM_THREADS="1")
-    if args.no_avx512:
-        from . import no_avx512
-
-        no_avx512.apply(with_peers=args.peers)
 
 
 def _compare(argv: Sequence[str]) -> int:
@@ -166,4 +166,25 @@ def _table(argv: Sequence[str]) -> int:
     return OK
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"compare": _compare, "chart": _chart, "table": _table}
+def _demo(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} demo",
+        description="Quantize a real feed-forward block: bytes, accuracy, and speed beside NumPy.",
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="also formats of activations, and smoothing factors"
+    )
+    parser.add_argument("--speeds", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    _one_thread()
+    from . import demo
+
+    return demo.print_speeds() if args.speeds else demo.main(args.full)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "compare": _compare,
+    "chart": _chart,
+    "table": _table,
+    "demo": _demo,
+}

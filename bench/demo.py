@@ -1,25 +1,132 @@
-"""What each way of quantising costs on a real feed-forward block, and what it saves.
+"""What quantizing costs on a real feed-forward block, and what it saves: `python -m bench demo`.
 
-For both linear layers of the block: bytes and mean absolute error of the quantised activations, the error of
-the layer's output, and the time to quantise them beside the time of the NumPy expression; and what the choice
-of the smoothing factors is worth. Run by `make demo`.
+For both linear layers of the block: bytes of the quantized layer, the error of its output, and its speed beside
+NumPy's float32 product. Where the processor has more than AVX2, the speed is given twice: with all that it has, and
+with everybody kept from AVX-512, as on most processors. `--full` adds the formats of activations and the
+choices of smoothing factors.
 """
 
+from __future__ import annotations
+
+import json
 import os
-
-# One thread for NumPy's side too; OpenBLAS reads this while it is loaded.
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
-
-import statistics
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 
 import dynquant as dq
 
+from . import machine, no_avx512
+from .sampling import Contender, median_ratio, sample_in_turns
+from .text import columns
+
 DATA = Path(__file__).parent / "data" / "minilm_ffn.npz"
 ROUNDS = 15
+LAYERS = ("up", "down")
+WITHOUT_AVX512 = ("baseline", "avx2")
+
+Speeds = dict[str, tuple[float, float]]
+
+
+def main(full: bool) -> int:
+    isa = dq.simd_info()["selected"]
+    others = {} if isa in WITHOUT_AVX512 else {"avx2": _speeds_without_avx512()}
+    print(f"dynquant {dq.__version__} on {machine.describe()['cpu']}: {isa} kernels, one thread")
+    print(
+        "speed: time of NumPy's float32 product / time of the layer"
+        + " (avx2: both without AVX-512)" * bool(others)
+    )
+    for name in LAYERS:
+        block = load(name)
+        readings = {isa: speeds(*block), **{other: found[name] for other, found in others.items()}}
+        print("\n" + layer_table(name, *block, readings))
+        if full:
+            print("\n" + activation_table(*block))
+            print("\n" + smoothing_table(*block))
+    return 0
+
+
+def load(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weight, calibration tokens and evaluation tokens of a layer."""
+    with np.load(DATA) as block:
+        weight, calibration, x = (
+            block[f"{name}_{part}"].astype(np.float32) for part in ("weight", "calib", "eval")
+        )
+    return weight, calibration, x
+
+
+def print_speeds() -> int:
+    """What another process asks for: the speeds of both layers, as JSON."""
+    print(json.dumps({name: speeds(*load(name)) for name in LAYERS}))
+    return 0
+
+
+def _speeds_without_avx512() -> dict[str, Speeds]:
+    # Nobody can be kept from AVX-512 once it is imported.
+    environment = {**os.environ, **no_avx512.VARIABLES, "DYNQUANT_ISA": "avx2"}
+    command = [sys.executable, "-m", "bench", "demo", "--speeds"]
+    root = Path(__file__).parent.parent
+    return json.loads(
+        subprocess.run(command, env=environment, cwd=root, check=True, capture_output=True).stdout
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Layers
+
+
+def layers(weight: np.ndarray, calibration: np.ndarray) -> dict[str, dq.QuantLinear]:
+    """Name -> the layer with int8 or 4-bit weights, as it is or prepared so that quantizing costs less."""
+    factors = dq.compute_smooth_factors(calibration, weight)
+    group = {"bits": 4, "group_size": 32}
+    options = {
+        "W8A8": {},
+        "W8A8, smoothed": {"smooth": factors},
+        "W8A8, rotated": {"hadamard": True},
+        "W8A8, smoothed, rotated": {"smooth": factors, "hadamard": True},
+        "W4A8 g32": group,
+        "W4A8 g32, compensated": {**group, "calibration": calibration},
+        "W4A8 g32, comp., rotated": {**group, "calibration": calibration, "hadamard": True},
+        "W4A8 g128": {"bits": 4, "group_size": 128},
+    }
+    return {name: dq.QuantLinear.from_float(weight, **chosen) for name, chosen in options.items()}
+
+
+def speeds(weight: np.ndarray, calibration: np.ndarray, x: np.ndarray) -> Speeds:
+    """Name of a layer -> NumPy's time over its time, on all rows of `x` and on one."""
+    several, one = (_speeds(weight, layers(weight, calibration), rows) for rows in (x, x[:1]))
+    return {name: (several[name], one[name]) for name in several}
+
+
+def _speeds(weight: np.ndarray, quantized: dict[str, dq.QuantLinear], x: np.ndarray) -> dict[str, float]:
+    contenders = [Contender("numpy", lambda: x @ weight.T)]
+    contenders += [Contender(name, lambda f=layer: f(x)) for name, layer in quantized.items()]
+    samples = sample_in_turns(contenders, ROUNDS)
+    return {name: median_ratio(samples["numpy"], samples[name]) for name in quantized}
+
+
+def layer_table(
+    name: str, weight: np.ndarray, calibration: np.ndarray, x: np.ndarray, readings: dict[str, Speeds]
+) -> str:
+    n, k = weight.shape
+    heads = [f"{isa}: {tokens}" for isa in readings for tokens in (f"{len(x)} tokens", "1 token")]
+    rows = [[f"{name} {k} -> {n}, {weight.nbytes:,} bytes", "bytes", "output SQNR", *heads]]
+    exact = x.astype(np.float64) @ weight.T.astype(np.float64)
+    for label, layer in layers(weight, calibration).items():
+        ratios = [f"{ratio:.1f}x" for speed in readings.values() for ratio in speed[label]]
+        rows.append([label, f"{layer.memory_bytes:,}", f"{sqnr_db(exact, layer(x)):.1f} dB", *ratios])
+    return columns(rows)
+
+
+def sqnr_db(exact: np.ndarray, approximate: np.ndarray) -> float:
+    """Power of the output over the power of its error, in decibels."""
+    return 10 * np.log10((exact**2).sum() / ((exact - approximate) ** 2).sum())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Formats of activations
 
 
 def numpy_scale(x, clip, axis, p):
@@ -39,8 +146,8 @@ def numpy_quantize(x, clip, axis=None, p=None):
     return np.trunc(v + np.copysign(np.float32(0.5), v)).astype(np.int8)
 
 
-def recipes(factors):
-    """Name -> (quantise x, the NumPy expression, whether x is smoothed first)."""
+def formats(factors):
+    """Name -> (quantize x, the NumPy expression, whether x is smoothed first)."""
     int4, percentile = dq.DynQuantFormat.INT4_PER_ROW, dq.Percentile(0.999)
     return {
         "int8 per tensor": (dq.dynamic_quantize_int8, lambda x: numpy_quantize(x, 127), False),
@@ -73,77 +180,28 @@ def recipes(factors):
     }
 
 
-def sqnr_db(exact, approximate):
-    """Power of the output over the power of its error, in decibels."""
-    return 10 * np.log10((exact**2).sum() / ((exact - approximate) ** 2).sum())
-
-
-def median_times(*functions):
-    """Median time of each function in microseconds, called in turn."""
-    times = [[] for _ in functions]
-    for _ in range(ROUNDS):
-        for function, taken in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) * 1e6 for taken in times]
-
-
-def show_layer(name, weight, calibration, x):
-    n, k = weight.shape
+def activation_table(weight, calibration, x):
+    """Each format with int8 weights, beside the NumPy expression that quantizes the same."""
     factors = dq.compute_smooth_factors(calibration, weight)
     plain = dq.dynamic_quantize_int8_per_row(weight)
     smoothed = dq.dynamic_quantize_int8_per_row(dq.smooth_weights(weight, factors))
     exact = x.astype(np.float64) @ weight.T.astype(np.float64)
-    print(f"\n{name}: {k} -> {n} features, {len(x)} tokens, activations {x.nbytes:,} bytes in float32")
-    print(
-        f"{'activations':24}{'bytes':>8}{'MAE':>10}{'output SQNR':>13}{'time':>10}{'NumPy':>10}{'ratio':>8}"
-    )
-    for label, (quantize, expression, is_smoothed) in recipes(factors).items():
+    rows = [[f"activations, {x.nbytes:,} bytes", "bytes", "MAE", "output SQNR", "speed"]]
+    for label, (quantize, expression, is_smoothed) in formats(factors).items():
         source = dq.smooth_activations(x, factors) if is_smoothed else x
         tensor = quantize(x)
         w = (smoothed if is_smoothed else plain).dequantize().astype(np.float64)
         sqnr = sqnr_db(exact, tensor.dequantize().astype(np.float64) @ w.T)
-        ours, numpys = median_times(lambda q=quantize: q(x), lambda e=expression: e(x))
+        calls = {"numpy": lambda e=expression: e(x), "dynquant": lambda q=quantize: q(x)}
+        samples = sample_in_turns([Contender(name, call) for name, call in calls.items()], ROUNDS)
+        ratio = median_ratio(samples["numpy"], samples["dynquant"])
         mae = dq.quantization_mae(source, tensor)
-        print(
-            f"{label:24}{tensor.memory_bytes:8,}{mae:10.5f}{sqnr:10.1f} dB"
-            f"{ours:7.0f} us{numpys:7.0f} us{numpys / ours:7.1f}x"
-        )
-    show_products(weight, calibration, factors, x, exact)
-    show_smoothing(weight, calibration, x)
+        rows.append([label, f"{tensor.memory_bytes:,}", f"{mae:.5f}", f"{sqnr:.1f} dB", f"{ratio:.1f}x"])
+    return columns(rows)
 
 
-def layers(weight, calibration, factors):
-    """Name -> the layer with int8 or 4-bit weights, as it is or prepared so that quantising costs less."""
-    group = {"bits": 4, "group_size": 32}
-    options = {
-        "W8A8": {},
-        "W8A8, smoothed": {"smooth": factors},
-        "W8A8, rotated": {"hadamard": True},
-        "W8A8, smoothed and rotated": {"smooth": factors, "hadamard": True},
-        "W4A8 g32, symmetric": {**group, "symmetric": True},
-        "W4A8 g32": group,
-        "W4A8 g32, compensated": {**group, "calibration": calibration},
-        "W4A8 g32, comp., rotated": {**group, "calibration": calibration, "hadamard": True},
-        "W4A8 g128": {"bits": 4, "group_size": 128},
-    }
-    return {name: dq.QuantLinear.from_float(weight, **chosen) for name, chosen in options.items()}
-
-
-def show_products(weight, calibration, factors, x, exact):
-    """The layer itself, with integer weights and activations, against float32."""
-    print(
-        f"{'layer (float32 ' + format(weight.nbytes, ',') + ' bytes)':32}{'bytes':>9}{'output SQNR':>13}",
-        end="",
-    )
-    print("".join(f"{tokens:>12}{'NumPy':>10}{'ratio':>8}" for tokens in (f"{len(x)} tokens", "1 token")))
-    for label, layer in layers(weight, calibration, factors).items():
-        print(f"{label:32}{layer.memory_bytes:9,}{sqnr_db(exact, layer(x)):10.1f} dB", end="")
-        for rows in (x, x[:1]):
-            ours, numpys = median_times(lambda f=layer, r=rows: f(r), lambda r=rows: r @ weight.T)
-            print(f"{ours:9.0f} us{numpys:7.0f} us{numpys / ours:7.1f}x", end="")
-        print()
+# ----------------------------------------------------------------------------------------------------------
+# Choices of smoothing factors
 
 
 def smoothings(weight, calibration):
@@ -164,28 +222,16 @@ def smoothings(weight, calibration):
     }
 
 
-def show_smoothing(weight, calibration, x):
+def smoothing_table(weight, calibration, x):
     """W8A8 with factors chosen in several ways, on the tokens they were chosen by and on others."""
-    (taken,) = median_times(lambda: dq.search_alpha(calibration, weight))
-    print(f"{'smoothing':34}{'calibration':>12}{'evaluation':>14}    (search: {taken / 1e3:.0f} ms)")
+    rows = [["smoothing of W8A8", "calibration", "evaluation"]]
     for label, factors in smoothings(weight, calibration).items():
         layer = dq.QuantLinear.from_float(weight, smooth=factors)
-        seen, unseen = (
-            sqnr_db(tokens.astype(np.float64) @ weight.T.astype(np.float64), layer(tokens))
-            for tokens in (calibration, x)
+        rows.append(
+            [label, *(f"{_output_sqnr(layer, weight, tokens):.1f} dB" for tokens in (calibration, x))]
         )
-        print(f"  {label:32}{seen:9.1f} dB{unseen:11.1f} dB")
+    return columns(rows)
 
 
-def main():
-    block = np.load(DATA)
-    print(f"dynquant {dq.__version__}, {dq.simd_info()['selected']} kernels, one thread")
-    for name in ("up", "down"):
-        weight, calibration, x = (
-            block[f"{name}_{part}"].astype(np.float32) for part in ("weight", "calib", "eval")
-        )
-        show_layer(name, weight, calibration, x)
-
-
-if __name__ == "__main__":
-    main()
+def _output_sqnr(layer, weight, tokens):
+    return sqnr_db(tokens.astype(np.float64) @ weight.T.astype(np.float64), layer(tokens))

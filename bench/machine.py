@@ -5,8 +5,8 @@ How the limits are measured
 Each is the best of many repetitions, since other programs can only slow a loop down.
 
 read            dynquant's scale of a whole array, which does nothing but read, or NumPy's maximum, whichever
-                is faster, on float32 buffers of half an L2 cache, a quarter of an L3 cache, and four times the
-                L3 cache (at least 64 MiB, at most 1 GiB), which are kept in main memory.
+                is faster, on float32 buffers of half an L2 cache, a quarter of an L3 cache, and four times
+                the L3 cache (at least 64 MiB, at most 1 GiB), which are kept in main memory.
 write           the faster of ndarray.fill and of multiplying the same buffer in place, of which only the
                 written half is counted.
 copy            numpy.copyto between two such buffers, bytes read and written together.

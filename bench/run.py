@@ -126,7 +126,7 @@ def measure(
         ours = [_on_isa(isa, case, arrays) for isa in isas]
         others = [Contender(numpy_column, lambda: case.numpy(arrays))]
         others += _other_contenders(case, arrays, with_peers)
-        samples = sample_in_turns(ours + others, rounds, idle=case.threads > 1)
+        samples = sample_in_turns(ours + others, rounds, case.threads)
     return _entry(case, isas, samples, limits)
 
 

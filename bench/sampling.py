@@ -3,6 +3,9 @@
 All contenders of a case take turns within one process: in each round each is sampled once, and the round
 starts with another one each time. A ratio is taken within a round and its median over the rounds reported, so
 that a machine that is slow for a while is slow for both sides of it.
+
+On one thread the time is the thread's own, which leaves out what other programs take of the core; on several
+it is that of the clock on the wall.
 """
 
 from __future__ import annotations
@@ -34,23 +37,27 @@ class Contender:
     prepare: Call = lambda: None
 
 
-def sample_in_turns(
-    contenders: list[Contender], rounds: int, *, clock: Clock = time.perf_counter, idle: bool = False
-) -> dict[str, list[float]]:
-    """Seconds of a call of each contender in each round; with `idle`, each starts on an idle process."""
+def sample_in_turns(contenders: list[Contender], rounds: int, threads: int = 1) -> dict[str, list[float]]:
+    """Seconds of a call of each contender in each round."""
+    clock = _clock(threads)
     samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     gc.collect()
     gc.disable()
-    repeats = {contender.name: _enough(contender) for contender in contenders}
+    repeats = {contender.name: _enough(contender, clock) for contender in contenders}
     for i in range(rounds):
         shift = i % len(contenders)
         for contender in contenders[shift:] + contenders[:shift]:
             contender.prepare()
-            if idle:
+            if threads > 1:
                 _wait_until_idle()
             samples[contender.name].append(_sample(contender.call, repeats[contender.name], clock))
     gc.enable()
     return samples
+
+
+def _clock(threads: int) -> Clock:
+    """A thread's own time is too coarse on Windows."""
+    return time.thread_time if threads == 1 and sys.platform != "win32" else time.perf_counter
 
 
 def median_ratio(others: list[float], ours: list[float]) -> float:
@@ -71,7 +78,7 @@ def _wait_until_idle() -> None:
             return
 
 
-def _enough(contender: Contender) -> int:
+def _enough(contender: Contender, clock: Clock) -> int:
     """How many calls make a sample. Some first calls, which find and keep memory, are not looked at."""
     contender.prepare()
     end = time.perf_counter() + WARM_UP_SECONDS
@@ -80,7 +87,7 @@ def _enough(contender: Contender) -> int:
         if time.perf_counter() > end:
             break
     repeats = 1
-    while repeats * _sample(contender.call, repeats, time.perf_counter) < SAMPLE_SECONDS:
+    while repeats * _sample(contender.call, repeats, clock) < SAMPLE_SECONDS:
         repeats *= 2
     return repeats
 
