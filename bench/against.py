@@ -47,10 +47,12 @@ class Build:
 
     def activate(self, isa: str) -> None:
         """Whatever is imported, selected or called from now on is this build's."""
-        for name in _loaded():
-            del sys.modules[name]
-        sys.modules.update(self.modules)
+        if sys.modules.get("dynquant") is not self.modules["dynquant"]:
+            _take_out()
+            sys.modules.update(self.modules)
         self.modules["dynquant._isa"].select(isa)
+        # Selecting imports the module of an instruction set when it is first asked for.
+        self.modules |= _loaded()
 
     def described(self) -> str:
         package = self.modules["dynquant"]
@@ -61,16 +63,20 @@ def _loaded() -> dict[str, ModuleType]:
     return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "dynquant"}
 
 
+def _take_out() -> None:
+    """Of `sys.modules`; whoever has the modules keeps them."""
+    for name in _loaded():
+        del sys.modules[name]
+
+
 def load(folder: Path, families: list[str]) -> Build:
-    """The package in `folder`. The modules of the present one are kept by who has them, but out of sight."""
+    """The package in `folder`, which becomes the active one."""
     package = folder.resolve() / "dynquant"
     if not (package / "__init__.py").is_file():
         raise SummaryError(f"--against: {folder} holds no package dynquant")
-    present = _loaded()
-    if package.samefile(Path(present["dynquant"].__file__).parent):
+    if package.samefile(Path(sys.modules["dynquant"].__file__).parent):
         raise SummaryError(f"--against: {package} is the build that runs already")
-    for name in present:
-        del sys.modules[name]
+    _take_out()
     sys.path.insert(0, str(package.parent))
     try:
         importlib.import_module("dynquant")

@@ -1,9 +1,9 @@
 """What quantizing costs on a real feed-forward block, and what it saves: `python -m bench demo`.
 
-For both linear layers of the block: bytes of the quantized layer, the error of its output, and its speed beside
-NumPy's float32 product. Where the processor has more than AVX2, the speed is given twice: with all that it has, and
-with everybody kept from AVX-512, as on most processors. `--full` adds the formats of activations and the
-choices of smoothing factors.
+For both linear layers of the block: bytes of the quantized layer, the error of its output, and its speed
+beside NumPy's float32 product. Where the processor has more than AVX2, the speed is given twice: with all
+that it has, and with everybody kept from AVX-512, as on most processors. `--full` adds the formats of
+activations and the choices of smoothing factors.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ ROUNDS = 15
 LAYERS = ("up", "down")
 WITHOUT_AVX512 = ("baseline", "avx2")
 
+Layers = dict[str, dq.QuantLinear]
 Speeds = dict[str, tuple[float, float]]
 
 
@@ -39,12 +40,14 @@ def main(full: bool) -> int:
         + " (avx2: both without AVX-512)" * bool(others)
     )
     for name in LAYERS:
-        block = load(name)
-        readings = {isa: speeds(*block), **{other: found[name] for other, found in others.items()}}
-        print("\n" + layer_table(name, *block, readings))
+        weight, calibration, x = load(name)
+        quantized = layers(weight, calibration)
+        readings = {isa: speeds(quantized, weight, x)}
+        readings |= {other: found[name] for other, found in others.items()}
+        print("\n" + layer_table(name, quantized, weight, x, readings))
         if full:
-            print("\n" + activation_table(*block))
-            print("\n" + smoothing_table(*block))
+            print("\n" + activation_table(weight, calibration, x))
+            print("\n" + smoothing_table(weight, calibration, x))
     return 0
 
 
@@ -59,7 +62,11 @@ def load(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def print_speeds() -> int:
     """What another process asks for: the speeds of both layers, as JSON."""
-    print(json.dumps({name: speeds(*load(name)) for name in LAYERS}))
+    found = {}
+    for name in LAYERS:
+        weight, calibration, x = load(name)
+        found[name] = speeds(layers(weight, calibration), weight, x)
+    print(json.dumps(found))
     return 0
 
 
@@ -77,7 +84,7 @@ def _speeds_without_avx512() -> dict[str, Speeds]:
 # Layers
 
 
-def layers(weight: np.ndarray, calibration: np.ndarray) -> dict[str, dq.QuantLinear]:
+def layers(weight: np.ndarray, calibration: np.ndarray) -> Layers:
     """Name -> the layer with int8 or 4-bit weights, as it is or prepared so that quantizing costs less."""
     factors = dq.compute_smooth_factors(calibration, weight)
     group = {"bits": 4, "group_size": 32}
@@ -94,13 +101,13 @@ def layers(weight: np.ndarray, calibration: np.ndarray) -> dict[str, dq.QuantLin
     return {name: dq.QuantLinear.from_float(weight, **chosen) for name, chosen in options.items()}
 
 
-def speeds(weight: np.ndarray, calibration: np.ndarray, x: np.ndarray) -> Speeds:
+def speeds(quantized: Layers, weight: np.ndarray, x: np.ndarray) -> Speeds:
     """Name of a layer -> NumPy's time over its time, on all rows of `x` and on one."""
-    several, one = (_speeds(weight, layers(weight, calibration), rows) for rows in (x, x[:1]))
-    return {name: (several[name], one[name]) for name in several}
+    several, one = (_speeds(quantized, weight, rows) for rows in (x, x[:1]))
+    return {name: (several[name], one[name]) for name in quantized}
 
 
-def _speeds(weight: np.ndarray, quantized: dict[str, dq.QuantLinear], x: np.ndarray) -> dict[str, float]:
+def _speeds(quantized: Layers, weight: np.ndarray, x: np.ndarray) -> dict[str, float]:
     contenders = [Contender("numpy", lambda: x @ weight.T)]
     contenders += [Contender(name, lambda f=layer: f(x)) for name, layer in quantized.items()]
     samples = sample_in_turns(contenders, ROUNDS)
@@ -108,13 +115,13 @@ def _speeds(weight: np.ndarray, quantized: dict[str, dq.QuantLinear], x: np.ndar
 
 
 def layer_table(
-    name: str, weight: np.ndarray, calibration: np.ndarray, x: np.ndarray, readings: dict[str, Speeds]
+    name: str, quantized: Layers, weight: np.ndarray, x: np.ndarray, readings: dict[str, Speeds]
 ) -> str:
     n, k = weight.shape
     heads = [f"{isa}: {tokens}" for isa in readings for tokens in (f"{len(x)} tokens", "1 token")]
     rows = [[f"{name} {k} -> {n}, {weight.nbytes:,} bytes", "bytes", "output SQNR", *heads]]
     exact = x.astype(np.float64) @ weight.T.astype(np.float64)
-    for label, layer in layers(weight, calibration).items():
+    for label, layer in quantized.items():
         ratios = [f"{ratio:.1f}x" for speed in readings.values() for ratio in speed[label]]
         rows.append([label, f"{layer.memory_bytes:,}", f"{sqnr_db(exact, layer(x)):.1f} dB", *ratios])
     return columns(rows)
