@@ -20,7 +20,7 @@ library = $$($(CC) -print-file-name=$(1).so)
 UNSANITIZED := $(addprefix --deselect tests/test_,memory.py allocation.py old_cpus.py \
 	import.py::test_time_and_memory_of_the_import)
 
-.PHONY: help demo test lint bench bench-peers bench-avx2 wheel wheels sanitize tsan leaks fuzz old-cpus clean
+.PHONY: help demo test lint docs bench bench-peers bench-avx2 wheel wheels sanitize tsan leaks fuzz old-cpus clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,9 @@ lint: $(VENV)/installed-lint  ## ruff, cython-lint, mypy, stubs against the buil
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint dynquant/*.pyx dynquant/*.pxd dynquant/core/*.pxi dynquant/kernels/*.pxi tests/embed/*/*.pyx
 	$(BIN)/mypy
 	$(BIN)/stubtest --ignore-missing-stub dynquant._core dynquant.capi
+
+docs: $(VENV)/installed-docs  ## build the documentation into docs/_build/html; a warning is an error
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 sanitize: $(VENV)/installed-test  ## the whole suite with AddressSanitizer and UndefinedBehaviorSanitizer
 	DYNQUANT_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build --build-lib build/sanitized
@@ -104,6 +107,7 @@ wheels: $(VENV)/installed-wheels  ## build, repair, check and test a wheel for e
 	$(BIN)/python tests/wheels.py --pytest-args "$(PYTEST_ARGS)" $(PYTHONS)
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) .bench build dist wheelhouse *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) .bench build dist wheelhouse docs/_build docs/generated *.egg-info
+	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	rm -f dynquant/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

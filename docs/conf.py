@@ -1,0 +1,41 @@
+"""Configuration of Sphinx. `make docs` builds the pages; a warning is an error there."""
+
+import dynquant
+
+project = "dynquant"
+author = "The dynquant developers"
+copyright = f"2026, {author}"
+release = version = dynquant.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "numpydoc",
+]
+exclude_patterns = ["_build", "figures/*.py"]
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+# The docstrings name types with their shapes and dtypes; the annotations would say it again, and less.
+autodoc_typehints = "none"
+autosummary_generate = True
+default_role = "py:obj"
+numpydoc_class_members_toctree = False
+numpydoc_show_inherited_class_members = False
+
+html_theme = "pydata_sphinx_theme"
+html_title = f"dynquant {release}"
+html_static_path = ["_static"]
+html_css_files = ["dynquant.css"]
+html_theme_options = {
+    "logo": {"text": "dynquant"},
+    "navbar_end": ["theme-switcher"],
+    "secondary_sidebar_items": ["page-toc"],
+    "show_prev_next": True,
+    "footer_start": ["copyright"],
+    "footer_end": ["sphinx-version"],
+}
+html_sidebars = {"changelog": [], "index": []}
+html_show_sourcelink = False

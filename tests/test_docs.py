@@ -1,0 +1,112 @@
+"""README and docs: every block of Python runs, prints what the page shows, and every link leads somewhere.
+
+The blocks of a page run from top to bottom in one namespace. A block that is fenced as `output` shows what
+the block before it prints; a block without one prints nothing. The text has to be the same. A number with a
+decimal point may differ by one in its last digit, because the last bits of NumPy's products depend on the BLAS.
+"""
+
+import contextlib
+import io
+import itertools
+import os
+import re
+import shutil
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+import dynquant
+
+ROOT = Path(__file__).parent.parent
+GUIDE = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")] + GUIDE
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+DECIMAL = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def examples(text):
+    """(line, code, what it prints) of every block of Python."""
+    blocks = [(match[1], match[2], text.count("\n", 0, match.start(2))) for match in FENCE.finditer(text)]
+    pairs = itertools.zip_longest(blocks, blocks[1:], fillvalue=("", "", 0))
+    return [
+        (line, code, follower[1] if follower[0] == "output" else "")
+        for (language, code, line), follower in pairs
+        if language == "python"
+    ]
+
+
+def prose(page):
+    """The text of a page without its code."""
+    return re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
+
+
+def agree(shown, printed):
+    """Whether the texts are the same, but for one unit in the last digit of decimal numbers."""
+    if DECIMAL.sub("#", shown) != DECIMAL.sub("#", printed):
+        return False
+    pairs = zip(map(Decimal, DECIMAL.findall(shown)), map(Decimal, DECIMAL.findall(printed)), strict=True)
+    return all(unit(a) == unit(b) and abs(a - b) <= unit(a) for a, b in pairs)
+
+
+def unit(number):
+    """One in its last digit."""
+    return Decimal(1).scaleb(number.as_tuple().exponent)
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "same"),
+    [
+        ("3 rows, 1.25 dB", "3 rows, 1.26 dB", True),
+        ("3 rows, 1.25 dB", "3 rows, 1.27 dB", False),
+        ("3 rows, 1.25 dB", "4 rows, 1.25 dB", False),
+        ("1.2", "1.20", False),
+        ("-0.5", "0.5", False),
+        ("[1.0, 2.0]", "[1.0]", False),
+    ],
+)
+def test_comparison_of_outputs(shown, printed, same):
+    assert agree(shown, printed) == same
+
+
+@each_page
+def test_code_prints_what_the_page_shows(page, tmp_path, monkeypatch):
+    data = tmp_path / "bench" / "data"
+    data.mkdir(parents=True)
+    shutil.copy(ROOT / "bench" / "data" / "minilm_ffn.npz", data)
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "example"}
+    for line, code, shown in examples(page.read_text(encoding="utf-8")):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            # Blank lines in front, so that a traceback names the line of the page.
+            exec(compile("\n" * line + code, str(page), "exec"), namespace)
+        found = printed.getvalue()
+        assert agree(shown, found), f"{page}:{line} prints\n{found}\nand shows\n{shown}"
+
+
+@each_page
+def test_links_lead_to_files(page):
+    links = [link for link in LINK.findall(prose(page)) if "://" not in link]
+    missing = [link for link in links if not os.path.exists(page.parent / link)]
+    assert not missing
+
+
+@each_page
+def test_make_targets_exist(page):
+    targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    named = re.findall(r"(?:`|\$ |^)make ([a-z0-9-]+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(named) <= set(targets)
+
+
+def test_reference_has_every_public_name():
+    text = (ROOT / "docs" / "reference.rst").read_text(encoding="utf-8")
+    listed = re.findall(r"^(?: {3}|\.\. data:: )(\w+)$", text, re.MULTILINE)
+    assert sorted(listed) == sorted(dynquant.__all__)
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
