@@ -16,6 +16,7 @@ cdef enum:
     BATCH = 2
     TILE_K_BLOCKS = 32
     BATCH_ROWS = 4 * DQ_TILE_ROWS
+    GROUP_ROWS = BATCH_ROWS + DQ_KEPT_ROWS
 
 
 # Units that n k take.
@@ -302,6 +303,30 @@ cdef inline void short_groups_4_rows(const uint8_t* panel, const float* scales, 
         zero_points += PANEL
 
 
+# Whether products of two rows and more keep the codes of a k-block of a group in registers.
+cdef inline bint keeps_weights(Py_ssize_t k, Py_ssize_t group) noexcept nogil:
+    return DQ_KEPT_ROWS > 0 and group <= EXACT_K and (k | group) % (4 * DQ_K_BLOCK) == 0
+
+
+# acc (rows, PANEL) = the same for rows <= DQ_KEPT_ROWS rows of a, where keeps_weights.
+cdef inline void short_groups_kept(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
+                                   const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows, float* acc,
+                                   Py_ssize_t k, Py_ssize_t group) noexcept nogil:
+    cdef const uint8_t* a_sums = a + k
+    cdef Py_ssize_t start = 0, n
+    memset(acc, 0, rows * PANEL * sizeof(float))
+    while start < k:
+        n = group_len(start, k, group)
+        dq_group_rows(panel, scales, zero_points, a, a_sums, stride, rows, acc, n // DQ_K_BLOCK,
+                      group_panel_bytes(k, group))
+        panel += n // 2 * PANEL
+        a += n
+        a_sums += sizeof(float)
+        scales += PANEL
+        zero_points += PANEL
+        start += n
+
+
 # How many steps the tiles of a product have, all of which its groups fill; 0 for a product without tiles.
 cdef inline int tile_k_steps_of(Py_ssize_t m, Py_ssize_t k, Py_ssize_t group) noexcept nogil:
     if DQ_GROUP_TILES_FROM == 0 or m < DQ_GROUP_TILES_FROM or group > EXACT_K:
@@ -456,7 +481,7 @@ cdef inline void gemm_group_panel(const uint8_t* panel, const float* scales, con
                                   Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t cols, Py_ssize_t k,
                                   Py_ssize_t group, Py_ssize_t prefetch_distance,
                                   int tile_k_steps) noexcept nogil:
-    cdef float acc[BATCH_ROWS * PANEL]
+    cdef float acc[GROUP_ROWS * PANEL]
     cdef Py_ssize_t stride = group_activation_bytes(k, group), rows
     while m > 0:
         rows = 1
@@ -467,6 +492,9 @@ cdef inline void gemm_group_panel(const uint8_t* panel, const float* scales, con
             long_groups(panel, scales, zero_points, a, acc, k, group)
         elif m == 1:
             short_groups_gemv(panel, scales, zero_points, a, acc, k, group, prefetch_distance)
+        elif keeps_weights(k, group):
+            rows = m // ((m + DQ_KEPT_ROWS - 1) // DQ_KEPT_ROWS)
+            short_groups_kept(panel, scales, zero_points, a, stride, rows, acc, k, group)
         else:
             rows = m if m < ROWS else ROWS
             short_groups_4_rows(panel, scales, zero_points, a, stride, rows, acc, k, group)

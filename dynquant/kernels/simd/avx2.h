@@ -236,3 +236,7 @@ static inline dq_floats dq_group_add(dq_floats acc, dq_acc s, dq_floats zero_poi
     return _mm256_add_ps(acc, _mm256_mul_ps(sum, scales));
 }
 #endif
+
+#if !defined(__AVX512BW__) && !defined(__AVXVNNI__)
+#include "avx2_matmul.h"
+#endif

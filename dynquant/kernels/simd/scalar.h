@@ -165,3 +165,13 @@ static inline dq_floats dq_group_add(dq_floats acc, dq_acc s, dq_floats zero_poi
     return acc + ((float)s - zero_points * a_sum) * scales;
 }
 #endif
+
+#ifndef DQ_KEPT_ROWS
+#define DQ_KEPT_ROWS 0
+static inline void dq_group_rows(const uint8_t* w, const float* scales, const uint8_t* zero_points, const uint8_t* a,
+                                 const uint8_t* a_sums, ptrdiff_t stride, ptrdiff_t rows, float* acc, ptrdiff_t k_blocks,
+                                 ptrdiff_t prefetch_distance) {
+    (void)w, (void)scales, (void)zero_points, (void)a, (void)a_sums, (void)stride, (void)rows, (void)acc;
+    (void)k_blocks, (void)prefetch_distance;
+}
+#endif
