@@ -2,7 +2,7 @@
 
 The blocks of a page run from top to bottom in one namespace. A block that is fenced as `output` shows what
 the block before it prints; a block without one prints nothing. The text has to be the same. A number with a
-decimal point may differ by one in its last digit, because the last bits of NumPy's products depend on the BLAS.
+decimal point may differ by one in its last digit: the last bits of NumPy's products depend on the BLAS.
 """
 
 import contextlib

@@ -2,7 +2,7 @@
 
     python docs/figures/measure.py accuracy             # accuracy.json
     python docs/figures/measure.py block                # block_<instruction set>.json: beside other libraries
-    python docs/figures/measure.py speed RESULTS NAME   # speed_NAME.json: a part of saved results of the bench
+    python docs/figures/measure.py speed RESULTS NAME   # speed_NAME.json: part of saved results of the bench
 
 Accuracy is the same on every machine, but for the last digit where NumPy's BLAS takes part. `block` needs
 PyTorch and ONNX Runtime; it takes them from `bench/peers.py`.

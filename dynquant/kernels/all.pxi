@@ -84,8 +84,8 @@ cdef extern from "kernels/simd/simd.h" nogil:
     dq_floats dq_group_add(dq_floats acc, dq_acc s, dq_floats zero_points, float a_sum, dq_floats scales)
     enum: DQ_KEPT_ROWS
     void dq_group_rows(const uint8_t* w, const float* scales, const uint8_t* zero_points, const uint8_t* a,
-                       const uint8_t* a_sums, Py_ssize_t stride, Py_ssize_t rows, float* acc, Py_ssize_t k_blocks,
-                       Py_ssize_t prefetch_distance)
+                       const uint8_t* a_sums, Py_ssize_t stride, Py_ssize_t rows, float* acc,
+                       Py_ssize_t k_blocks, Py_ssize_t prefetch_distance)
     dq_dot_acc dq_dot_zero()
     dq_dot_acc dq_dot_step(dq_dot_acc acc, const int8_t* w, const int8_t* a)
     dq_dot_acc dq_dot_biased_step(dq_dot_acc acc, const int8_t* w, const int8_t* a)
