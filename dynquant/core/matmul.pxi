@@ -1,7 +1,7 @@
 # Integer products: packing weights into panels, activations into the kernels' form, and the order of panels
 # and rows.
 cdef enum:
-    PREFETCH_DISTANCE = 1 << 13  # bytes
+    PREFETCH_DISTANCE = 1 << 13  # bytes that 4-bit weights are fetched ahead of their use
     OUT_ROWS = 64  # rows of the result that a core's prefetchers follow
     OUTPUTS = 256  # outputs taken together: 1 KiB of each row of the result
     OUTPUTS_BYTES = 1 << 20  # their weights, which a core's own cache should hold

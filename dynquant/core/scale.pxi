@@ -2,7 +2,7 @@
 cdef enum:
     MAX_STEPS = 8  # ranks so close to the top are reached from the largest magnitude downward
     CANDIDATES = 8192  # candidates that one pass keeps
-    SAMPLE = 2048  # magnitudes that a sample has; divides KEPT
+    SAMPLE = 2048  # magnitudes in a sample; divides CANDIDATES
     SAMPLED = 1 << 16  # from so many floats on, a sample and one pass beat the radix selection's three
 
 
@@ -32,17 +32,17 @@ def min_max(FloatMatrix x not None):
     cdef float scratch[BLOCK]
     cdef Py_ssize_t start = 0, n
     cdef Floats flat = x.flat()
-    cdef float x_min = 0, amax = 0
+    cdef float x_min = 0, x_max = 0
     with nogil:
         while start < flat.n:
             n = block_len(start, flat.n)
-            kernels.min_max_row_f32(block_of(&flat, start, n, scratch), &x_min, &amax, n)
+            kernels.min_max_row_f32(block_of(&flat, start, n, scratch), &x_min, &x_max, n)
             start += n
-    return x_min, amax
+    return x_min, x_max
 
 
-# Bits of the magnitude at place `rank`, 0 the smallest, of all the parts' magnitudes together; at least
-# NON_FINITE if any of them is not finite.
+# Bits of the magnitude of rank `rank` among those of all parts together, rank 0 being the smallest; at least
+# NON_FINITE if one is not finite.
 # A radix selection: the 31 magnitude bits are fixed from the top in steps of 11, 10 and 10, each by counting
 # over the parts as they lie. Three passes whatever the values are, and 32 KiB of scratch.
 cdef int32_t ranked_bits(const Floats* parts, Py_ssize_t n_parts, Py_ssize_t rank) noexcept nogil:
@@ -60,7 +60,7 @@ cdef int32_t ranked_bits(const Floats* parts, Py_ssize_t n_parts, Py_ssize_t ran
                 if counts[b]:
                     return NON_FINITE
         b = 0
-        # The bound is for parts that another thread writes meanwhile: their counts may not add up to rank.
+        # If another thread writes the parts during the call, the counts may not add up to rank.
         while b < 2047 and rank >= counts[b]:
             rank -= counts[b]
             b += 1
@@ -86,7 +86,7 @@ cdef void count_parts(const Floats* parts, Py_ssize_t n_parts, int32_t prefix, i
             start += n
 
 
-# The same for at most BLOCK floats, or 2 * BLOCK of float32, in passes over L1 that vectorize, and so cost
+# ranked_bits for at most BLOCK floats, or 2 * BLOCK of float32. Its passes over L1 vectorize, and so cost
 # less than one pass that increments counters. A rank close to the top is reached from the largest magnitude
 # in steps to the next lower one; otherwise the bits are fixed one at a time, from the top, by counting the
 # magnitudes below.
@@ -108,12 +108,13 @@ cdef int32_t ranked_bits_of_block(const Floats* x, Py_ssize_t rank) noexcept nog
     return bits
 
 
-# The same for one part of many floats. A sample says between which magnitudes the one at `rank` should be,
-# and a pass over x keeps those that are; where they are more than there is room for, they give the next
-# sample. One pass or two are enough as a rule, near the speed of memory. Where a sample cannot raise the
-# lower bound, many values may be equal to it: the next pass leaves these out, and so tells whether the one at
-# `rank` is among them. -1 where it is not found so, because of how values are ordered: ranked_bits is not
-# called from here, since the scratch of both is more than a small stack has.
+# ranked_bits for one part of many floats (Floyd and Rivest's selection by sampling, 1975). A sample tells
+# between which bounds the magnitude at `rank` should lie, and a pass over x collects the candidates between
+# them; where they are more than CANDIDATES, the next sample is taken of them. As a rule one pass or two are
+# enough, near the speed of memory. Where a sample cannot raise the lower bound, many values may equal it: the
+# next pass leaves these out, and so tells whether the one at `rank` is among them. Returns -1 if the order of
+# the values defeats the sampling. ranked_bits is not called from here, because the scratch of both would not
+# fit a small stack.
 cdef int32_t ranked_bits_by_sample(const Floats* x, Py_ssize_t rank) noexcept nogil:
     cdef int32_t candidates[CANDIDATES]
     cdef int32_t sample[SAMPLE]
@@ -154,18 +155,18 @@ cdef inline int32_t bits_at(const Floats* x, Py_ssize_t i) noexcept nogil:
     return amax_bits(&one)
 
 
-# Bits of the magnitude at `rank` among n <= KEPT.
+# Bits of the magnitude at `rank` among n <= CANDIDATES.
 cdef inline int32_t ranked_of(const int32_t* bits, Py_ssize_t n, Py_ssize_t rank) noexcept nogil:
     cdef Floats x
     x.data, x.kind, x.n = <const char*> bits, F32, n
     return ranked_bits_of_block(&x, rank)
 
 
-# Narrows the bounds to where the magnitude at `place`, from 0 to 1, of what was sampled should be: four
-# standard deviations and a bit to either side.
-cdef void bracket(const int32_t* sample, double index, int32_t* low, int32_t* high) noexcept nogil:
-    cdef double middle = index * SAMPLE
-    cdef Py_ssize_t margin = <Py_ssize_t> (4 * sqrt(middle * (1 - index if index < 1 else 0))) + 4
+# Narrows the bounds to where the magnitude at `quantile`, from 0 to 1, of what was sampled should be:
+# four standard deviations and a bit to either side.
+cdef void bracket(const int32_t* sample, double quantile, int32_t* low, int32_t* high) noexcept nogil:
+    cdef double middle = quantile * SAMPLE
+    cdef Py_ssize_t margin = <Py_ssize_t> (4 * sqrt(middle * (1 - quantile if quantile < 1 else 0))) + 4
     cdef Py_ssize_t first = <Py_ssize_t> middle - margin, last = <Py_ssize_t> middle + margin
     if first > 0:
         low[0] = max(low[0], ranked_of(sample, SAMPLE, first))
@@ -199,8 +200,8 @@ cpdef Py_ssize_t percentile_rank(double p, Py_ssize_t n) noexcept nogil:
     return rank if rank > 0 else 0
 
 
-# scale[0] = that of one row: its largest magnitude, or the one at `rank` when that is >= 0, over clip.
-# Returns False, with scale untouched, if the row is not finite.
+# scale[0] = the scale of one row: its largest magnitude, or the one at `rank` if that is >= 0, over clip.
+# Returns False, with scale unchanged, if the row is not finite.
 cdef bint scale_of(const Floats* x, float clip, Py_ssize_t rank, float* scale) noexcept nogil:
     cdef int32_t bits
     if rank < 0 or rank == x.n - 1:
@@ -219,7 +220,8 @@ cdef bint scale_of(const Floats* x, float clip, Py_ssize_t rank, float* scale) n
     return True
 
 
-# scale_of for each group of one row; `last_rank` is that among the elements of the last group.
+# scale_of for each group of one row; `last_rank` is the rank among the elements of the last group, which may
+# be shorter.
 cdef bint group_scales(const Floats* x, float clip, Py_ssize_t rank, Py_ssize_t last_rank, Py_ssize_t group,
                        float* scales) noexcept nogil:
     cdef Py_ssize_t start = 0, end

@@ -1,10 +1,10 @@
-# Codes to floats, and nibbles to codes.
+# Codes to floats, and packed 4-bit codes to codes.
 
 
-# out[i] = codes[i] * scale, one rounding. Long rows begin with what lies before the next line of the cache:
-# vectors that straddle two lines are written at two thirds of the speed. With `stream` they go past the
-# caches, and codes are fetched ahead: in memory that is twice as fast, for what is written need not be read
-# before.
+# out[i] = codes[i] * scale, rounded once. A long row begins with the elements before the next cache line,
+# because vectors that straddle two lines are written at two thirds of the speed. With nontemporal the values
+# are written past the caches and codes are prefetched: from memory that is twice as fast, since lines that
+# are written need not be read first.
 cdef void dequantize_row_s8_f32(const int8_t* codes, float scale, bint nontemporal, float* out,
                                 Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i = 0
@@ -26,7 +26,7 @@ cdef inline void dequantize_span(const int8_t* codes, float scale, float* out, P
         out[i] = <float> codes[i] * scale
 
 
-# packed (ceil(n / 2),) -> codes (n,), each nibble sign-extended, the low one first.
+# packed (ceil(n / 2),) -> codes (n,), each nibble sign-extended, the low nibble first.
 cdef void unpack_row_s4_s8(const uint8_t* packed, int8_t* codes, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(n // 2):
@@ -36,7 +36,7 @@ cdef void unpack_row_s4_s8(const uint8_t* packed, int8_t* codes, Py_ssize_t n) n
         codes[n - 1] = <int8_t> (((packed[n // 2] & 0x0F) ^ 8) - 8)
 
 
-# Nibbles as unpack_row_s4_s8 gives them, but meant as 0..15 -> codes[i] - zero_point, in place.
+# Codes 0..15, as unpack_row_s4_s8 leaves them with a sign -> code - zero_point, in place.
 cdef void shift_row_u4_s8(int8_t* codes, int32_t zero_point, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(n):

@@ -1,16 +1,15 @@
-# Exact integer products.
+# Exact integer products of vectors, and of a matrix as it lies and one vector.
 cdef enum:
-    DOT_BLOCK = 1 << 16
-    MATVEC_BLOCK = 1 << 14
-    MATVEC_ROWS = 256
+    DOT_BLOCK = 1 << 16  # elements whose products an int32 holds
+    MATVEC_BLOCK = 1 << 14  # elements of the vector that are prepared together, in scratch on the stack
+    MATVEC_ROWS = 256  # rows that share one preparation
     MATVEC_STEPS = MATVEC_BLOCK // DQ_DOT_STEP + 2
 
 
-# The exact w . a over k <= DOT_BLOCK elements.
-# No int32 can wrap: even all the products in one lane, or all lanes added up, are at most
-# 2**16 * 128 * 127 = 1,065,353,216 < 2**31 in magnitude, and 2**16 * 128 * 255 = 2,139,095,040 < 2**31 in
-# the form for VNNI, which adds 128 to a.
-# Four accumulators hide the latency of the additions.
+# The exact w . a over k <= DOT_BLOCK elements. No int32 can wrap: even if all products fell into one lane, or
+# when all lanes are added up, the sum is at most 2**16 * 128 * 127 = 1,065,353,216 < 2**31 in magnitude, and
+# 2**16 * 128 * 255 = 2,139,095,040 < 2**31 in the form for VNNI, which adds 128 to a. Four accumulators hide
+# the latency of the additions.
 cdef inline int32_t dot_block(const int8_t* w, const int8_t* a, Py_ssize_t k) noexcept nogil:
     cdef Py_ssize_t i = 0
     cdef int32_t sum
@@ -40,9 +39,9 @@ cdef inline int32_t dot_plain(const int8_t* w, const int8_t* a, Py_ssize_t k) no
     return sum
 
 
-# w . a over k elements of any value, exact: a product is 2**14 at most, and int64 holds 2**49 of those.
-# Codes are never -128, which is all that dot_block does not take in a; looking for it costs less than taking
-# it would. Vectors of less than 32 are not worth the search.
+# w . a over k elements of any value, exact: a product is at most 2**14, and int64 holds 2**49 of those.
+# dot_block takes everything but -128 in a. Codes are never -128, and searching for it costs less than
+# supporting it would. Vectors shorter than 32 are not worth the search.
 cdef int64_t dot_s8s8_s64(const int8_t* w, const int8_t* a, Py_ssize_t k) noexcept nogil:
     cdef Py_ssize_t start = 0, n
     cdef int64_t sum = 0
@@ -58,16 +57,16 @@ cdef int64_t dot_s8s8_s64(const int8_t* w, const int8_t* a, Py_ssize_t k) noexce
     return sum
 
 
-# A step that has rests: where its weights lie in a row, and where in a run the codes and the rests.
+# A step with residuals: where its weights lie in a row, and where in a span its codes and residuals lie.
 cdef struct ResidualStep:
     int32_t row
     int32_t span
 
 
-# A run of a vector that is to be multiplied with many rows of weights. Its steps begin where rows that lie
-# like the first one have an aligned address, for a load that straddles two lines of the cache takes twice as
-# long. The elements before are a step of their own, `head` of them followed by zeros, and so are those after
-# the last whole step, `tail` of them after zeros. In between lie `body` elements.
+# A span of a vector, prepared for products with many rows of weights. Its steps begin where rows that are
+# aligned like the first one have an aligned address, because a load that straddles two cache lines takes
+# twice as long. The `head` elements before that are a step of their own, followed by zeros, and so are the
+# `tail` elements after the last whole step, which follow zeros. `body` elements lie between.
 cdef struct ActSpan:
     int8_t codes_memory[MATVEC_BLOCK + 3 * DQ_DOT_STEP + DQ_BIAS_STEP]
     int8_t residuals[MATVEC_BLOCK + 2 * DQ_DOT_STEP]
@@ -77,10 +76,10 @@ cdef struct ActSpan:
     Py_ssize_t head
     Py_ssize_t body
     Py_ssize_t tail
-    int32_t compensation  # to be taken off each sum
+    int32_t compensation  # subtracted from every sum
 
 
-# a (n,), DQ_DOT_STEP <= n <= MATVEC_BLOCK, for rows of weights that lie like w.
+# a (n,), DQ_DOT_STEP <= n <= MATVEC_BLOCK, for rows of weights that are aligned like w.
 cdef inline void prepare_span(const int8_t* a, const int8_t* w, ActSpan* span, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t step = DQ_DOT_STEP, i, end
     cdef uint32_t out_of_range
@@ -97,7 +96,7 @@ cdef inline void prepare_span(const int8_t* a, const int8_t* w, ActSpan* span, P
     span.residual_count = span.compensation = i = 0
     while i < end + step:
         out_of_range = dq_bias_step(span.codes + i, &span.compensation)
-        # Where DQ_TRIMMED is 1 this step is that of the product.
+        # Where DQ_SPLIT is 1, DQ_BIAS_STEP is DQ_DOT_STEP.
         if DQ_SPLIT and out_of_range:
             split_step(span, 0 if i == 0 else n - step if i == end else span.head + i - step, i)
         i += DQ_BIAS_STEP
@@ -113,7 +112,7 @@ cdef inline void split_step(ActSpan* span, Py_ssize_t row, Py_ssize_t at) noexce
         split_pair(span.codes + j, span.residuals + j)
 
 
-# The exact w . a over the n elements of a run of a. No int32 wraps: all the products together are at most
+# The exact w . a over the n elements of a span of a. No int32 wraps: all products together are at most
 # 2**14 * 255 * 127 = 530,595,840 < 2**31 in magnitude.
 # Two accumulators hide the latency of the additions; with four, gcc keeps one in memory.
 cdef inline int32_t dot_span(const int8_t* w, const ActSpan* span, Py_ssize_t n) noexcept nogil:
@@ -135,7 +134,7 @@ cdef inline int32_t dot_span(const int8_t* w, const ActSpan* span, Py_ssize_t n)
     return dq_dot_sum(dq_dot_add(s0, s1)) - span.compensation
 
 
-# sums[0], sums[apart], ... += the same for four rows, `apart` rows of k from each other.
+# sums[0], sums[row_stride], ... += the same for four rows, `row_stride` rows of k from each other.
 cdef inline void dot_span_4(const int8_t* w0, Py_ssize_t k, Py_ssize_t row_stride, const ActSpan* span,
                             int64_t* sums, Py_ssize_t n) noexcept nogil:
     cdef const int8_t* w1 = w0 + row_stride * k
@@ -171,8 +170,8 @@ cdef inline void dot_span_4(const int8_t* w0, Py_ssize_t k, Py_ssize_t row_strid
     sums[3 * row_stride] += dq_dot_sum(s3) - span.compensation
 
 
-# sums (count,) += w (count, k) . a over the n elements of a run of a. Rows a quarter of them apart are taken
-# together: DQ_STREAMS.
+# sums (count,) += w (count, k) . a over the n elements of a span of a. Four rows, a quarter of all rows from
+# each other, are taken together where DQ_CONCURRENT_PANELS is 4.
 cdef inline void dot_span_of_rows(const int8_t* w, const ActSpan* span, int64_t* sums, Py_ssize_t count,
                                   Py_ssize_t k, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t quarter = count // 4 if DQ_CONCURRENT_PANELS == 4 else 0, r
@@ -182,11 +181,11 @@ cdef inline void dot_span_of_rows(const int8_t* w, const ActSpan* span, int64_t*
         sums[r] += dot_span(w + r * k, span, n)
 
 
-# w (rows, k) in [-128, 127], a (k,) in [-127, 127] ->
-# out[r] = float32(w[r] . a) * w_scales[r] * a_scale, each sum the exact integer for every k.
-# The loop over rows is in here because a short row takes no longer than a call does. Rows longer than a run
-# are taken MATVEC_ROWS together, a run at a time, and added up in int64. Where more than half of the steps
-# have rests, the step that takes codes as they are is the faster one.
+# w (rows, k) in [-128, 127], a (k,) in [-127, 127] -> out[r] = float32(w[r] . a) * w_scales[r] * a_scale,
+# each sum the exact integer for every k. The loop over rows is inside, because a short row takes no longer
+# than a call does. Rows longer than a span are taken MATVEC_ROWS together, a span at a time, and added up in
+# int64. Where more than half of the steps have residuals, dot_block, which takes codes as they are, is
+# faster.
 cdef void matvec_s8s8_f32(const int8_t* w, const float* w_scales, const int8_t* a, float a_scale, float* out,
                           Py_ssize_t rows, Py_ssize_t k) noexcept nogil:
     cdef ActSpan span

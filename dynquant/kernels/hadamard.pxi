@@ -4,8 +4,9 @@ cdef enum:
 
 
 # x (n,), n a power of two -> H x * scale in place, H the Hadamard matrix in its natural (Sylvester) order.
-# log2(n) passes of sums and differences, in one order for every instruction set, then one product. Magnitudes
-# grow by n at most before that. The last pass multiplies by scale and the others by 1, which is exact.
+# log2(n) passes of sums and differences, in one order for every instruction set, then one product. Before
+# that, magnitudes grow by at most a factor of n. The last pass multiplies by scale and the others by 1, which
+# is exact.
 cdef void hadamard_row_f32(float* x, Py_ssize_t n, float scale) noexcept nogil:
     cdef Py_ssize_t i = 0, half = 1
     cdef float last
@@ -59,8 +60,8 @@ cdef inline void store_butterfly(float* x, float* y, dq_floats a, dq_floats b, f
     dq_floats_store(y, dq_floats_scale(dq_floats_sub(a, b), scale))
 
 
-# By vectors where it is long enough: a loop left to the compiler spends more on finding out whether x and y
-# overlap than on a short run.
+# In vectors where it is long enough: a loop left to the compiler spends more time on finding out whether x
+# and y overlap than on a short span.
 cdef inline void butterfly(float* x, float* y, float scale, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i = 0
     cdef float a, b

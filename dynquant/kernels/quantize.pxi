@@ -1,9 +1,8 @@
-# Floats to codes, and codes to nibbles.
+# Floats to codes, and codes to packed 4-bit codes.
 
 
-# code = round half away (clamp(x / scale, -clip, clip)), the definition itself: one true division each.
-# Adding the float below 0.5 with x's sign and truncating is exact rounding half away for |v| < 2**22: the
-# sum reaches the next integer for every v from the half up, and for none below it.
+# code = round half away (clamp(x / scale, -clip, clip)), the definition itself: one true division for each
+# code.
 cdef void divide_round_row(const float* x, float scale, int32_t clip, int8_t* codes,
                            Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
@@ -22,10 +21,10 @@ cdef inline void quantize_step(const float* x, float scale, float lo, float hi, 
         divide_round_row(x, scale, clip, codes, DQ_QUANTIZE_STEP)
 
 
-# Codes of n >= DQ_QUANTIZE_STEP floats, in steps from `start` on, `start` < DQ_QUANTIZE_STEP, between one
-# from 0 and one that ends with the row: these two may write again what others wrote. Called with constants
-# for `within` and `stream` only, so that each loop has one kind of store. A long row is fetched ahead, which
-# makes memory a sixth faster; in the caches it would cost that much.
+# Codes of n >= DQ_QUANTIZE_STEP floats, in steps from `start` < DQ_QUANTIZE_STEP on. One more step begins at
+# 0, and one ends with the row; these two may write the same codes again. in_range and nontemporal are
+# constants in every call, so that each loop has one kind of store. A long row is prefetched, which makes
+# memory a sixth faster; in the caches it would cost that much.
 cdef inline void quantize_steps(const float* x, float scale, float lo, float hi, int32_t clip, bint in_range,
                                 bint nontemporal, Py_ssize_t start, int8_t* codes,
                                 Py_ssize_t n) noexcept nogil:
@@ -40,18 +39,18 @@ cdef inline void quantize_steps(const float* x, float scale, float lo, float hi,
     quantize_step(x + last, scale, lo, hi, clip, in_range, False, codes + last)
 
 
-# x (n,), scale > 0 -> codes (n,) in [-clip, clip], exactly those of divide_round_row.
-# A division costs as much as all the rest, so it is done only where it decides. With r = fl(1 / scale),
-# lo = fl(r * (1 - 2**-21)) and hi = fl(r * (1 + 2**-21)), and each rounding 2**-24 at most,
+# x (n,), scale > 0 -> codes (n,) in [-clip, clip], exactly those of divide_round_row. A division costs as
+# much as everything else, so it is done only where it decides. With r = fl(1 / scale), lo = fl(r * (1 -
+# 2**-21)) and hi = fl(r * (1 + 2**-21)), each rounding being at most 2**-24,
 #     |x * lo| < |x / scale| * (1 - 5 * 2**-24) < |fl(x / scale)| < |x / scale| * (1 + 5 * 2**-24) < |x * hi|.
-# Rounding is monotonic: where x * lo and x * hi round to one integer, fl(x / scale) rounds to it too, and it
-# is no tie, so the direction of ties does not matter. Of random floats two to five in 10**5 fail that test;
-# its whole step is then divided. The bounds need normal r, lo and hi, hence the range of scale.
-# With `within` no |x| is above the magnitude whose quotient by clip, rounded, is `scale`: x * hi is then at
-# most clip * (1 + 2**-20), which rounds to clip, and codes need no clamping. With `stream` the codes of a
-# long row go past the caches.
-# Loads that straddle cache lines cost up to a fifth of the speed, so the steps of a long row start at a line,
-# or where the codes are aligned if these are streamed. A short row does not make up for the one step more.
+# Rounding is monotonic. So where x * lo and x * hi round to one integer, fl(x / scale) rounds to it too; and
+# it is no tie, so the direction of ties does not matter. Of random floats two to five in 10**5 fail this
+# test, and their whole step is then divided. The bounds need normal r, lo and hi, hence the range of scale.
+# With in_range no |x| is above the magnitude whose quotient by clip, rounded, is `scale`. x * hi is then at
+# most clip * (1 + 2**-20), which rounds to clip, and codes need no clamping. With nontemporal the codes of a
+# long row are written past the caches. Loads that straddle cache lines cost up to a fifth of the speed. So
+# the steps of a long row start at a cache line, or, where codes are written past the caches, at an aligned
+# code. A short row would not make up for the additional step.
 cdef void quantize_row_f32_s8(const float* x, float scale, int32_t clip, bint in_range, bint nontemporal,
                               int8_t* codes, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t start = 0
@@ -77,7 +76,7 @@ cdef void quantize_row_f32_s8(const float* x, float scale, int32_t clip, bint in
 
 
 # codes = clip(round half even (x / scale) + zero_point, 0, 255), as ONNX DynamicQuantizeLinear has it.
-# The bounds are integers, so the quotient may be clipped before it is rounded; adding DQ_MAGIC rounds it.
+# The bounds are integers, so the quotient may be clamped before it is rounded. Adding DQ_MAGIC rounds it.
 cdef void quantize_row_f32_u8(const float* x, float scale, int32_t zero_point, uint8_t* codes,
                               Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i

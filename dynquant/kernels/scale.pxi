@@ -1,15 +1,14 @@
-# What a scale is computed from: the largest magnitude, or a ranked one.
+# What scales are computed from: largest and ranked magnitudes, and ranges.
 cdef enum:
-    AMAX_SPAN = 1 << 14
+    AMAX_SPAN = 1 << 14  # floats that each of four concurrent streams reads
 
 
-# x (n,) -> the largest |x[i]| as float bits; 0 when n == 0.
-# Without the sign bit IEEE-754 order is integer order, and an integer maximum may be reassociated, so this
-# vectorizes without fast-math. Infinity and NaN lie at and above 0x7F800000, beyond every finite value: the
-# caller's check for them is one compare.
-# The loop does little but load, and loads that straddle cache lines halve its speed: it starts at a line. It
-# reads in four places by turns: the prefetchers of a core follow several streams at once, and memory answers
-# four a quarter faster than one. Short groups and rows do not make up for that.
+# x (n,) -> the largest |x[i]| as float bits; 0 when n == 0. With the sign bit cleared IEEE-754 order is
+# integer order, and an integer maximum may be reassociated, so this vectorizes without fast-math. Infinity
+# and NaN sort above every finite value, at and above NON_FINITE: the caller finds them with one compare. The
+# loop does little but load, and loads that straddle cache lines halve its speed, so it starts at a line. It
+# reads four streams in turns: the prefetchers of a core follow several, and memory delivers four of them a
+# quarter faster than one. Short rows and groups would not make up for the set-up.
 cdef int32_t amax_bits_f32(const float* x, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t head, span
     cdef int32_t amax
@@ -68,8 +67,8 @@ cdef Py_ssize_t count_below_f32(const float* x, int32_t bits, Py_ssize_t n) noex
     return below
 
 
-# How many |x[i]| have float bits in [low, high]; the bits of the first `room` of them go to `kept`. *below
-# gains how many have bits below low, *finite becomes 0 where one is NaN or infinite.
+# How many |x[i]| have float bits in [low, high]; the bits of the first `capacity` of them go to `candidates`.
+# *below grows by how many have bits below low; *finite becomes 0 where one is NaN or infinite.
 cdef Py_ssize_t collect_between_f32(const float* x, int32_t low, int32_t high, int32_t* candidates,
                                     Py_ssize_t capacity, int64_t* below, int* finite,
                                     Py_ssize_t n) noexcept nogil:
@@ -100,8 +99,8 @@ cdef Py_ssize_t collect_between_f32(const float* x, int32_t low, int32_t high, i
 
 
 # counts[t][b] += how often the top 11 of the 31 magnitude bits are b; counts is two tables of 2**11.
-# Neighbors often fall into one bin, where each increment would wait for the last one's store: consecutive
-# elements go to different tables, which the caller adds up.
+# Neighbors often fall into one bin, where each increment would wait for the store of the last one. So
+# consecutive elements go to different tables, which the caller adds up.
 cdef void count_top_bits_f32(const float* x, Py_ssize_t* counts, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i = 0
     while i + 2 <= n:
@@ -113,9 +112,9 @@ cdef void count_top_bits_f32(const float* x, Py_ssize_t* counts, Py_ssize_t n) n
         i += 1
 
 
-# counts[b] += how often the 10 magnitude bits from `shift` up are b, among the elements whose bits above
-# those equal prefix. Few elements match as a rule, so a block is first searched for a match in a loop that
-# vectorizes, and most blocks end there.
+# counts[b] += how often the 10 magnitude bits from `shift` up are b, among the elements whose higher bits
+# equal prefix. Few elements match as a rule, so 32 at a time are first searched for a match in a loop that
+# vectorizes, and most searches find none.
 cdef void count_next_bits_f32(const float* x, int32_t prefix, int shift, Py_ssize_t* counts,
                               Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i, start = 0, stop
@@ -133,7 +132,7 @@ cdef void count_next_bits_f32(const float* x, int32_t prefix, int shift, Py_ssiz
         start = stop
 
 
-# least, most = the smallest and the largest of themselves and x; x is free of NaN.
+# x_min, x_max = the smallest and the largest of themselves and x; x is free of NaN.
 cdef void min_max_row_f32(const float* x, float* x_min, float* x_max, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
     cdef int32_t b, low = ordered(dq_bits(x_min[0])), high = ordered(dq_bits(x_max[0]))
@@ -144,7 +143,7 @@ cdef void min_max_row_f32(const float* x, float* x_min, float* x_max, Py_ssize_t
     x_min[0], x_max[0] = dq_float(ordered(low)), dq_float(ordered(high))
 
 
-# Float bits to an integer of the same order, and back: negative floats have their magnitude flipped. A
-# minimum of floats does not vectorize without fast-math, one of integers does.
+# Float bits to an integer of the same order, and back: the magnitude of negative floats is flipped. A minimum
+# of floats does not vectorize without fast-math; one of integers does.
 cdef inline int32_t ordered(int32_t b) noexcept nogil:
     return b ^ ((b >> 31) & 0x7FFFFFFF)

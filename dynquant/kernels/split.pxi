@@ -1,26 +1,31 @@
-# How a product of signed bytes is made one of unsigned bytes with signed ones, which is what instructions
-# multiply, and how it stays exact where they add it up in int16 (DQ_TRIMMED is 1).
+# The saturation-safe split: exact products where the instructions add pairs of them in int16 (DQ_SPLIT is 1).
 #
-# Of two neighbors, k even, w[k] becomes w[k] + 128 and w[k + 1] becomes 127 - w[k + 1], both an exclusive
-# or; and a[k + 1] becomes -a[k + 1]. That adds 128 * a[k] - 127 * a[k + 1] to every sum, to be taken off
-# again. Weights of up to 255 fit int16 beside a pair of activations in which what has one sign is at most
-# DQ_PAIR altogether: 255 * 128 = 32,640 < 2**15. Of a larger pair the rest, at most 126, is multiplied in a
-# step of its own. That is seldom, for codes are scaled by their largest magnitude, and two large ones have to
-# meet, of opposite signs: in 2 to 5 of 100 steps of four where they are normally distributed, in fewer where
-# some are far larger than the others, in none where all have the same sign, as after a ReLU. At the worst,
-# where 127 and -127 alternate, every step is made twice. Trimming the weights instead would not depend on
-# what comes later, but their rests would have to be kept in memory, and cost every row.
+# Instructions multiply unsigned by signed bytes, so the weights are biased to u8. For even k, w[k] becomes
+# w[k] + 128 and w[k + 1] becomes 127 - w[k + 1], both by an exclusive or; a[k + 1] becomes -a[k + 1]. Every
+# sum then has 128 * a[k] - 127 * a[k + 1] too much. The compensation, computed when the activations are
+# quantized, is subtracted again.
+#
+# VPMADDUBSW adds two products in int16 and saturates. A biased weight is at most 255. So the sum of a pair
+# cannot saturate while the activations of one sign in it add up to at most DQ_PAIR = 128: 255 * 128 = 32,640
+# < 2**15. A larger pair is split: its residual, at most 126, is multiplied in a k-step of its own. That is
+# rare, because codes are scaled by the largest magnitude of the row, and two large ones of opposite signs
+# have to be neighbors: in 2 to 5 of 100 k-steps of four where activations are normally distributed, in fewer
+# where some are far larger than the others, and in none where all have one sign, as after a ReLU. In the
+# worst case, where 127 and -127 alternate, every k-step is multiplied twice.
+#
+# Splitting the weights instead would not depend on the activations, but their residuals would have to be kept
+# in memory, and would cost every row.
 
 
-# Makes n bytes of weights what they are multiplied as, or these weights again.
+# Biases n weights to u8, or turns them back.
 cdef inline void bias_weights(uint8_t* bytes, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(n):
         bytes[i] ^= <uint8_t> (DQ_BIAS >> 8 if i & 1 else DQ_BIAS)
 
 
-# A pair that is beyond DQ_PAIR leaves its rest in `rest`, which is 0 before. The larger of the two gives way:
-# it is large enough.
+# Splits a pair that is out of the range of DQ_PAIR: what is over goes to `residual`, which is 0 before. It is
+# taken from the larger of the two, which is always enough.
 cdef inline void split_pair(int8_t* pair, int8_t* residual) noexcept nogil:
     cdef int total = pair[0] + pair[1], over = 0, larger
     if total > DQ_PAIR:
