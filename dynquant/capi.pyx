@@ -1,12 +1,11 @@
 """The row kernels for other packages: cimported from capi.pxd, or by the table that dynquant.h describes."""
 
-# Design
-# ------
-# One implementation: the functions that capi.pxd exports are those that the table points to. The C compiler
-# checks them against dynquant.h, Cython against capi.pxd, and a test holds the signatures of both for ever.
+# Design ------ One implementation: the functions that capi.pxd exports are those that the table points to.
+# The C compiler checks them against dynquant.h, Cython against capi.pxd, and a test holds the signatures of
+# both for ever.
 #
-# The kernels behind them have preconditions (a block's length, a scale above 0, aligned panels, finite
-# input); these functions have none but valid pointers. Each looks at lengths and numbers first, then at the
+# The kernels behind them have preconditions (the length of a block, a scale above 0, aligned panels, finite
+# input). These functions have none but valid pointers: each checks lengths and numbers first, then the
 # arrays, and writes only when nothing can go wrong any more.
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.pyport cimport PY_SSIZE_T_MAX
@@ -84,7 +83,7 @@ cdef int32_t dynquant_api_version() noexcept nogil:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What arguments are looked at for
+# Checks of arguments
 
 
 # Whether n floats can lie in memory.
@@ -97,7 +96,7 @@ cdef inline bint is_shape(int64_t m, int64_t n) noexcept nogil:
     return is_length(m) and is_length(n) and (n == 0 or m <= (PY_SSIZE_T_MAX >> 2) // n)
 
 
-# NaN fails every compare.
+# False for NaN, which fails every comparison.
 cdef inline bint is_finite(float value) noexcept nogil:
     return -FLT_MAX <= value <= FLT_MAX
 
@@ -116,7 +115,7 @@ cdef inline Floats floats(const float* x, Py_ssize_t n) noexcept nogil:
 # Magnitudes and scales
 
 
-# *scale = the magnitude at `rank`, or the largest one when that is negative, over clip.
+# *scale = the magnitude at `rank`, or the largest one if that is negative, over clip.
 cdef inline int scale_row(const float* x, int64_t n, Py_ssize_t rank, float clip,
                           float* scale) noexcept nogil:
     cdef Floats row = floats(x, n)
@@ -238,7 +237,7 @@ cdef int64_t dynquant_dot_s8s8_s64(const int8_t* a, const int8_t* b, int64_t n) 
     return kernels.dot_s8s8_s64(a, b, n) if 0 < n <= PY_SSIZE_T_MAX else 0
 
 
-# The kernel takes activations in [-127, 127], as codes are; with -128 among them each row is a dot.
+# The kernel takes activations in [-127, 127], as codes are. With -128 among them each row is a dot product.
 cdef int dynquant_w8a8_matvec(const int8_t* w, const float* w_scales, int64_t n, int64_t k, const int8_t* a,
                               float a_scale, float* out) noexcept nogil:
     cdef Py_ssize_t r
@@ -256,10 +255,10 @@ cdef int dynquant_w8a8_matvec(const int8_t* w, const float* w_scales, int64_t n,
     return DYNQUANT_OK
 
 
-# Packed weights: a cache line that says what they are, at the first line that begins in the caller's memory,
-# then the panels. The address of the kernels stands for the form of the panels: no other process and no other
-# instruction set takes them. Bytes that were moved to an address that lies otherwise in its line do not have
-# the label where it is looked for.
+# Packed weights: a label in the first cache line that begins in the caller's memory, then the panels. The
+# address of the kernels in the label stands for the form of the panels, so no other process and no other
+# instruction set takes them. In bytes that were moved to an address with another offset in its line, the
+# label is not found.
 cdef struct Label:
     const Kernels* form
     int64_t n
@@ -271,7 +270,7 @@ cdef inline char* line_of(const void* memory) noexcept nogil:
     return <char*> memory + (-<uintptr_t> memory & (LINE - 1))
 
 
-# Bytes for `count` times `each`, a line before them and the way to the first line; -1 if beyond memory.
+# Bytes for `count` items, the line before them and the padding before that; -1 if beyond the address space.
 cdef inline int64_t bytes_of(int64_t count, int64_t item_bytes) noexcept nogil:
     return LINE - 1 + LINE + count * item_bytes if is_shape(count, item_bytes) else -1
 
@@ -283,7 +282,7 @@ cdef int64_t dynquant_w8a8_packed_bytes(int64_t n, int64_t k) noexcept nogil:
     return bytes_of(panels_of(kernels, n), kernels.panel_bytes(k))
 
 
-# The weights in memory that has been packed, or is about to be; group 0 for 8 bits.
+# The weights in memory that is packed, or is about to be; group 0 for 8 bits.
 cdef inline PackedWeights weights_in(const void* packed, int64_t n, int64_t k, int64_t group) noexcept nogil:
     cdef PackedWeights w
     w.table, w.n, w.k, w.group = kernels, n, k, group
@@ -312,7 +311,7 @@ cdef inline bint is_packed(const void* packed, int64_t n, int64_t k, int64_t gro
     return label.form == kernels and label.n == n and label.k == k and label.group == group
 
 
-# A scale and a row of activations each: the scales come first, the rows at the next line.
+# A scale and a row of activations for each row of x: scales first, then the rows, from the next line on.
 cdef int64_t dynquant_w8a8_scratch_bytes(int64_t m, int64_t k) noexcept nogil:
     if not is_shape(k, 2 * LINE):
         return -1
@@ -334,7 +333,8 @@ cdef int quantize_activations(const float* x, int64_t m, int64_t k, int64_t grou
     return DYNQUANT_OK
 
 
-# (m, n) products over nothing: zeros with the signs of w_scales, or of none if that is NULL, and the bias.
+# out (m, n) of products over k = 0: zeros with the signs of w_scales, or plain ones if that is NULL, plus
+# bias.
 cdef void fill_rows(const float* w_scales, const float* bias, int64_t m, int64_t n,
                     float* out) noexcept nogil:
     cdef Py_ssize_t r, c
@@ -404,7 +404,7 @@ cdef int dynquant_multiply_rows_f32(const float* x, const float* factors, int64_
 # Products with 4-bit weights
 
 
-# A group is no longer than the row, so that bytes do not grow with what a caller says.
+# At most the length of a row, so that a huge group_size does not make huge results.
 cdef inline int64_t group_of(int64_t k, int64_t group_size) noexcept nogil:
     return group_size if group_size < k else k
 
@@ -449,7 +449,7 @@ cdef int dynquant_w4a8_pack(const uint8_t* w, const float* w_scales, const uint8
     return DYNQUANT_OK
 
 
-# For each row a scale and the form that the kernel takes; and the codes of one row.
+# For each row its scale and its activations as the kernel takes them; and the codes of one row.
 cdef int64_t dynquant_w4a8_scratch_bytes(int64_t m, int64_t k, int64_t group_size) noexcept nogil:
     if not (group_size > 0 and is_shape(k, 16 * LINE)):
         return -1

@@ -1,8 +1,8 @@
 /* Which instruction sets this CPU and this operating system can run.
 
-   Compiled without instruction-set flags. Every feature that the build flag permits is asked for, not only the
-   one that names the set: -march=x86-64-v3 lets the compiler emit any of them. cpuid is read by hand, since
-   compilers differ in the names that __builtin_cpu_supports knows, and MSVC has nothing like it. */
+   Compiled without instruction-set flags. Every feature that a build flag permits is checked, not only the one
+   that names the set, because -march=x86-64-v3 lets the compiler emit any of them. cpuid is read directly:
+   compilers differ in the names that __builtin_cpu_supports knows, and MSVC has no such function. */
 #ifndef DQ_CPU_H
 #define DQ_CPU_H
 
@@ -25,7 +25,7 @@ static void dq_cpuid(unsigned leaf, unsigned part, unsigned r[4]) { __cpuidex((i
 static unsigned dq_saved_registers(void) { return (unsigned)_xgetbv(0); }
 #endif
 
-/* Linux lets a process use the tile registers of AMX that asks for it. Other systems are not asked. */
+/* Linux lets a process use the tile registers of AMX after it has asked. Other systems are not asked. */
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -51,7 +51,7 @@ static int dq_cpu_level(void) {
     const unsigned lzcnt = DQ_BIT(5); /* leaf 0x80000001, ecx */
     const unsigned ymm = 0x06;
 #if defined(__APPLE__)
-    const unsigned zmm = ymm; /* Darwin saves the rest from its first use on, and shows it only then. */
+    const unsigned zmm = ymm; /* Darwin saves zmm registers from their first use on, and reports them only then. */
 #else
     const unsigned zmm = 0xE6;
 #endif
@@ -87,9 +87,9 @@ static int dq_cpu_level(void) { return 0; }
 static int dq_cpu_has_avxvnni(void) { return 0; }
 #endif
 
-/* Asks for the permission, for all threads of the process; 0 if it is refused, as it is where the stack of a
-   signal handler has no room for these registers. It costs nothing before the first use, which takes 8 KiB more
-   to save that thread. */
+/* Asks for the permission, for all threads of the process. 0 if it is refused, as it is where the alternate stack
+   of a signal handler is too small for these registers. It costs nothing until a thread uses them, which then
+   takes 8 KiB more to save. */
 static int dq_permit_tiles(void) {
 #if DQ_TILES_BY_PERMISSION && defined(__x86_64__)
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILE_DATA = 18 };
@@ -104,8 +104,8 @@ static int dq_cpu_has_avx512(void) { return dq_cpu_level() >= 2; }
 static int dq_cpu_has_avx512vnni(void) { return dq_cpu_level() >= 3; }
 static int dq_cpu_has_amx(void) { return dq_cpu_level() >= 4; }
 
-/* Asks for large pages in memory of n bytes that is not used yet, where that is worth it. A product with one row
-   goes through all weights once; in pages of 4 KiB it has to find a page every 64 lines. */
+/* Asks for large pages in n bytes of memory that is not used yet, where that pays. A product with one row reads all
+   weights once; with pages of 4 KiB it needs a new page translation every 64 lines. */
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>

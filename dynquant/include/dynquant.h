@@ -10,23 +10,28 @@
    The folder of this header is what dynquant.get_include() returns. There is nothing to link with. Cython has
    the same functions, with dynquant_ before each name, in dynquant/capi.pxd.
 
-   What holds for every function of the table
+   What holds for every function of the table:
 
-   * They use the instruction set that `import dynquant` picked; results are the same bits on each of them,
-     and the same as those of the Python functions.
-   * No GIL, no thread state, no Python object is needed to call them. They allocate nothing (but take up to
-     64 KiB of stack), keep nothing and change only what their results and scratch point to, so any number of
-     threads may call them, on the same inputs too. They stay valid until Py_FinalizeEx.
+   * They use the instruction set that `import dynquant` picked. Results are the same bits on each of them, and
+     the same as those of the Python functions.
+   * They need no GIL, no thread state and no Python object. They allocate nothing (but use up to 64 KiB of
+     stack), keep nothing, and change only what their results and scratch point to. So any number of threads may
+     call them, on the same inputs too. They stay valid until Py_FinalizeEx.
    * Lengths are counted in elements unless they are named bytes. Any length from 0 up is taken, and for a
      length of 0 the pointer may be NULL. Arrays are contiguous, matrices row by row. Pointers need the
      alignment of their type and no more.
    * Results may not overlap inputs, except where a function says so.
-   * Those that return a status have written their results if it is DYNQUANT_OK, and else changed nothing but
-     scratch:
+   * A function that returns a status has written its results if that is DYNQUANT_OK. Otherwise it has changed
+     nothing but scratch:
          DYNQUANT_NON_FINITE    an input array of floats holds NaN or infinity
          DYNQUANT_BAD_ARGUMENT  a length is negative or beyond the address space, or a single number is not
                                 in the range that the function gives for it
-   * Arithmetic is IEEE float32, in the default rounding mode, with subnormals. */
+   * Arithmetic is IEEE float32, in the default rounding mode, with subnormals.
+
+   What is not here, and where Python has it: float16 and bfloat16 input, groups of activations and int4 groups
+   (dynquant.dynamic_quantize), quantizing weights (dynquant.quantize_weights, whose arrays w8a8_pack and w4a8_pack
+   take), rotation (dynquant.hadamard_transform), SmoothQuant factors, calibration and error metrics. A program that
+   embeds Python calls these once, when it loads a model, and the functions below for every row. */
 #ifndef DYNQUANT_H
 #define DYNQUANT_H
 
@@ -66,7 +71,7 @@ typedef struct dynquant_api {
     /* The same with the magnitude of percentile_f32: larger ones saturate. */
     int (*percentile_scale_f32)(const float *x, int64_t n, double p, float clip, float *scale);
 
-    /* ---- Quantise ---- */
+    /* ---- Quantize ---- */
 
     /* codes[i] = clamp(round(x[i] / scale), -clip, clip), a true division, halves away from zero; all 0 for
        scale 0. scale >= 0 and finite, 1 <= clip <= 127. x is read twice, first to look for NaN. */
@@ -80,7 +85,7 @@ typedef struct dynquant_api {
     int (*dynamic_quantize_row_f32_s8)(const float *x, int64_t n, int8_t *codes, float *scale);
     int (*dynamic_quantize_row_f32_s4)(const float *x, int64_t n, uint8_t *packed, float *scale);
 
-    /* ---- Dequantise ---- */
+    /* ---- Dequantize ---- */
 
     /* out[i] = codes[i] * scale, one rounding; scale is finite. A product beyond float32 is infinite. */
     int (*dequantize_row_s8_f32)(const int8_t *codes, int64_t n, float scale, float *out);
@@ -110,7 +115,7 @@ typedef struct dynquant_api {
     /* Bytes of scratch that w8a8_matmul needs for m rows of k; -1 for lengths that cannot be. */
     int64_t (*w8a8_scratch_bytes)(int64_t m, int64_t k);
 
-    /* out (m, n) = x (m, k) times weights (n, k). Each row of x is quantised to int8 by its own largest
+    /* out (m, n) = x (m, k) times weights (n, k). Each row of x is quantized to int8 by its own largest
        magnitude, a_scale; then out[r][c] = float32(exact sum) * w_scales[c] * a_scale + bias[c], in that
        order. w_scales (n,); bias (n,) or NULL; scratch is w8a8_scratch_bytes(m, k) bytes at any address, each
        thread its own. DYNQUANT_BAD_ARGUMENT also if `packed` was not written there for (n, k) by w8a8_pack.
