@@ -10,6 +10,7 @@ except ImportError as error:
 
 from ._calibrate import Calibrator, CalibStats
 from ._embed import get_include
+from ._format import DynamicScaleMode, DynQuantFormat, MaxAbs, Percentile
 from ._hadamard import hadamard_transform
 from ._isa import simd_info
 from ._linear import QuantLinear
@@ -22,6 +23,7 @@ from ._quantize import (
     dynamic_quantize_int8,
     dynamic_quantize_int8_per_row,
     dynamic_quantize_linear,
+    quantize,
 )
 from ._search import AlphaSearch, search_alpha
 from ._smooth import (
@@ -31,7 +33,7 @@ from ._smooth import (
     smooth_activations,
     smooth_weights,
 )
-from ._tensor import DynamicScaleMode, DynQuantFormat, DynQuantTensor, MaxAbs, Percentile
+from ._tensor import DynQuantTensor
 from ._weights import quantize_weights
 from .errors import (
     DTypeError,
@@ -84,6 +86,7 @@ __all__ = [
     "get_include",
     "hadamard_transform",
     "quantization_mae",
+    "quantize",
     "quantize_weights",
     "search_alpha",
     "simd_info",

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from . import _core
+from ._format import Percentile
 from ._npz import NpzReader, write_npz
-from ._tensor import Percentile
 from ._validate import (
     F32,
     as_array,

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _core
+from ._format import DynQuantFormat
 from ._gptq import calibration_batches
 from ._hadamard import hadamard_block, rotate_named
 from ._matmul import check_weight, multiply, packed_linear
 from ._smooth import as_factors, smooth_activations, smooth_weights
-from ._tensor import DynQuantFormat, DynQuantTensor, check_field
+from ._tensor import DynQuantTensor, check_field
 from ._validate import (
     F32,
     U8,

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from . import _core
+from ._format import DynQuantFormat, MaxAbs
 from ._quantize import quantize_named
-from ._tensor import DynQuantFormat, DynQuantTensor, MaxAbs, check_arrays, code_matrix
+from ._tensor import DynQuantTensor, check_arrays, code_matrix
 from ._threads import parallel_ranges
 from ._validate import (
     F32,

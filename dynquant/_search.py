@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._format import DynamicScaleMode, MaxAbs
 from ._linear import QuantLinear
 from ._smooth import SmoothQuantConfig, as_weights, channel_magnitudes, factors_of, largest_weights
-from ._tensor import DynamicScaleMode, MaxAbs
 from ._validate import F32, as_flag, as_matrix
 from ._weights import weight_format
 from .errors import EmptyInputError, InvalidAlphaError, NonFiniteError, ParameterError, shown

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _core
+from ._format import DynamicScaleMode, MaxAbs
 from ._quantize import rank_of
-from ._tensor import DynamicScaleMode, MaxAbs
 from ._validate import (
     F32,
     as_exported,

@@ -1,180 +1,23 @@
-"""Scale modes, formats, and the quantized tensor."""
+"""The quantized tensor."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import numbers
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from . import _core
-from ._validate import (
-    F32,
-    I8,
-    U8,
-    as_array,
-    as_count,
-    as_flag,
-    as_number,
-    as_scalar,
-    check_names,
-    checked_out,
-)
-from .errors import DTypeError, InvalidPercentileError, ParameterError, ShapeMismatchError, shown
+from ._format import GRANULARITIES, DynQuantFormat
+from ._validate import F32, U8, as_array, as_scalar, check_names, checked_out
+from .errors import DTypeError, ParameterError, ShapeMismatchError, shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-
-@dataclass(frozen=True)
-class MaxAbs:
-    """Scale by the largest magnitude: ``max|x| / clip``, so that nothing saturates."""
-
-
-@dataclass(frozen=True)
-class Percentile:
-    """Scale by a ranked magnitude: a share ``1 - p`` of the largest magnitudes saturates.
-
-    Parameters
-    ----------
-    p : float
-        0 < p <= 1. Of ``n`` magnitudes in ascending order the one at index ``max(ceil(p * n) - 1, 0)`` is
-        taken (nearest rank); up to 2**24 magnitudes the product is one of float32.
-
-    Raises
-    ------
-    InvalidPercentileError
-        If `p` is outside that range or not a number.
-    """
-
-    p: float
-
-    def __post_init__(self) -> None:
-        try:
-            p = as_number(self.p, "p")
-        except ParameterError as error:
-            raise InvalidPercentileError(self.p) from error
-        if not 0 < p <= 1:
-            raise InvalidPercentileError(self.p)
-
-    def rank(self, n: int) -> int:
-        """Index of the percentile among `n` > 0 ascending magnitudes."""
-        return _core.percentile_rank(self.p, n)
-
-
-DynamicScaleMode: TypeAlias = MaxAbs | Percentile
-
-Granularity: TypeAlias = Literal["per_tensor", "per_row", "per_group"]
-
-
-@dataclass(frozen=True)
-class DynQuantFormat:
-    """How codes and scales are laid out.
-
-    Parameters
-    ----------
-    bits : {8, 4}
-        Codes lie in [-127, 127] or [-7, 7].
-    granularity : {"per_tensor", "per_row", "per_group"}
-        What shares one scale: everything, what lies along the last axis, or every `group_size` elements of
-        that.
-    group_size : int or None
-        At least 1 per group, None otherwise. The last group of a row may be shorter.
-    packed : bool
-        Two 4-bit codes to a byte, the even element in the low nibble. Only with ``bits=4``.
-
-    Raises
-    ------
-    ParameterError
-        If a field has another value.
-    """
-
-    bits: int
-    granularity: Granularity
-    group_size: int | None = None
-    packed: bool = False
-
-    INT8_PER_TENSOR: ClassVar[DynQuantFormat]
-    INT8_PER_ROW: ClassVar[DynQuantFormat]
-    INT4_PER_TENSOR: ClassVar[DynQuantFormat]
-    INT4_PER_ROW: ClassVar[DynQuantFormat]
-
-    def __post_init__(self) -> None:
-        integral = isinstance(self.bits, numbers.Integral) and not isinstance(self.bits, bool)
-        if not integral or self.bits not in (4, 8):
-            raise ParameterError(f"bits: expected 4 or 8, got {shown(self.bits)}")
-        object.__setattr__(self, "bits", int(self.bits))
-        object.__setattr__(self, "packed", as_flag(self.packed, "packed"))
-        named = type(self.granularity) is str
-        if not named or self.granularity not in ("per_tensor", "per_row", "per_group"):
-            raise ParameterError(
-                f"granularity: expected 'per_tensor', 'per_row' or 'per_group', got {shown(self.granularity)}"
-            )
-        if self.granularity == "per_group":
-            object.__setattr__(self, "group_size", as_count(self.group_size, "group_size"))
-        elif self.group_size is not None:
-            got = shown(self.group_size)
-            raise ParameterError(f"group_size: expected None {self.granularity}, got {got}")
-        if self.packed and self.bits != 4:
-            raise ParameterError(f"packed: expected False for {self.bits}-bit codes, got {self.packed}")
-
-    @classmethod
-    def int8_per_group(cls, group_size: int) -> DynQuantFormat:
-        """8-bit codes with a scale for every `group_size` elements of a row."""
-        return cls(8, "per_group", group_size)
-
-    @classmethod
-    def int4_per_group(cls, group_size: int) -> DynQuantFormat:
-        """4-bit codes, a byte each, with a scale for every `group_size` elements of a row."""
-        return cls(4, "per_group", group_size)
-
-    @cached_property
-    def clip(self) -> int:
-        """The largest code: 127 or 7."""
-        return 127 if self.bits == 8 else 7
-
-    def rows_of(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """(m, k): as how many rows of how many elements a tensor of `shape` is taken."""
-        if self.granularity == "per_tensor":
-            return 1, math.prod(shape)
-        return math.prod(shape[:-1]), shape[-1]
-
-    def group_of(self, k: int) -> int:
-        """How many of the `k` elements of a row share a scale, at least 1."""
-        size = self.group_size
-        return (k or 1) if size is None or size > k else size
-
-    def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the scales of a tensor of `shape`."""
-        if self.granularity == "per_tensor":
-            return (1,)
-        if self.group_size is None:
-            return shape[:-1]
-        return (*shape[:-1], -(-shape[-1] // self.group_size))
-
-    def data_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the codes of a tensor of `shape`: that shape, or rows of bytes when packed."""
-        if not self.packed:
-            return shape
-        _, k = self.rows_of(shape)
-        return (*(() if self.granularity == "per_tensor" else shape[:-1]), (k + 1) // 2)
-
-    @property
-    def data_dtype(self) -> np.dtype[Any]:
-        """int8, or uint8 when packed."""
-        return U8 if self.packed else I8
-
-
-DynQuantFormat.INT8_PER_TENSOR = DynQuantFormat(8, "per_tensor")
-DynQuantFormat.INT8_PER_ROW = DynQuantFormat(8, "per_row")
-DynQuantFormat.INT4_PER_TENSOR = DynQuantFormat(4, "per_tensor")
-DynQuantFormat.INT4_PER_ROW = DynQuantFormat(4, "per_row")
 
 
 # What `DynQuantTensor.from_arrays` cannot do without.
@@ -241,21 +84,26 @@ class DynQuantTensor:
         )
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
-        """Everything the tensor consists of, as `from_arrays` takes it, and `numpy.savez`.
+        """Everything the tensor consists of, as `from_arrays` takes it.
+
+        All are arrays of numbers, so that ``numpy.savez``, safetensors, HDF5 and ``torch.save`` take them.
 
         Returns
         -------
         dict
-            Its own ``data``, ``scales`` and, unless it is None, ``zero_points``; and arrays without axes that
-            tell ``bits``, ``granularity``, ``packed`` and, per group, ``group_size``; and ``shape``.
+            Its own ``data``, ``scales`` and, unless it is None, ``zero_points``; its ``shape``; and as arrays
+            without axes ``bits``, ``granularity`` (0 per tensor, 1 per row, 2 per group), ``packed`` and, per
+            group, ``group_size``.
         """
         fmt = self.format
         arrays: dict[str, NDArray[Any]] = {"data": self.data, "scales": self.scales}
         if self.zero_points is not None:
             arrays["zero_points"] = self.zero_points
         arrays["shape"] = np.array(self.shape, np.int64)
-        for name in ("bits", "granularity", "packed", *(("group_size",) if fmt.group_size else ())):
-            arrays[name] = np.array(getattr(fmt, name))
+        arrays["bits"], arrays["packed"] = np.array(fmt.bits), np.array(fmt.packed)
+        arrays["granularity"] = np.array(GRANULARITIES.index(fmt.granularity))
+        if fmt.group_size is not None:
+            arrays["group_size"] = np.array(fmt.group_size)
         return arrays
 
     @classmethod
@@ -265,8 +113,8 @@ class DynQuantTensor:
         Parameters
         ----------
         arrays : mapping
-            As `to_arrays` has it, perhaps through a file. Arrays are kept as they are; scales in another byte
-            order than this machine's are converted.
+            As `to_arrays` gives it, perhaps through a file; version 0.1 wrote the granularity as a string.
+            Arrays are kept as they are; scales in another byte order than this machine's are converted.
 
         Raises
         ------
@@ -286,6 +134,8 @@ class DynQuantTensor:
         bits, granularity, group, packed = (
             as_scalar(arrays.get(name)) for name in ("bits", "granularity", "group_size", "packed")
         )
+        if isinstance(granularity, (int, np.integer)) and 0 <= granularity < len(GRANULARITIES):
+            granularity = GRANULARITIES[granularity]
         fmt = DynQuantFormat(bits, str(granularity), group, packed)  # type: ignore[arg-type]
         scales = arrays["scales"]
         if isinstance(scales, np.ndarray) and not scales.dtype.isnative:
@@ -294,6 +144,47 @@ class DynQuantTensor:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.data, self.scales, self.zero_points, self.shape, self.format)
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len() of a tensor without axes")
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> DynQuantTensor:
+        """Rows of a tensor with a scale per row or per group, such as the entries of an embedding table.
+
+        Parameters
+        ----------
+        rows : int, slice, array_like of ints, or mask
+            What NumPy takes as an index of the first axis.
+
+        Returns
+        -------
+        DynQuantTensor
+            The codes and scales of these rows as they are: views for an int or a slice, copies for arrays.
+
+        Raises
+        ------
+        ParameterError
+            If the tensor has one scale for all of it, or no axis besides the last; or if `rows` is not an
+            index of one axis.
+        IndexError
+            If a row does not exist.
+
+        Examples
+        --------
+        >>> from dynquant import dynamic_quantize
+        >>> table = dynamic_quantize([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+        >>> table[[2, 0]].dequantize().round().tolist()
+        [[5.0, 6.0], [1.0, 2.0]]
+        """
+        if self.format.granularity == "per_tensor" or len(self.shape) < 2:
+            raise ParameterError(f"rows: expected a tensor of rows with scales of their own, got {self!r}")
+        index = rows if isinstance(rows, slice) else _as_index(rows)
+        data, scales = np.asarray(self.data[index]), np.asarray(self.scales[index])
+        zero_points = None if self.zero_points is None else np.asarray(self.zero_points[index])
+        leading = data.shape[: data.ndim - self.data.ndim + 1]
+        return tensor_of_checked(data, scales, (*leading, *self.shape[1:]), self.format, zero_points)
 
     @property
     def element_count(self) -> int:
@@ -346,6 +237,18 @@ class DynQuantTensor:
             f"DynQuantTensor(shape={self.shape}, int{fmt.bits} {fmt.granularity}{group}{zero_points}"
             f"{packed}, {self.memory_bytes} bytes)"
         )
+
+
+def _as_index(rows: Any) -> Any:
+    """`rows` as an int, or an array of ints or bools."""
+    if isinstance(rows, numbers.Integral) and not isinstance(rows, (bool, np.bool_)):
+        return int(rows)
+    index = None if isinstance(rows, (tuple, str, bytes)) or rows is None else as_array(rows, "rows")
+    if index is not None and index.size == 0 and index.ndim == 1 and isinstance(rows, list):
+        return index.astype(np.intp)
+    if index is None or index.ndim == 0 or index.dtype.kind not in "iub":
+        raise ParameterError(f"rows: expected an int, a slice, an array of ints or a mask, got {shown(rows)}")
+    return index
 
 
 def tensor_of_checked(
@@ -412,10 +315,3 @@ def as_flat(array: NDArray[Any]) -> NDArray[Any]:
     """`array`, or a copy where it is strided or unaligned."""
     flat = np.ascontiguousarray(array)
     return flat if flat.flags.aligned else flat.copy()
-
-
-def packed_format(format: DynQuantFormat, packed: bool) -> DynQuantFormat:
-    """`format`, packed if either it or `packed` says so."""
-    if packed is False or not as_flag(packed, "packed") or format.packed:
-        return format
-    return dataclasses.replace(format, packed=True)

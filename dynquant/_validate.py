@@ -1,4 +1,7 @@
-"""Coercion of inputs and every check of an argument. The only module that raises for what a caller passed."""
+"""Coercion of inputs, and the checks of arguments that several modules share.
+
+A check that only one function makes stands in that function.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +33,21 @@ F16 = np.dtype(np.float16)
 I8 = np.dtype(np.int8)
 U8 = np.dtype(np.uint8)
 
-# Numbers of the input formats in _core.pyx.
+# Numbers of the input formats in _core.pxd.
 _KIND_F32, _KIND_F16, _KIND_BF16 = 0, 1, 2
 
-# Elements looked at at once when the first bad one is searched, so that an error needs little memory.
+# Elements that are searched together for the first bad one, so that an error needs little memory.
 _SEARCH_BLOCK = 1 << 16
 
 
 def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
-    # ml_dtypes' type, recognized without importing it.
+    # The type of ml_dtypes, recognized without importing it.
     return dtype.kind == "V" and dtype.name == "bfloat16"
+
+
+def _is_float(dtype: np.dtype[Any]) -> bool:
+    # The 8-bit and smaller floats of ml_dtypes are of kind "f" or "V".
+    return dtype.kind == "f" or (dtype.kind == "V" and dtype.name.startswith("float"))
 
 
 def as_array(x: Any, name: str) -> NDArray[Any]:
@@ -48,18 +56,32 @@ def as_array(x: Any, name: str) -> NDArray[Any]:
         return x
     if isinstance(x, ndarray) and hasattr(x, "mask"):
         raise DTypeError(f"{name}: expected an array without a mask, got {type(x).__name__}; fill it first")
+    if isinstance(x, (list, tuple)) and _holds_mask(x):
+        raise DTypeError(
+            f"{name}: expected a float array, got a {type(x).__name__} of masked ones; fill them first"
+        )
     try:
         return np.asarray(x)
     except (MemoryError, SystemError):  # the latter from NumPy, where memory is short
         raise
-    except Exception as error:  # what an object raises when it is asked for an array
-        raise DTypeError(f"{name}: expected a float array, got {type(x).__name__} ({error})") from error
+    except Exception as error:  # whatever an object raises when it is asked for an array
+        hint = "; convert it with .float()" if "BFloat16" in str(error) else ""
+        raise DTypeError(f"{name}: expected a float array, got {type(x).__name__} ({error}){hint}") from error
+
+
+def _holds_mask(items: Any) -> bool:
+    """Whether a masked array is among nested lists and tuples; NumPy would take its masked values."""
+    return any(
+        _holds_mask(item) if isinstance(item, (list, tuple)) else hasattr(item, "mask")
+        for item in items
+        if not isinstance(item, (int, float))
+    )
 
 
 def as_exported(x: Any, name: str) -> Any:
-    """`x`, or the array that another object offers: the memory that `out` has to be apart from.
+    """`x`, or the array that another object exports: the memory that `out` must not overlap.
 
-    Lists, tuples, numbers and None have none.
+    Lists, tuples, numbers and None export none.
     """
     return x if x is None or isinstance(x, (list, tuple, int, float)) else as_array(x, name)
 
@@ -79,11 +101,25 @@ def as_floats(x: Any, name: str) -> NDArray[Any]:
     if dtype in (F32, F16) or _is_bfloat16(dtype):
         # "=" also swaps bytes; "C" and not "K": rows must be contiguous.
         return array if ready and dtype.isnative else array.astype(dtype.newbyteorder("="), "C")
-    if not (dtype.kind == "f" or (dtype.kind in "iu" and _is_literal(x))):
+    if not (_is_float(dtype) or (dtype.kind in "iu" and _is_literal(x))):
         source = "" if isinstance(x, ndarray) else f" from {type(x).__name__}"
-        raise DTypeError(f"{name}: expected a float array, got dtype {dtype}{source}")
-    with np.errstate(all="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
-        return array.astype(F32, "C")
+        hint = _HINTS.get(dtype.kind, "")
+        raise DTypeError(f"{name}: expected a float array, got dtype {dtype}{source}{hint}")
+    try:
+        with np.errstate(all="ignore", over="raise"):
+            return array.astype(F32, "C")
+    except FloatingPointError:
+        with np.errstate(all="ignore"):
+            raise_non_finite(array.astype(F32, "C"), name, array)
+
+
+# What to do about an array of a kind that is refused.
+_HINTS = {
+    "i": "; convert it with .astype(np.float32)",
+    "u": "; convert it with .astype(np.float32)",
+    "b": "; convert it with .astype(np.float32)",
+    "O": "; convert a frame or column with .to_numpy(np.float32), a column of arrays with np.stack",
+}
 
 
 def _is_literal(x: Any) -> bool:
@@ -99,17 +135,22 @@ def float_matrix(array: NDArray[Any], m: int, k: int) -> FloatMatrix:
     return FloatMatrix(array, _KIND_F16 if dtype == F16 else _KIND_BF16, m, k)
 
 
-def raise_non_finite(array: NDArray[Any], name: str) -> NoReturn:
-    """Raise for the first element of `array`, which has one, that is NaN or infinite."""
+def raise_non_finite(array: NDArray[Any], name: str, source: NDArray[Any] | None = None) -> NoReturn:
+    """Raise for the first element of `array`, which has one, that is NaN or infinite.
+
+    With `source`, of which `array` is a copy in float32, the error has the value there.
+    """
     flat = array.reshape(-1)
     for start in range(0, flat.size, _SEARCH_BLOCK):
         with np.errstate(invalid="ignore"):  # NumPy warns of a signaling NaN in bfloat16
             finite = np.isfinite(flat[start : start + _SEARCH_BLOCK])
         if not finite.all():
             index = start + int(np.argmin(finite))
-            raise NonFiniteError(index, float(flat[index]), name)
+            position = tuple(int(i) for i in np.unravel_index(index, array.shape))
+            value = float((array if source is None else source)[position])
+            raise NonFiniteError(index, value, name, position)
     raise ParameterError(
-        f"{name}: expected an array that nobody changes meanwhile; NaN or infinity came and went"
+        f"{name}: the array was modified during the call: a non-finite value was seen, then gone"
     )
 
 
@@ -166,12 +207,18 @@ def as_int8_matrix(x: Any, name: str) -> NDArray[np.int8]:
 
 
 def checked_out(
-    out: Any, shape: tuple[int, ...], dtype: np.dtype[Any], *inputs: Any, in_place: Any = None
+    out: Any,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    *inputs: Any,
+    in_place: Any = None,
+    rows_may_be_apart: bool = False,
 ) -> NDArray[Any]:
     """`out`, if it can take the result.
 
-    It may not share memory with `inputs`, arguments as `held` gives them and what they were converted to;
-    with `in_place`, one more, only by being the very same elements.
+    It must not share memory with `inputs`, arguments as `as_exported` gives them and what they were converted
+    to; with `in_place`, one more input, only by being the very same elements. With `rows_may_be_apart` only
+    the last axis has to be contiguous.
     """
     apart_from = inputs if in_place is None or in_place is out else (*inputs, in_place)
     if type(out) is ndarray and out.dtype is dtype and is_plain_out(out, shape, apart_from):
@@ -185,13 +232,25 @@ def checked_out(
         raise DTypeError(f"out: expected dtype {dtype}, got {out.dtype}")
     if out.shape != shape:
         raise ShapeMismatchError(shape, out.shape, "out")
-    if not out.flags.carray:
+    if not (out.flags.carray or (rows_may_be_apart and _has_plain_rows(out))):
         _raise_layout(out)
     if not all(disjoint(out, x) for x in inputs if isinstance(x, ndarray)):
         raise LayoutError("out: expected memory apart from every input, got memory that overlaps one")
     if isinstance(in_place, ndarray) and not _apart_or_same(out, in_place):
         raise LayoutError("out: expected the input itself or memory apart from it, got a partial overlap")
     return out
+
+
+def _has_plain_rows(out: NDArray[Any]) -> bool:
+    """Whether `out` is writable, contiguous along its last axis, and has no element twice."""
+    if not (out.flags.writeable and out.flags.aligned and out.ndim and out.strides[-1] == out.itemsize):
+        return False
+    extent = 0
+    for stride, n in sorted((abs(s), n) for s, n in zip(out.strides, out.shape, strict=True) if n > 1):
+        if stride < extent:
+            return False
+        extent = stride * n
+    return True
 
 
 def _raise_layout(out: NDArray[Any]) -> NoReturn:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _core
+from ._format import DynQuantFormat
 from ._gptq import SecondMoments, calibration_batches, compensate
-from ._tensor import DynQuantFormat, DynQuantTensor, tensor_of_checked
+from ._tensor import DynQuantTensor, tensor_of_checked
 from ._threads import parallel_ranges
 from ._validate import F32, U8, as_flag, as_matrix, as_thread_count, check_finite, float_matrix
 from .errors import ParameterError, shown

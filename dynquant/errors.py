@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from typing import Any
 
@@ -42,12 +43,12 @@ class DynQuantError(Exception):
     """Base of every exception that dynquant raises by itself."""
 
     def __init__(self, *args: Any) -> None:
-        """A message may quote what somebody else wrote: it is cut to 1,000 characters."""
+        """Messages may quote text from elsewhere, so they are cut to 1,000 characters."""
         super().__init__(*(_cut(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ShapeMismatchError(DynQuantError, ValueError):
-    """An array has not the shape that the call needs.
+    """An array does not have the shape that the call needs.
 
     Attributes
     ----------
@@ -131,26 +132,33 @@ class InvalidPercentileError(DynQuantError, ValueError):
 
 
 class NonFiniteError(DynQuantError, ValueError):
-    """An input holds NaN or infinity.
+    """An input holds NaN, infinity, or a number beyond float32.
 
     Attributes
     ----------
     index : int
-        Place of the first such element, counted in C order.
+        Flat index of the first such element, in C order.
+    position : tuple of int
+        The same as an index for each axis.
     value : float
-        What stands there.
+        The element.
     argument : str
         Name of the argument.
     """
 
-    def __init__(self, index: int, value: float, argument: str = "x") -> None:
-        super().__init__(index, value, argument)
+    def __init__(
+        self, index: int, value: float, argument: str = "x", position: tuple[int, ...] | None = None
+    ) -> None:
+        super().__init__(index, value, argument, position)
         self.index = index
+        self.position = (index,) if position is None else position
         self.value = value
         self.argument = argument
 
     def __str__(self) -> str:
-        return f"{self.argument}: expected finite values, got {self.value} at flat index {self.index}"
+        expected = "numbers within float32" if math.isfinite(self.value) else "finite values"
+        position = f", position {self.position}" if len(self.position) > 1 else ""
+        return f"{self.argument}: expected {expected}, got {self.value} at flat index {self.index}{position}"
 
 
 class ParameterError(DynQuantError, ValueError):

@@ -205,7 +205,6 @@ NOT_FLOATS = {
     "ragged list": lambda shape: [[1.0], [2.0, 3.0]],
     "generator": lambda shape: (value for value in (1.0, 2.0)),
     "int64 scalar": lambda shape: np.int64(1),
-    "float8": lambda shape: np.ones(shape, pytest.importorskip("ml_dtypes").float8_e4m3fn),
 }
 
 float_arguments = pytest.mark.parametrize("argument", FLOAT_ARGUMENTS.values(), ids=FLOAT_ARGUMENTS.keys())
@@ -245,7 +244,12 @@ def test_non_finite(dtype, argument):
 def test_number_that_overflows_float32(argument):
     x = np.ones(argument.shape)
     x.flat[1] = -1e300
-    check_float_argument(argument, x, NonFiniteError, "expected finite values", {"index": 1, "value": -INF})
+    expected = {"index": 1, "value": -1e300}
+    check_float_argument(
+        argument, x, NonFiniteError, "expected numbers within float32, got -1e+300", expected
+    )
+    x.flat[0] = INF
+    check_float_argument(argument, x, NonFiniteError, "expected finite values", {"index": 0, "value": INF})
 
 
 @float_arguments
@@ -732,3 +736,81 @@ def test_error_in_the_callers_iterator_passes_through():
 
     with pytest.raises(KeyError, match="mine"):
         CalibStats.collect(batches())
+
+
+PACKED = DynQuantFormat.INT4_PER_ROW_PACKED
+ML_FLOATS = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float6_e2m3fn", "float4_e2m1fn"]
+
+
+@pytest.mark.parametrize("name", ML_FLOATS)
+def test_small_floats_go_through_float32(name):
+    dtype = getattr(pytest.importorskip("ml_dtypes"), name, None)
+    if dtype is None:
+        pytest.skip(f"this ml_dtypes has no {name}")
+    x = np.linspace(-2, 2, 9).astype(dtype)
+    expected = dynamic_quantize_int8(x.astype(F32))
+    assert dynamic_quantize_int8(x).data.tolist() == expected.data.tolist()
+
+
+@pytest.mark.parametrize(
+    "x, way",
+    [
+        (np.ones(3, int), r"\.astype\(np.float32\)"),
+        (np.ones(3, bool), r"\.astype\(np.float32\)"),
+        (np.array([np.ones(2), np.ones(2), None], object), r"\.to_numpy\(np.float32\).*np\.stack"),
+    ],
+)
+def test_what_is_no_float_array_is_told_the_way(x, way):
+    with pytest.raises(DTypeError, match=way):
+        dynquant.dynamic_quantize_int8(x)
+
+
+@pytest.mark.parametrize("x", [[np.ma.ones(3)], [[1.0], (np.ma.ones(1),)]])
+def test_a_list_of_masked_arrays(x):
+    with pytest.raises(
+        DTypeError, match="x: expected a float array, got a list of masked ones; fill them first"
+    ):
+        dynamic_quantize_int8(x)
+
+
+def test_the_position_of_what_is_not_finite():
+    x = np.ones((2, 3, 4), F32)
+    x[1, 2, 0] = np.nan
+    with pytest.raises(NonFiniteError, match=r"got nan at flat index 20, position \(1, 2, 0\)") as caught:
+        dynquant.dynamic_quantize_int8_per_row(x)
+    assert (caught.value.index, caught.value.position) == (20, (1, 2, 0))
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (copy.index, copy.position, str(copy)) == (20, (1, 2, 0), str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"scales": -1.0}, ParameterError, "scales: expected numbers of at least 0, got -1"),
+        ({"scales": np.nan}, NonFiniteError, "scales: expected finite values"),
+        ({"scales": [1.0]}, ShapeMismatchError, r"scales: expected shape \(2,\)"),
+        ({"scales": [1, 2]}, None, ""),
+        ({"scales": np.ones(2, int)}, DTypeError, "scales: expected a float array"),
+        ({"zero_points": 3}, ParameterError, "zero_points: expected None unless codes are packed"),
+        ({"zero_points": 16, "format": PACKED}, ParameterError, r"zero_points: expected numbers in 0\.\.15"),
+        ({"zero_points": 1.0, "format": PACKED}, DTypeError, "zero_points: expected integers"),
+        ({"zero_points": [1], "format": PACKED}, ShapeMismatchError, r"zero_points: expected shape \(2,\)"),
+        ({"format": "int8"}, ParameterError, "format: expected a DynQuantFormat"),
+        ({"out": np.zeros((2, 4), np.int16)}, DTypeError, "out: expected dtype int8"),
+        ({"num_threads": 0}, ParameterError, "num_threads"),
+    ],
+)
+def test_scales_that_cannot_be(options, error, message):
+    x = np.ones((2, 4), F32)
+    call = partial(dynquant.quantize, x, **({"scales": 1.0} | options))
+    if error is None:
+        call()
+        return
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("out", [(), (np.zeros((2, 4), np.int8),), (np.zeros((2, 4), np.int8), np.zeros(2))])
+def test_a_pair_of_outs_that_cannot_be(out):
+    with pytest.raises((ParameterError, DTypeError), match="out: expected"):
+        dynquant.dynamic_quantize(np.ones((2, 4), F32), out=out)

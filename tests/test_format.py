@@ -20,10 +20,12 @@ from dynquant import (
 )
 
 NAMED = {
-    "INT8_PER_TENSOR": (8, "per_tensor"),
-    "INT8_PER_ROW": (8, "per_row"),
-    "INT4_PER_TENSOR": (4, "per_tensor"),
-    "INT4_PER_ROW": (4, "per_row"),
+    "INT8_PER_TENSOR": (8, "per_tensor", None, False),
+    "INT8_PER_ROW": (8, "per_row", None, False),
+    "INT4_PER_TENSOR": (4, "per_tensor", None, False),
+    "INT4_PER_ROW": (4, "per_row", None, False),
+    "INT4_PER_TENSOR_PACKED": (4, "per_tensor", None, True),
+    "INT4_PER_ROW_PACKED": (4, "per_row", None, True),
 }
 
 each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
@@ -58,7 +60,7 @@ def test_percentile_must_be_a_real_number(p):
 @pytest.mark.parametrize("name", NAMED)
 def test_named_formats(name):
     fmt = getattr(DynQuantFormat, name)
-    assert (fmt.bits, fmt.granularity, fmt.group_size, fmt.packed) == (*NAMED[name], None, False)
+    assert (fmt.bits, fmt.granularity, fmt.group_size, fmt.packed) == NAMED[name]
     assert fmt == DynQuantFormat(*NAMED[name])
     assert hash(fmt) == hash(DynQuantFormat(*NAMED[name]))
 
@@ -124,3 +126,8 @@ def test_modes_and_formats_pickle(value):
 def test_pickled_format_still_quantizes():
     fmt = pickle.loads(pickle.dumps(DynQuantFormat.INT4_PER_TENSOR))
     assert_same_bits(dynamic_quantize([7.0, 3.5], fmt).data, np.array([7, 4], np.int8))
+
+
+def test_the_format_of_4_bit_weights_has_a_name():
+    weights = quantize_weights(np.ones((2, 8), F32), bits=4, group_size=4)
+    assert weights.format == DynQuantFormat.int4_per_group_packed(4)

@@ -235,7 +235,9 @@ def test_signatures():
     """Order, keywords and defaults of arguments, on which callers rely."""
     expected = {
         "compute_scale": "x, clip_val, mode=MaxAbs()",
-        "dynamic_quantize": "x, format=INT8_PER_ROW, mode=MaxAbs(), *, packed=False, out=None, num_threads=1",
+        "dynamic_quantize": "x, format=INT8_PER_ROW, mode=MaxAbs(), *, packed=False, out=None, "
+        "check_finite=True, num_threads=1",
+        "quantize": "x, scales, format=INT8_PER_ROW, *, zero_points=None, packed=False, out=None, num_threads=1",
         "dynamic_quantize_int4": "x, mode=MaxAbs(), *, packed=False",
         "dynamic_quantize_int8": "x, mode=MaxAbs(), *, out=None",
         "dynamic_quantize_int8_per_row": "x, mode=MaxAbs(), *, out=None, num_threads=1",

@@ -20,11 +20,14 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from dynquant import (
     DynQuantFormat,
+    NonFiniteError,
     dynamic_quantize,
     dynamic_quantize_int4,
     dynamic_quantize_int8,
     dynamic_quantize_int8_per_row,
     quantization_mae,
+    quantize,
+    quantize_weights,
 )
 
 # Floats that the kernels take at a time: a block, and a segment of 256 KiB.
@@ -244,3 +247,87 @@ def test_signs_and_powers_of_two(x):
     assert_same_bits(dynamic_quantize_int8(-x).data, -q.data)
     if 1e-37 < q.scales[0] < 1e36:
         assert_same_bits(dynamic_quantize_int8(x * 2).data, q.data)
+
+
+# With scales that are given
+
+
+@each_format
+@pytest.mark.parametrize("shape", [(3, 65), (2, 3, 64), (0, 4), (3, 0)])
+def test_its_own_scales_give_the_dynamic_codes(fmt, shape, isa):
+    x = np.random.default_rng(0).standard_normal(shape).astype(F32)
+    dynamic = dynamic_quantize(x, fmt)
+    given = quantize(x, dynamic.scales, fmt, num_threads=2)
+    assert_same_bits(given.data, dynamic.data)
+    assert_same_bits(given.scales, dynamic.scales)
+    assert given.format == fmt
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 0.01, 3.0, 1e38])
+def test_one_number_for_all_scales(scale, isa):
+    x = np.concatenate([np.random.default_rng(0).standard_normal(99).astype(F32) * 100, [3.4e38, -3.4e38]])
+    x = x.astype(F32)[None]
+    q = quantize(x, scale)
+    with np.errstate(all="ignore"):
+        v = np.where(scale > 0, x / F32(scale), 0)
+    codes = np.clip(np.trunc(v + np.copysign(F32(0.49999997), v)), -127, 127)
+    assert_same_bits(q.data, codes.astype(np.int8))
+    assert q.scales.tolist() == [F32(scale)]
+
+
+def test_zero_points_as_those_of_weights(isa):
+    w = np.random.default_rng(0).standard_normal((5, 37)).astype(F32)
+    weights = quantize_weights(w, bits=4, group_size=8)
+    given = quantize(w, weights.scales, weights.format, zero_points=weights.zero_points)
+    assert_same_bits(given.data, weights.data)
+    assert_same_bits(given.dequantize(), weights.dequantize())
+    one = quantize(w, 0.25, DynQuantFormat.INT4_PER_ROW_PACKED, zero_points=8)
+    assert one.zero_points.tolist() == [8] * 5
+    assert np.abs(one.dequantize() - w.clip(-2, 1.75)).max() <= 0.125
+
+
+# Into a part of a larger array
+
+
+@pytest.mark.parametrize("fmt", [DynQuantFormat.INT8_PER_ROW, DynQuantFormat.INT4_PER_ROW_PACKED])
+def test_codes_and_scales_of_a_step_in_a_key_cache(fmt, isa):
+    rng = np.random.default_rng(0)
+    heads, length, k = 4, 6, 32
+    codes = np.zeros((heads, length, fmt.data_shape((k,))[-1]), fmt.data_dtype)
+    scales = np.zeros((heads, length), F32)
+    keys = rng.standard_normal((length, heads, 1, k)).astype(F32)
+    for step in range(length):
+        new_scales = np.empty((heads, 1), F32)
+        q = dynamic_quantize(keys[step], fmt, out=(codes[:, step : step + 1], new_scales), num_threads=2)
+        scales[:, step : step + 1] = new_scales
+        assert q.data.base is codes
+        assert q.scales is new_scales
+    whole = dynamic_quantize(keys[:, :, 0].transpose(1, 0, 2), fmt)
+    assert_same_bits(codes, whole.data)
+    assert_same_bits(scales, whole.scales)
+
+
+@pytest.mark.parametrize(
+    "call", [lambda x, out: dynamic_quantize(x, out=out), lambda x, out: quantize(x, 1.0, out=out)]
+)
+def test_rows_of_codes_lie_apart_in_memory(call):
+    x = np.random.default_rng(0).standard_normal((3, 4, 16)).astype(F32)
+    expected = call(x, None).data
+    memory = np.zeros((2, 4, 6, 20), np.int8)
+    parts = (memory[0, :3, 3::-1, 2:18], memory[1].transpose(1, 0, 2)[:3, :, :16], memory[0, 2::-1, :4, :16])
+    for out in parts:
+        assert call(x, out).data is out
+        assert np.array_equal(out, expected)
+
+
+def test_without_the_check_out_may_be_written_before_the_error():
+    x = np.ones((3, 8), F32)
+    out = np.full((3, 8), 77, np.int8)
+    assert dynamic_quantize(x, out=out, check_finite=False).data is out
+    assert (out == 127).all()
+    x[2, 1] = np.nan
+    out[:] = 77
+    with pytest.raises(NonFiniteError) as caught:
+        dynamic_quantize(x, out=out, check_finite=False)
+    assert caught.value.position == (2, 1)
+    assert (out[2] == 77).all()

@@ -336,3 +336,87 @@ def test_conversion_to_an_array_is_refused(tmp_path):
         np.savez(tmp_path / "tensor.npz", tensor=tensor)
     with pytest.raises(DTypeError, match=r"x: expected a float array, got DynQuantTensor .*dequantize"):
         dynamic_quantize(tensor)
+
+
+# Rows
+
+TABLES = {
+    "int8 rows": DynQuantFormat.INT8_PER_ROW,
+    "int4 rows": DynQuantFormat.INT4_PER_ROW,
+    "int4 packed rows": DynQuantFormat.INT4_PER_ROW_PACKED,
+    "int8 groups": DynQuantFormat.int8_per_group(3),
+    "int4 packed groups": DynQuantFormat.int4_per_group_packed(3),
+}
+INDICES = {
+    "first": 0,
+    "last": np.int64(-1),
+    "slice": slice(1, 5, 2),
+    "backwards": slice(None, None, -1),
+    "list": [3, 0, 3],
+    "none": [],
+    "array": np.array([[1, 2], [0, 5]], np.int32),
+    "mask": np.array([1, 0, 1, 0, 0, 1], bool),
+    "mask of python's": [True, False, False, True, True, False],
+}
+each_table = pytest.mark.parametrize("fmt", TABLES.values(), ids=TABLES.keys())
+
+
+@each_table
+@pytest.mark.parametrize("shape", [(6, 8), (6, 3, 7)])
+@pytest.mark.parametrize("rows", INDICES.values(), ids=INDICES.keys())
+def test_rows_of_a_tensor(fmt, shape, rows):
+    table = tensor(fmt, shape)
+    index = np.array(rows, np.intp) if isinstance(rows, list) and not rows else rows
+    part = table[rows]
+    assert part.format == fmt
+    assert_same_bits(part.dequantize(), table.dequantize()[index])
+    if isinstance(rows, slice):
+        assert np.shares_memory(part.data, table.data)
+
+
+def test_rows_of_weights_with_zero_points():
+    weights = quantize_weights(np.random.default_rng(0).standard_normal((6, 10)), bits=4, group_size=4)
+    assert_same_bits(weights[[5, 1]].dequantize(), weights.dequantize()[[5, 1]])
+
+
+def test_a_tensor_of_rows_is_a_sequence_of_them():
+    table = tensor(shape=(4, 5))
+    assert len(table) == 4
+    assert np.array_equal([row.dequantize() for row in table], table.dequantize())
+
+
+@pytest.mark.parametrize("rows", [1.0, (0, 1), "0", None, True, [1.5], np.zeros(2, complex), ...])
+def test_what_is_no_index_of_rows(rows):
+    with pytest.raises(ParameterError, match=r"rows: expected an int, a slice, an array of ints or a mask"):
+        tensor()[rows]
+
+
+@pytest.mark.parametrize("rows", [3, -4, [0, 3], np.ones(4, bool)])
+def test_rows_that_do_not_exist(rows):
+    with pytest.raises(IndexError):
+        tensor(shape=(3, 5))[rows]
+
+
+@pytest.mark.parametrize("fmt, shape", [("INT8_PER_TENSOR", (3, 5)), ("INT4_PER_TENSOR", (5,))])
+def test_one_scale_has_no_rows(fmt, shape):
+    with pytest.raises(ParameterError, match=r"rows: expected a tensor of rows with scales of their own"):
+        tensor(getattr(DynQuantFormat, fmt), shape)[0]
+
+
+@each_format
+def test_arrays_are_numbers(fmt):
+    arrays = tensor(fmt).to_arrays()
+    assert {a.dtype.kind for a in arrays.values()} <= set("iufb")
+    assert DynQuantTensor.from_arrays(arrays).format == fmt
+
+
+def test_arrays_of_version_0_1():
+    table = tensor()
+    arrays = table.to_arrays() | {"granularity": np.array("per_row")}
+    assert_same_bits(DynQuantTensor.from_arrays(arrays).dequantize(), table.dequantize())
+
+
+@pytest.mark.parametrize("granularity", [3, -1, 1.0, "per_column"])
+def test_a_granularity_that_there_is_not(granularity):
+    with pytest.raises(ParameterError, match="granularity"):
+        DynQuantTensor.from_arrays(tensor().to_arrays() | {"granularity": np.array(granularity)})
