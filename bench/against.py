@@ -16,6 +16,7 @@ import argparse
 import importlib
 import importlib.util
 import itertools
+import math
 import statistics
 import sys
 from dataclasses import dataclass
@@ -23,17 +24,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from . import cases as case_table
 from .cases import Arrays, Case
-from .sampling import Contender, median_ratio, sample_in_turns
+from .sampling import Contender, sample_in_turns
 from .summary import SummaryError
 from .text import columns, duration
 
 OLD, NEW = "old", "new"
 ROUNDS, QUICK_ROUNDS = 61, 9
-# How often a case that is beyond the threshold is measured, each time on new arrays; the median counts.
+# How often a case that is beyond the threshold is measured, each time on new arrays; all rounds count.
 REPETITIONS = 3
 
 
@@ -57,6 +56,43 @@ class Build:
     def described(self) -> str:
         package = self.modules["dynquant"]
         return f"dynquant {package.__version__} from {Path(package.__file__).parent}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Seconds of a call in each round."""
+
+    old: list[float]
+    new: list[float]
+
+    @property
+    def ratios(self) -> list[float]:
+        """old / new within each round, in ascending order."""
+        return sorted(old / new for old, new in zip(self.old, self.new, strict=True))
+
+    @property
+    def speedup(self) -> float:
+        return statistics.median(self.ratios)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """In which the median lies with 95 %, whatever the distribution of the ratios.
+
+        Of n rounds the number below the median is binomial, n / 2 with a standard deviation of sqrt(n) / 2.
+        """
+        ratios, half = self.ratios, 0.98 * math.sqrt(len(self.old))
+        low, high = math.floor(len(ratios) / 2 - half), math.ceil(len(ratios) / 2 + half) - 1
+        return ratios[max(low, 0)], ratios[min(high, len(ratios) - 1)]
+
+    def is_slower(self, threshold: float) -> bool:
+        """Whether all of the interval is: a busy machine makes it wide, but nothing slower."""
+        return 1 / self.interval[1] > 1 + threshold / 100
+
+    def cells(self, threshold: float) -> list[str]:
+        low, high = self.interval
+        times = [duration(statistics.median(taken)) for taken in (self.old, self.new)]
+        remark = "slower" if self.is_slower(threshold) else ""
+        return [*times, f"{self.speedup:.3f}x", f"{low:.3f} - {high:.3f}", remark]
 
 
 def _loaded() -> dict[str, ModuleType]:
@@ -103,29 +139,23 @@ def main(args: argparse.Namespace, cases: list[Case], isas: list[str]) -> int:
     old = load(args.against, args.family)
     print(f"against {old.described()}", flush=True)
     rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
-    rows, speedups = [["case", "isa", OLD, NEW, "old/new", ""]], []
+    rows, results = [["case", "isa", OLD, NEW, "old/new", "95 % of medians", ""]], []
     for isa, name in itertools.product(isas, new.cases):
         print(f"{name} on {isa} ...", file=sys.stderr, flush=True)
         if missing := _missing(old, name, isa):
             print(f"{name}: left out, for the other build has no {missing}", file=sys.stderr)
             continue
-        seconds, speedup = measure(old, new, name, isa, rounds, args.threshold)
-        speedups.append(speedup)
-        remark = "slower" if _is_slower(speedup, args.threshold) else ""
-        rows.append([name, isa, *map(duration, seconds), f"{speedup:.3f}x", remark])
-    if not speedups:
+        results.append(measure(old, new, name, isa, rounds, args.threshold))
+        rows.append([name, isa, *results[-1].cells(args.threshold)])
+    if not results:
         raise SummaryError("--against: the two builds have no case in common")
-    slower = sum(_is_slower(speedup, args.threshold) for speedup in speedups)
+    slower = sum(result.is_slower(args.threshold) for result in results)
     print(columns(rows))
     print(
-        f"median {statistics.median(speedups):.3f}x; "
-        f"{slower} of {len(speedups)} slower by more than {args.threshold:g} %"
+        f"median {statistics.median(result.speedup for result in results):.3f}x; "
+        f"{slower} of {len(results)} slower by more than {args.threshold:g} %"
     )
     return int(slower > 0)
-
-
-def _is_slower(speedup: float, threshold: float) -> bool:
-    return 1 / speedup > 1 + threshold / 100
 
 
 def _missing(old: Build, name: str, isa: str) -> str:
@@ -141,39 +171,40 @@ def _missing(old: Build, name: str, isa: str) -> str:
     return ""
 
 
-def measure(
-    old: Build, new: Build, name: str, isa: str, rounds: int, threshold: float
-) -> tuple[tuple[float, float], float]:
-    """Median seconds (old, new), and the median ratio old / new.
+def measure(old: Build, new: Build, name: str, isa: str, rounds: int, threshold: float) -> Result:
+    """A case in both builds.
 
-    A case that is beyond the threshold, either way, is measured again on arrays and layers made anew, since
-    where they lie in memory can be worth some percent; the median of the ratios counts.
+    Where the median ratio is beyond the threshold, either way, more rounds follow on arrays and layers made
+    anew, since where they lie in memory can be worth some percent.
     """
-    found = [_measure_once(old, new, name, isa, rounds)]
-    if abs(found[0][1] - 1) > threshold / 100:
+    samples = _samples(old, new, name, isa, rounds)
+    if abs(Result(**samples).speedup - 1) > threshold / 100:
         for _ in range(REPETITIONS - 1):
             old.table.forget_layers()
             new.table.forget_layers()
-            found.append(_measure_once(old, new, name, isa, rounds))
-    return sorted(found, key=lambda result: result[1])[len(found) // 2]
+            for side, seconds in _samples(old, new, name, isa, rounds).items():
+                samples[side] += seconds
+    return Result(**samples)
 
 
-def _measure_once(
-    old: Build, new: Build, name: str, isa: str, rounds: int
-) -> tuple[tuple[float, float], float]:
+def _samples(old: Build, new: Build, name: str, isa: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of a call in each round, by OLD and NEW."""
     arrays = _arrays(new, name, isa, {})
     expected = new.cases[name].oracle(arrays)
     _check(new, name, isa, _arrays(new, name, isa, {}), expected)
-    shared = {key: value for key, value in arrays.items() if isinstance(value, np.ndarray)}
+    shared = {key: value for key, value in arrays.items() if not _is_of_a_build(value)}
     old_arrays = _arrays(old, name, isa, shared)
     _check(old, name, isa, _arrays(old, name, isa, {}), expected)
     contenders = [
         _contender(NEW, new, name, isa, arrays),
         _contender(OLD, old, name, isa, old_arrays),
     ]
-    samples = sample_in_turns(contenders, rounds, new.cases[name].threads)
-    seconds = statistics.median(samples[OLD]), statistics.median(samples[NEW])
-    return seconds, median_ratio(samples[OLD], samples[NEW])
+    return sample_in_turns(contenders, rounds, new.cases[name].threads)
+
+
+def _is_of_a_build(value: Any) -> bool:
+    """A tensor, or the function that makes a layer; all else is shared."""
+    return callable(value) or type(value).__module__.partition(".")[0] == "dynquant"
 
 
 def _arrays(build: Build, name: str, isa: str, shared: Arrays) -> Arrays:

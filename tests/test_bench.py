@@ -25,7 +25,7 @@ def _package():
 
 
 _package()
-from bench import chart, cli, compare, markdown, summary  # noqa: E402
+from bench import against, chart, cli, compare, markdown, summary  # noqa: E402
 
 
 def entry(name, seconds, numpy_seconds=2e-3, isa="avx2"):
@@ -259,6 +259,18 @@ def test_two_builds_run_side_by_side(slow_build, slow_is_new, status):
     assert f"from {new}" in done.stdout.splitlines()[0]
     assert f"from {old}" in done.stdout.splitlines()[1]
     assert f"{status} of 1 slower by more than 100 %" in done.stdout
+
+
+def test_a_build_is_slower_only_where_all_of_the_interval_is():
+    noisy = against.Result(old=[1.0] * 100, new=[0.7] * 45 + [1.5] * 55)
+    assert noisy.speedup == pytest.approx(1 / 1.5)
+    assert noisy.interval == pytest.approx((1 / 1.5, 1 / 0.7))
+    assert not noisy.is_slower(3)
+    steady = against.Result(old=[1.0] * 100, new=[1.02] * 30 + [1.05] * 70)
+    assert steady.interval == pytest.approx((1 / 1.05, 1 / 1.05))
+    assert steady.is_slower(3)
+    assert not steady.is_slower(6)
+    assert against.Result(old=[2.0, 1.0, 1.0], new=[1.0, 1.0, 2.0]).interval == (0.5, 2.0)
 
 
 @pytest.mark.parametrize("folder", [ROOT / "tests", INSTALLED])
