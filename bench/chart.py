@@ -13,17 +13,17 @@ from html import escape
 
 from .summary import Entry, Summary, hardest, strongest_isa
 
-# Library -> beginning of its columns' names, color.
-LIBRARIES = {
-    "NumPy": ("numpy", "#4477aa"),
-    "PyTorch": ("torch", "#ee6677"),
-    "ONNX Runtime": ("ort", "#ccaa33"),
-    "NumKong (integers only)": ("numkong", "#228833"),
-    "dynquant on one thread": ("one_thread", "#999999"),
+COLORS = {
+    "NumPy": "#4477aa",
+    "PyTorch": "#ee6677",
+    "PyTorch float32": "#aa3377",
+    "ONNX Runtime": "#ccaa33",
+    "NumKong (integers only)": "#228833",
+    "dynquant on one thread": "#999999",
 }
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 # Pixels.
-WIDTH, LABELS, MARGIN, LINE, TOP, DOT = 820, 330, 30, 15, 66, 4
+WIDTH, LABELS, MARGIN, LINE, TOP, DOT = 820, 330, 30, 15, 80, 4
 STYLE = (
     "text{font:11px sans-serif;fill:#222}.h{font-weight:bold}.n{fill:#777;font-size:10px}"
     ".g{stroke:#ddd}.o{stroke:#000}circle{fill-opacity:.9}"
@@ -71,7 +71,7 @@ class _Scale:
 def _dots(case: Entry, isa: str) -> dict[str, float]:
     """Color -> the hardest ratio of that library."""
     ratios = case["isas"][isa]["ratios"]
-    found = ((color, hardest(ratios, prefix)) for prefix, color in LIBRARIES.values())
+    found = ((color, hardest(ratios, library)) for library, color in COLORS.items())
     return {color: ratio for color, ratio in found if ratio is not None}
 
 
@@ -80,20 +80,21 @@ def _title(summary: Summary, isa: str) -> list[str]:
     others = "" if summary["avx512"] else ", everybody without AVX-512"
     lines = (
         "Time of the other library / time of dynquant: right of 1x dynquant is faster",
-        f"{summary['machine']['cpu']}, {isa}{others}, one thread unless a line says otherwise; {versions}",
+        f"{summary['machine']['cpu']}, {isa}{others}, one thread unless a line says otherwise",
+        versions,
     )
     return [
         f'<text class="{style}" x="{MARGIN}" y="{y}">{escape(line)}</text>'
-        for line, style, y in zip(lines, ("h", "n"), (16, 31), strict=True)
+        for line, style, y in zip(lines, ("h", "n", "n"), (16, 31, 44), strict=True)
     ]
 
 
 def _legend(cases: list[Entry], isa: str) -> list[str]:
     drawn = {color for case in cases for color in _dots(case, isa)}
     parts, x = [], MARGIN
-    for name, (_, color) in LIBRARIES.items():
+    for name, color in COLORS.items():
         if color in drawn:
-            parts.append(_dot(x, 42, color) + f'<text x="{x + 8}" y="46">{name}</text>')
+            parts.append(_dot(x, 56, color) + f'<text x="{x + 8}" y="60">{name}</text>')
             x += 26 + 6 * len(name)
     return parts
 

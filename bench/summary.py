@@ -34,6 +34,16 @@ DIGITS = 4
 TOP = ("schema", "date", "machine", "versions", "limits", "avx512", "rounds", "cases")
 CASE = ("name", "what", "group", "layer", "activations", "threads", "level", "seconds", "isas")
 
+# Library -> its columns, each another way to do the same.
+WAYS = {
+    "NumPy": ("numpy", "numpy_one_thread"),
+    "PyTorch": ("torch", "torch_fbgemm"),
+    "PyTorch float32": ("torch_f32",),
+    "ONNX Runtime": ("ort", "ort_bound"),
+    "NumKong (integers only)": ("numkong", "numkong_int4"),
+    "dynquant on one thread": ("one_thread",),
+}
+
 
 class SummaryError(ValueError):
     """A file that is no summary, or two that have nothing in common."""
@@ -80,5 +90,5 @@ def strongest_isa(summary: Summary) -> str:
 
 
 def hardest(ratios: dict[str, float], library: str) -> float | None:
-    """The smallest ratio of a library's columns: of its several ways, the one that is hardest to beat."""
-    return min((ratio for name, ratio in ratios.items() if name.startswith(library)), default=None)
+    """The smallest ratio of a library's ways, which is the hardest to beat; None where it has none."""
+    return min((ratios[way] for way in WAYS[library] if way in ratios), default=None)

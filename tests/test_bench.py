@@ -102,9 +102,10 @@ def test_a_case_without_a_key_is_refused(saved):
 
 
 def test_the_hardest_way_of_a_library_counts():
-    ratios = {"ort": 3.0, "ort_bound": 1.25, "torch": 1.0}
-    assert summary.hardest(ratios, "ort") == 1.25
-    assert summary.hardest(ratios, "numkong") is None
+    ratios = {"ort": 3.0, "ort_bound": 1.25, "torch": 1.5, "torch_f32": 1.0}
+    assert summary.hardest(ratios, "ONNX Runtime") == 1.25
+    assert summary.hardest(ratios, "PyTorch") == 1.5
+    assert summary.hardest(ratios, "NumPy") is None
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)

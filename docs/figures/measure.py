@@ -193,9 +193,8 @@ def recall(exact: np.ndarray, found: np.ndarray) -> float:
 
 def block() -> dict[str, Any]:
     """Both layers of the block, one after the other, on their inputs for 64 tokens and for one."""
-    sys.path.insert(0, str(BENCH))
-    import machine
-    import peers
+    sys.path.insert(0, str(BENCH.parent))
+    from bench import machine, peers
 
     # The peers' own check refuses an error of 5 %; what the error is, is the question here.
     peers.checked_linear = lambda _, call: call
@@ -291,15 +290,18 @@ def sample(call: Any, repeats: int) -> float:
 
 def speed(report: dict[str, Any]) -> dict[str, Any]:
     """Machine and versions, and for each case the ratios of the best instruction set, by the hardest way."""
-    isa = report["rows"][-1]["isa"]
-    rows = [row for row in report["rows"] if row["isa"] == isa and row["threads"] == 1]
+    sys.path.insert(0, str(BENCH.parent))
+    from bench import summary
+
+    isa = summary.strongest_isa(report)
+    cases = [case for case in report["cases"] if isa in case["isas"] and case["threads"] == 1]
     return {
         "isa": isa,
         "cpu": report["machine"]["cpu"],
         "python": report["machine"]["python"],
         "versions": report["versions"],
         "avx512": report["avx512"],
-        "ratios": {row["case"]: hardest(row["ratios"]) for row in rows},
+        "ratios": {case["name"]: hardest(case["isas"][isa]["ratios"]) for case in cases},
     }
 
 
