@@ -11,11 +11,10 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
     "numpydoc",
 ]
-exclude_patterns = ["_build", "figures/*.py"]
-myst_enable_extensions = ["dollarmath"]
+templates_path = ["_templates"]
+exclude_patterns = ["_build"]
 myst_heading_anchors = 3
 
 # The docstrings name types with their shapes and dtypes; the annotations would say it again, and less.
@@ -31,11 +30,25 @@ html_static_path = ["_static"]
 html_css_files = ["dynquant.css"]
 html_theme_options = {
     "logo": {"text": "dynquant"},
+    "header_links_before_dropdown": 5,
     "navbar_end": ["theme-switcher"],
     "secondary_sidebar_items": ["page-toc"],
     "show_prev_next": True,
     "footer_start": ["copyright"],
     "footer_end": ["sphinx-version"],
 }
-html_sidebars = {"changelog": [], "index": []}
+# Pages that have no pages below them.
+html_sidebars = {
+    name: []
+    for name in (
+        "index",
+        "getting_started",
+        "accuracy",
+        "performance",
+        "c_and_cython",
+        "limits",
+        "design",
+        "changelog",
+    )
+}
 html_show_sourcelink = False

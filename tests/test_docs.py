@@ -89,6 +89,13 @@ def test_code_prints_what_the_page_shows(page, tmp_path, monkeypatch):
 
 
 @each_page
+def test_code_fits_the_page(page):
+    """84 characters: on a window of 1,400 pixels nobody has to scroll sideways."""
+    code = [code for _, code, _ in examples(page.read_text(encoding="utf-8"))]
+    assert not [line for line in "".join(code).splitlines() if len(line) > 84]
+
+
+@each_page
 def test_links_lead_to_files(page):
     links = [link for link in LINK.findall(prose(page)) if "://" not in link]
     missing = [link for link in links if not os.path.exists(page.parent / link)]

@@ -1,8 +1,8 @@
 """Measures what the documentation shows, and saves it beside this file.
 
-    python docs/figures/measure.py accuracy             # accuracy.json
-    python docs/figures/measure.py block                # block_<instruction set>.json: beside other libraries
-    python docs/figures/measure.py speed RESULTS NAME   # speed_NAME.json: part of saved results of the bench
+    python docs/figures/measure.py accuracy            # accuracy.json
+    python docs/figures/measure.py block               # block_<instruction set>.json: beside other libraries
+    python docs/figures/measure.py speed RESULTS NAME  # speed_NAME.json, from a saved run of the bench
 
 Accuracy is the same on every machine, but for the last digit where NumPy's BLAS takes part. `block` needs
 PyTorch and ONNX Runtime; it takes them from `bench/peers.py`.
@@ -42,7 +42,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "W4A8, groups of 32": GROUP,
     "W4A8, groups of 32, searched": {**GROUP, "search": True},
     "W4A8, groups of 32, compensated": {**GROUP, "calibration": True},
-    "W4A8, groups of 32, compensated and rotated": {**GROUP, "calibration": True, "hadamard": True},
+    "W4A8, groups of 32, compensated and rotated": {
+        **GROUP,
+        "calibration": True,
+        "hadamard": True,
+    },
 }
 
 
@@ -52,7 +56,10 @@ def main(arguments: list[str]) -> int:
     elif arguments == ["block"]:
         save(f"block_{dq.simd_info()['selected']}.json", block())
     elif len(arguments) == 3 and arguments[0] == "speed":
-        save(f"speed_{arguments[2]}.json", speed(json.loads(Path(arguments[1]).read_text())))
+        save(
+            f"speed_{arguments[2]}.json",
+            speed(json.loads(Path(arguments[1]).read_text())),
+        )
     else:
         print(__doc__)
         return 2
@@ -100,7 +107,10 @@ def recipes(weight: np.ndarray, calibration: np.ndarray, x: np.ndarray) -> dict[
     exact, found = exact_product(x, weight), {}
     for name, options in RECIPES.items():
         layer = dq.QuantLinear.from_float(weight, **filled_in(options, weight, calibration))
-        found[name] = {"bytes": layer.memory_bytes, "sqnr_db": sqnr_db(exact, layer(x))}
+        found[name] = {
+            "bytes": layer.memory_bytes,
+            "sqnr_db": sqnr_db(exact, layer(x)),
+        }
     return found
 
 
@@ -184,7 +194,10 @@ def top_10(scores: np.ndarray) -> np.ndarray:
 
 
 def recall(exact: np.ndarray, found: np.ndarray) -> float:
-    return round(float(np.mean([np.isin(a, b).mean() for a, b in zip(exact, found, strict=True)])), 3)
+    return round(
+        float(np.mean([np.isin(a, b).mean() for a, b in zip(exact, found, strict=True)])),
+        3,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -201,7 +214,11 @@ def block() -> dict[str, Any]:
     layers = {name: layer_data(name) for name in ("up", "down")}
     ways = {name: contenders(peers, weight, calibration) for name, (weight, calibration, _) in layers.items()}
     rows: dict[str, Any] = {
-        label: {"bytes": sum(found[label][1] for found in ways.values()), "sqnr_db": {}, "speed": {}}
+        label: {
+            "bytes": sum(found[label][1] for found in ways.values()),
+            "sqnr_db": {},
+            "speed": {},
+        }
         for label in ways["up"]
     }
     for tokens in (64, 1):
@@ -214,7 +231,11 @@ def block() -> dict[str, Any]:
                     row["sqnr_db"][name] = sqnr_db(exact_product(x, weight), y)
         for label, ratio in ratios(calls, base="float32, NumPy").items():
             rows[label]["speed"][f"{tokens} tokens"] = ratio
-    versions = {"dynquant": dq.__version__, "numpy": np.__version__, **peers.versions()}
+    versions = {
+        "dynquant": dq.__version__,
+        "numpy": np.__version__,
+        **peers.versions(),
+    }
     return {
         "isa": dq.simd_info()["selected"],
         "cpu": machine.describe()["cpu"],
@@ -229,7 +250,12 @@ def contenders(peers: Any, weight: np.ndarray, calibration: np.ndarray) -> dict[
     q8 = dq.quantize_weights(weight)
     q4 = dq.quantize_weights(weight, **GROUP)
     int8 = {"w": q8.data, "w_scales": q8.scales, "w_f32": weight}
-    int4 = {"w_packed": q4.data, "w_scales": q4.scales, "zero_points": q4.zero_points, "w_f32": weight}
+    int4 = {
+        "w_packed": q4.data,
+        "w_scales": q4.scales,
+        "zero_points": q4.zero_points,
+        "w_f32": weight,
+    }
 
     def peer(way: Any, arrays: dict[str, Any]) -> Any:
         return lambda x: way({**arrays, "x": x, "out": np.empty((len(x), n), np.float32)})
@@ -241,7 +267,10 @@ def contenders(peers: Any, weight: np.ndarray, calibration: np.ndarray) -> dict[
     return {
         "float32, NumPy": (lambda x: lambda: x @ weight.T, weight.nbytes),
         "float32, PyTorch": (peer(peers.torch_float_linear, int8), weight.nbytes),
-        "int8, PyTorch": (peer(peers.torch_dynamic_linear("x86"), int8), q8.memory_bytes),
+        "int8, PyTorch": (
+            peer(peers.torch_dynamic_linear("x86"), int8),
+            q8.memory_bytes,
+        ),
         "int8, ONNX Runtime": (
             peer(peers.ort_linear(peers.ort_dynamic_matmul, bound=True), int8),
             q8.memory_bytes,
@@ -263,7 +292,10 @@ def ratios(calls: dict[str, Any], base: str) -> dict[str, float]:
         for name in names[i % len(names) :] + names[: i % len(names)]:
             samples[name].append(sample(calls[name], repeats[name]))
     return {
-        name: round(statistics.median(b / t for b, t in zip(samples[base], times, strict=True)), 2)
+        name: round(
+            statistics.median(b / t for b, t in zip(samples[base], times, strict=True)),
+            2,
+        )
         for name, times in samples.items()
     }
 

@@ -47,9 +47,9 @@ def save(figure: Any, name: str) -> None:
 # Recipe -> its label, and how far that stands above or below its point.
 LABELS = {
     "W8A8": ("plain", -3),
-    "W8A8, smoothed": ("smoothed", -5),
-    "W8A8, rotated": ("rotated", -7),
-    "W8A8, smoothed and rotated": ("smoothed and rotated", 2),
+    "W8A8, smoothed": ("smoothed", -8),
+    "W8A8, rotated": ("rotated", -5),
+    "W8A8, smoothed and rotated": ("smoothed and rotated", 4),
     "W4A8, groups of 128": ("plain", -3),
     "W4A8, groups of 32": ("plain", -4),
     "W4A8, groups of 32, compensated": ("compensated", -8),
@@ -59,38 +59,72 @@ LABELS = {
 
 def draw_bytes(recipes: dict[str, Any]) -> Any:
     """SQNR of the output over the bytes of a layer, a point for each recipe."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 5.4), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(2, 1, figsize=(6.5, 8), sharex=True, layout="constrained")
     for axes, (name, found) in zip(panels, recipes.items(), strict=True):
         for label, (text, side) in LABELS.items():
             point = found[label]
             compensated, rotated = "compensated" in label, "rotated" in label
             color = RED if rotated else YELLOW if compensated else BLUE
             x = FLOAT32_BYTES / point["bytes"]
-            axes.plot(x, point["sqnr_db"], "o", color=color, markersize=7, markeredgecolor="white")
+            axes.plot(
+                x,
+                point["sqnr_db"],
+                "o",
+                color=color,
+                markersize=7,
+                markeredgecolor="white",
+            )
             axes.annotate(
-                text, (x, point["sqnr_db"]), xytext=(8, side), textcoords="offset points", fontsize=8.5
+                text,
+                (x, point["sqnr_db"]),
+                xytext=(8, side),
+                textcoords="offset points",
+                fontsize=8.5,
             )
         axes.set_title(f"layer {name}")
-        axes.set_xlabel("times smaller than float32")
         axes.set_xlim(3.6, 8.2)
         axes.set_ylim(12, 48)
-    panels[0].set_ylabel("SQNR of the output, dB")
-    for x, text in ((3.95, "W8A8"), (6.1, "W4A8, groups of 32"), (7.42, "groups of 128")):
+        axes.set_ylabel("SQNR of the output, dB")
+    panels[1].set_xlabel("times smaller than float32")
+    for x, text in (
+        (3.95, "W8A8"),
+        (6.1, "W4A8, groups of 32"),
+        (7.42, "groups of 128"),
+    ):
         panels[0].annotate(text, (x, 13), ha="center", color=GRAY, fontsize=9)
     return figure
 
 
 def draw_alpha(alphas: dict[str, Any]) -> Any:
     """SQNR of the output over alpha."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, panels = plt.subplots(2, 1, figsize=(6.5, 6.4), sharex=True, layout="constrained")
     for axes, (name, found) in zip(panels, alphas.items(), strict=True):
         x = found["alpha"]
-        axes.plot(x, found["evaluation"], "o-", color=BLUE, markersize=4, label="other tokens")
-        axes.plot(x, found["calibration"], "s--", color=YELLOW, markersize=4, label="calibration tokens")
-        axes.axhline(found["unsmoothed"], color=GRAY, linewidth=1, label="other tokens, not smoothed")
+        axes.plot(
+            x,
+            found["evaluation"],
+            "o-",
+            color=BLUE,
+            markersize=4,
+            label="other tokens",
+        )
+        axes.plot(
+            x,
+            found["calibration"],
+            "s--",
+            color=YELLOW,
+            markersize=4,
+            label="calibration tokens",
+        )
+        axes.axhline(
+            found["unsmoothed"],
+            color=GRAY,
+            linewidth=1,
+            label="other tokens, not smoothed",
+        )
         axes.set_title(f"layer {name}, W8A8")
-        axes.set_xlabel("alpha")
-    panels[0].set_ylabel("SQNR of the output, dB")
+        axes.set_ylabel("SQNR of the output, dB")
+    panels[1].set_xlabel("alpha")
     panels[0].legend(loc="lower left")
     return figure
 
@@ -114,23 +148,39 @@ COLORS = {"NumPy": BLUE, "PyTorch": RED, "ONNX Runtime": YELLOW}
 
 def draw_speed() -> Any:
     """Time of each library over that of dynquant, a dot for each, on two machines."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4.2), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(2, 1, figsize=(6.5, 7.4), sharex=True, layout="constrained")
     for axes, (file, title) in zip(panels, MACHINES.items(), strict=True):
         ratios = json.loads((HERE / file).read_text())["ratios"]
         for y, case in enumerate(CASES):
             values = ratios[case]
-            axes.plot([1, max(values.values())], [y, y], color="#cccccc", linewidth=1, zorder=1)
+            axes.plot(
+                [1, max(values.values())],
+                [y, y],
+                color="#cccccc",
+                linewidth=1,
+                zorder=1,
+            )
             for library, ratio in values.items():
-                axes.plot(ratio, y, "o", color=COLORS[library], markersize=7, markeredgecolor="white")
+                axes.plot(
+                    ratio,
+                    y,
+                    "o",
+                    color=COLORS[library],
+                    markersize=7,
+                    markeredgecolor="white",
+                )
         axes.set_title(title)
         axes.set_xscale("log")
         axes.set_xlim(0.6, 120)
-        axes.set_xticks((1, 2, 5, 10, 20, 50, 100), ("1x", "2x", "5x", "10x", "20x", "50x", "100x"))
+        axes.set_xticks(
+            (1, 2, 5, 10, 20, 50, 100),
+            ("1x", "2x", "5x", "10x", "20x", "50x", "100x"),
+        )
         axes.minorticks_off()
         axes.axvline(1, color="black", linewidth=1)
-        axes.set_xlabel("their time / dynquant's time")
-    panels[0].set_yticks(range(len(CASES)), CASES.values())
-    panels[0].invert_yaxis()
+        axes.set_yticks(range(len(CASES)), CASES.values())
+        axes.invert_yaxis()
+    panels[1].set_xlabel("their time / dynquant's time")
     for library, color in COLORS.items():
         panels[1].plot([], [], "o", color=color, label=library)
     panels[1].legend(loc="lower right")
