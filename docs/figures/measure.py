@@ -1,11 +1,10 @@
-"""Measures what the documentation shows, and saves it beside this file.
+"""Measures what the documentation shows, and saves it beside this file. In a checkout that is built in place:
 
-    python docs/figures/measure.py accuracy            # accuracy.json
-    python docs/figures/measure.py block               # block_<instruction set>.json: beside other libraries
-    python docs/figures/measure.py speed RESULTS NAME  # speed_NAME.json, from a saved run of the bench
+    PYTHONPATH=. python docs/figures/measure.py accuracy   # accuracy.json
+    PYTHONPATH=. python docs/figures/measure.py block      # block_<instruction set>.json
 
-Accuracy is the same on every machine, but for the last digit where NumPy's BLAS takes part. `block` needs
-PyTorch and ONNX Runtime; it takes them from `bench/peers.py`.
+Accuracy is the same on every machine, but for the last digit where NumPy's BLAS takes part. `block` is a real
+block beside PyTorch and ONNX Runtime, which must be installed.
 """
 
 from __future__ import annotations
@@ -17,19 +16,17 @@ import sys
 os.environ.update(OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", OMP_NUM_THREADS="1")
 
 import json
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import dynquant as dq
+from bench import demo, machine
+from bench.sampling import Contender, keep_freed_memory, median_ratio, sample_in_turns
 
 HERE = Path(__file__).parent
-BENCH = HERE.parents[1] / "bench"
 ROUNDS = 41
-SAMPLE_SECONDS = 2e-3
 
 GROUP = {"bits": 4, "group_size": 32}
 # Name -> options of QuantLinear.from_float; "smooth" and "calibration" are filled in.
@@ -55,11 +52,6 @@ def main(arguments: list[str]) -> int:
         save("accuracy.json", accuracy())
     elif arguments == ["block"]:
         save(f"block_{dq.simd_info()['selected']}.json", block())
-    elif len(arguments) == 3 and arguments[0] == "speed":
-        save(
-            f"speed_{arguments[2]}.json",
-            speed(json.loads(Path(arguments[1]).read_text())),
-        )
     else:
         print(__doc__)
         return 2
@@ -71,18 +63,8 @@ def save(name: str, result: Any) -> None:
     print(f"saved {HERE / name}")
 
 
-def layer_data(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights, calibration inputs and evaluation inputs of one layer of the block."""
-    with np.load(BENCH / "data" / "minilm_ffn.npz") as data:
-        weight, calibration, x = (
-            data[f"{name}_{part}"].astype(np.float32) for part in ("weight", "calib", "eval")
-        )
-    return weight, calibration, x
-
-
 def sqnr_db(exact: np.ndarray, approximate: Any) -> float:
-    error = exact - np.asarray(approximate)
-    return round(float(10 * np.log10((exact**2).sum() / (error**2).sum())), 2)
+    return round(float(demo.sqnr_db(exact, np.asarray(approximate))), 2)
 
 
 def exact_product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -94,7 +76,7 @@ def exact_product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def accuracy() -> dict[str, Any]:
-    layers = {name: layer_data(name) for name in ("up", "down")}
+    layers = {name: demo.load(name) for name in demo.LAYERS}
     return {
         "recipes": {name: recipes(*data) for name, data in layers.items()},
         "alpha": {name: alphas(*data) for name, data in layers.items()},
@@ -206,12 +188,12 @@ def recall(exact: np.ndarray, found: np.ndarray) -> float:
 
 def block() -> dict[str, Any]:
     """Both layers of the block, one after the other, on their inputs for 64 tokens and for one."""
-    sys.path.insert(0, str(BENCH.parent))
-    from bench import machine, peers
+    from bench import peers
 
     # The peers' own check refuses an error of 5 %; what the error is, is the question here.
     peers.checked_linear = lambda _, call: call
-    layers = {name: layer_data(name) for name in ("up", "down")}
+    keep_freed_memory()
+    layers = {name: demo.load(name) for name in demo.LAYERS}
     ways = {name: contenders(peers, weight, calibration) for name, (weight, calibration, _) in layers.items()}
     rows: dict[str, Any] = {
         label: {
@@ -229,8 +211,9 @@ def block() -> dict[str, Any]:
             if tokens == 64:
                 for (name, (weight, _, x)), y in zip(layers.items(), calls[label](), strict=True):
                     row["sqnr_db"][name] = sqnr_db(exact_product(x, weight), y)
-        for label, ratio in ratios(calls, base="float32, NumPy").items():
-            rows[label]["speed"][f"{tokens} tokens"] = ratio
+        samples = sample_in_turns([Contender(label, call) for label, call in calls.items()], ROUNDS)
+        for label, row in rows.items():
+            row["speed"][tokens] = round(median_ratio(samples["float32, NumPy"], samples[label]), 2)
     versions = {
         "dynquant": dq.__version__,
         "numpy": np.__version__,
@@ -281,73 +264,6 @@ def contenders(peers: Any, weight: np.ndarray, calibration: np.ndarray) -> dict[
             q4.memory_bytes - q4.zero_points.nbytes // 2,
         ),
         **{f"dynquant {name}": ours(name) for name in RECIPES},
-    }
-
-
-def ratios(calls: dict[str, Any], base: str) -> dict[str, float]:
-    """Time of `base` over that of each call: the median over rounds in which they take turns."""
-    names, samples = list(calls), {name: [] for name in calls}
-    repeats = {name: enough(call) for name, call in calls.items()}
-    for i in range(ROUNDS):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            samples[name].append(sample(calls[name], repeats[name]))
-    return {
-        name: round(
-            statistics.median(b / t for b, t in zip(samples[base], times, strict=True)),
-            2,
-        )
-        for name, times in samples.items()
-    }
-
-
-def enough(call: Any) -> int:
-    repeats = 1
-    while repeats * sample(call, repeats) < SAMPLE_SECONDS:
-        repeats *= 2
-    return repeats
-
-
-def sample(call: Any, repeats: int) -> float:
-    """Seconds of one call, of this thread's own time: other programs on the machine do not count."""
-    call()
-    start = time.thread_time()
-    for _ in range(repeats):
-        call()
-    return (time.thread_time() - start) / repeats
-
-
-# ----------------------------------------------------------------------------------------------------------
-# A saved run of the benchmark
-
-
-def speed(report: dict[str, Any]) -> dict[str, Any]:
-    """Machine and versions, and for each case the ratios of the best instruction set, by the hardest way."""
-    sys.path.insert(0, str(BENCH.parent))
-    from bench import summary
-
-    isa = summary.strongest_isa(report)
-    cases = [case for case in report["cases"] if isa in case["isas"] and case["threads"] == 1]
-    return {
-        "isa": isa,
-        "cpu": report["machine"]["cpu"],
-        "python": report["machine"]["python"],
-        "versions": report["versions"],
-        "avx512": report["avx512"],
-        "ratios": {case["name"]: hardest(case["isas"][isa]["ratios"]) for case in cases},
-    }
-
-
-def hardest(ratios: dict[str, float]) -> dict[str, float]:
-    """One ratio for each library: that of its fastest way."""
-    ways = {
-        "NumPy": ("numpy",),
-        "PyTorch": ("torch", "torch_fbgemm"),
-        "ONNX Runtime": ("ort", "ort_bound"),
-    }
-    return {
-        library: float(f"{min(ratios[c] for c in columns if c in ratios):.3g}")
-        for library, columns in ways.items()
-        if any(c in ratios for c in columns)
     }
 
 

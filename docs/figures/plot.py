@@ -1,4 +1,4 @@
-"""Draws the figures of the documentation from the results saved beside it: `python docs/figures/plot.py`.
+"""Draws the figures of the documentation from saved results: `PYTHONPATH=. python docs/figures/plot.py`.
 
 Text stays text, and the same results give the same files. Needs matplotlib.
 """
@@ -11,7 +11,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
+from bench import summary
+
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dynquant",
@@ -130,8 +133,8 @@ def draw_alpha(alphas: dict[str, Any]) -> Any:
 
 
 MACHINES = {
-    "speed_zen3_avx2.json": "AMD EPYC (Zen 3), AVX2",
-    "speed_xeon_amx.json": "Intel Xeon, AVX-512 and AMX",
+    HERE / "zen3_avx2.json": "AMD EPYC (Zen 3), AVX2",
+    ROOT / "bench" / "results" / "peers.json": "Intel Xeon, AVX-512 and AMX",
 }
 CASES = {
     "int8_tensor_1048576": "int8 per tensor, 2**20 floats",
@@ -143,32 +146,23 @@ CASES = {
     "linear_w4a8_g32_4096x4096_m1": "W4A8 4096 x 4096, 1 row",
     "linear_w4a8_g32_4096x4096_m128": "W4A8 4096 x 4096, 128 rows",
 }
-COLORS = {"NumPy": BLUE, "PyTorch": RED, "ONNX Runtime": YELLOW}
+# Library -> the beginning of its columns, color.
+LIBRARIES = {"NumPy": ("numpy", BLUE), "PyTorch": ("torch", RED), "ONNX Runtime": ("ort", YELLOW)}
 
 
 def draw_speed() -> Any:
     """Time of each library over that of dynquant, a dot for each, on two machines."""
     figure, panels = plt.subplots(2, 1, figsize=(6.5, 7.4), sharex=True, layout="constrained")
     for axes, (file, title) in zip(panels, MACHINES.items(), strict=True):
-        ratios = json.loads((HERE / file).read_text())["ratios"]
+        run = summary.read(file)
+        isa = summary.strongest_isa(run)
+        ratios = {case["name"]: case["isas"][isa]["ratios"] for case in run["cases"] if isa in case["isas"]}
         for y, case in enumerate(CASES):
-            values = ratios[case]
-            axes.plot(
-                [1, max(values.values())],
-                [y, y],
-                color="#cccccc",
-                linewidth=1,
-                zorder=1,
-            )
-            for library, ratio in values.items():
-                axes.plot(
-                    ratio,
-                    y,
-                    "o",
-                    color=COLORS[library],
-                    markersize=7,
-                    markeredgecolor="white",
-                )
+            found = [(summary.hardest(ratios[case], name), color) for name, color in LIBRARIES.values()]
+            values = [(ratio, color) for ratio, color in found if ratio]
+            axes.plot([1, max(values)[0]], [y, y], color="#cccccc", linewidth=1, zorder=1)
+            for ratio, color in values:
+                axes.plot(ratio, y, "o", color=color, markersize=7, markeredgecolor="white")
         axes.set_title(title)
         axes.set_xscale("log")
         axes.set_xlim(0.6, 120)
@@ -181,7 +175,7 @@ def draw_speed() -> Any:
         axes.set_yticks(range(len(CASES)), CASES.values())
         axes.invert_yaxis()
     panels[1].set_xlabel("their time / dynquant's time")
-    for library, color in COLORS.items():
+    for library, (_, color) in LIBRARIES.items():
         panels[1].plot([], [], "o", color=color, label=library)
     panels[1].legend(loc="lower right")
     return figure
