@@ -24,6 +24,8 @@ default_role = "py:obj"
 numpydoc_class_members_toctree = False
 numpydoc_show_inherited_class_members = False
 
+toc_object_entries_show_parents = "hide"
+
 html_theme = "pydata_sphinx_theme"
 html_title = f"dynquant {release}"
 html_static_path = ["_static"]
