@@ -1,4 +1,17 @@
-"""Dynamic int8 and int4 quantization on the CPU: exact, NumPy in, NumPy out."""
+"""Dynamic int8 and int4 quantization on the CPU: exact, NumPy in, NumPy out.
+
+quantize arrays    dynamic_quantize, dynamic_quantize_int8, dynamic_quantize_int8_per_row, dynamic_quantize_int4,
+                   quantize (scales given), compute_scale, MaxAbs, Percentile, dynamic_quantize_linear (ONNX)
+the result         DynQuantTensor: dequantize, rows, files; DynQuantFormat
+linear layers      QuantLinear.from_float(weight)(x); w8a8_matmul, w8a8_matvec, w4a8_matmul, w4a8_matvec
+weights            quantize_weights: int8 or 4 bits, groups, searched ranges, error compensation
+outliers           hadamard_transform; compute_smooth_factors, search_alpha, smooth_activations,
+                   smooth_weights, fold_smooth_factors, SmoothQuantConfig
+calibration        Calibrator: streams, merges, saves; CalibStats.collect
+measuring          error_metrics, quantization_mae
+errors             all derive from DynQuantError and from the built-in exception that fits
+C, Cython, CPU     get_include, from dynquant.capi cimport ..., simd_info
+"""
 
 try:
     from . import _core  # noqa: F401
@@ -49,7 +62,7 @@ from .errors import (
     ShapeMismatchError,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "AlphaSearch",

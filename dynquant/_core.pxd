@@ -46,6 +46,7 @@ cdef struct PackedWeights:
 
 
 cdef Kernels* kernels
+cdef Kernels* packing_kernels() noexcept nogil
 cpdef Py_ssize_t percentile_rank(double p, Py_ssize_t n) noexcept nogil
 cdef bint scale_of(const Floats* x, float clip, Py_ssize_t rank, float* scale) noexcept nogil
 cdef void quantize_row(const Floats* x, const QuantRow* row, int32_t clip) noexcept nogil

@@ -68,14 +68,44 @@ cdef extern from "kernels/simd/simd.h" nogil:
 
 
 kernels = NULL
+# What takes the place of the kernels for AMX if the system refuses their registers; NULL unless it is still
+# to be asked.
+cdef Kernels* without_amx = NULL
+cdef bint amx_is_refused = False
 
 BINS_PER_CHANNEL = CHANNEL_BINS
 
 
-def set_table(table not None):
-    """Use the row kernels in the capsule `table` from now on."""
-    global kernels
-    kernels = <Kernels*> PyCapsule_GetPointer(table, "dynquant._table.Kernels")
+def set_table(table not None, instead=None):
+    """Use the row kernels in the capsule `table` from now on.
+
+    With `instead` they are for AMX, which the system has to permit. It is asked when the first weights are
+    packed, and if it refuses, the kernels in `instead` are used.
+    """
+    global kernels, without_amx, amx_is_refused
+    kernels = table_in(table)
+    without_amx = NULL if instead is None else table_in(instead)
+    amx_is_refused = False
+
+
+cdef Kernels* table_in(capsule) except NULL:
+    return <Kernels*> PyCapsule_GetPointer(capsule, "dynquant._table.Kernels")
+
+
+# The kernels that weights are packed for. Only products with packed weights use the registers of AMX: a
+# process that packs none never asks for them.
+cdef Kernels* packing_kernels() noexcept nogil:
+    global kernels, without_amx, amx_is_refused
+    if without_amx != NULL:
+        if not dq_permit_tiles():
+            kernels, amx_is_refused = without_amx, True
+        without_amx = NULL
+    return kernels
+
+
+def amx_refused():
+    """Whether the system has refused the registers of AMX."""
+    return amx_is_refused
 
 
 def isas_built():

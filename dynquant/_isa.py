@@ -18,7 +18,8 @@ class SimdInfo(TypedDict):
 
 
 _selected = ""
-_supported: tuple[str, ...] = ()
+# What is used instead where the system refuses the registers of AMX.
+_weaker = ""
 
 
 def _table(isa: str) -> object:
@@ -47,23 +48,23 @@ def select(isa: str | None = None) -> None:
     IsaError
         If `isa` is not the name of one that this build has and this CPU and operating system run.
     """
-    global _selected, _supported
+    global _selected, _weaker
     built, supported = _core.isas_built(), _core.isas_supported()
-    refused = isa in (None, "amx") and "amx" in supported and not _core.permit_amx()
+    refused = isa == "amx" and "amx" in supported and not _core.permit_amx()
     if refused:
-        supported = tuple(name for name in supported if name != "amx")
+        supported = supported[:-1]
     usable = [name for name in built if name in supported]
-    if isa is None:
-        isa = usable[-1]
-    elif isa not in usable:
+    if isa is not None and isa not in usable:
         raise IsaError(
             f"{_VARIABLE}={isa!r} cannot be had: this build has {', '.join(built)}; "
             f"this CPU and operating system run {', '.join(supported)}"
             + "; Linux refuses AMX, as where the stack of a signal handler is too small for it"
             * refused
         )
-    _core.set_table(_table(isa))
-    _selected, _supported = isa, supported
+    _selected, _weaker = isa or usable[-1], ""
+    if isa is None and _selected == "amx":
+        _weaker = usable[-2]
+    _core.set_table(_table(_selected), _table(_weaker) if _weaker else None)
 
 
 def simd_info() -> SimdInfo:
@@ -83,12 +84,16 @@ def simd_info() -> SimdInfo:
     ``DYNQUANT_ISA``, set before that, selects one by name, and importing dynquant raises `IsaError` when it
     cannot be had. Results do not depend on the choice in any bit.
 
-    Linux has to permit the registers of AMX to the process; importing dynquant asks for that, unless
-    ``DYNQUANT_ISA`` names a weaker set. It refuses where the alternate stack of a signal handler is smaller
-    than ``getauxval(AT_MINSIGSTKSZ)``, some 12 KB; ``"amx"`` is not among the supported ones then. Once they
-    are permitted, ``sigaltstack`` fails with ENOMEM for such a stack.
+    Linux has to permit the registers of AMX to the process. dynquant asks for them when the first weights are
+    packed (with ``DYNQUANT_ISA=amx``, when it is imported). Linux refuses where the alternate stack of a
+    signal handler is smaller than ``getauxval(AT_MINSIGSTKSZ)``, some 12 KB; ``"amx"`` is then not among the
+    supported ones, and the next weaker set is selected. Once they are permitted, ``sigaltstack`` fails with
+    ENOMEM for such a stack.
     """
-    return {"selected": _selected, "built": _core.isas_built(), "supported": _supported}
+    selected, supported = _selected, _core.isas_supported()
+    if _core.amx_refused():
+        selected, supported = _weaker, tuple(name for name in supported if name != "amx")
+    return {"selected": selected, "built": _core.isas_built(), "supported": supported}
 
 
 select(os.environ.get(_VARIABLE) or None)

@@ -23,6 +23,7 @@ from dynquant._core cimport (
     kernels,
     multiply_panels,
     pack_weights,
+    packing_kernels,
     panel_bytes,
     panel_scales,
     panels_of,
@@ -279,7 +280,7 @@ cdef int64_t dynquant_w8a8_packed_bytes(int64_t n, int64_t k) noexcept nogil:
     # Within these lengths the bytes of one panel cannot overflow.
     if not (is_length(n) and is_shape(k, 2 * LINE)):
         return -1
-    return bytes_of(panels_of(kernels, n), kernels.panel_bytes(k))
+    return bytes_of(panels_of(packing_kernels(), n), packing_kernels().panel_bytes(k))
 
 
 # The weights in memory that is packed, or is about to be; group 0 for 8 bits.
@@ -315,7 +316,7 @@ cdef inline bint is_packed(const void* packed, int64_t n, int64_t k, int64_t gro
 cdef int64_t dynquant_w8a8_scratch_bytes(int64_t m, int64_t k) noexcept nogil:
     if not is_shape(k, 2 * LINE):
         return -1
-    return bytes_of(m, kernels.activation_bytes(k) + <int64_t> sizeof(float))
+    return bytes_of(m, packing_kernels().activation_bytes(k) + <int64_t> sizeof(float))
 
 
 # scales (m,) and a (m, activation_bytes) of the rows of x; scratch as quantize_activation takes it.
@@ -417,8 +418,8 @@ cdef int64_t dynquant_w4a8_packed_bytes(int64_t n, int64_t k, int64_t group_size
         return -1
     if k == 0:
         return bytes_of(0, 0)
-    return bytes_of(panels_of(kernels, n), panel_bytes(kernels, k, group)
-                    + panel_scales(kernels, k, group) * (<int64_t> sizeof(float) + 1))
+    return bytes_of(panels_of(packing_kernels(), n), panel_bytes(packing_kernels(), k, group)
+                    + panel_scales(packing_kernels(), k, group) * (<int64_t> sizeof(float) + 1))
 
 
 cdef inline bint are_nibbles(const uint8_t* codes, int64_t n) noexcept nogil:
@@ -455,7 +456,7 @@ cdef int64_t dynquant_w4a8_scratch_bytes(int64_t m, int64_t k, int64_t group_siz
         return -1
     if k == 0:
         return bytes_of(m, <int64_t> sizeof(float))
-    return bytes_of(m + 1, kernels.group_activation_bytes(k, group_of(k, group_size))
+    return bytes_of(m + 1, packing_kernels().group_activation_bytes(k, group_of(k, group_size))
                     + <int64_t> sizeof(float)) if is_length(m) else -1
 
 

@@ -159,18 +159,44 @@ SIGNAL_STACK = """if True:
 
 @pytest.mark.skipif("amx" not in ISAS, reason="no AMX")
 def test_permission_for_amx():
-    """Requested at import, unless a weaker set is forced; a small signal stack rules AMX out."""
-    selected = "; print(dynquant.simd_info()['selected'], refused())"
-    code = SIGNAL_STACK + "\nimport dynquant" + selected
-    assert run(code) == run(code, DYNQUANT_ISA="amx") == "amx True"
-    assert run(code, DYNQUANT_ISA="avx512vnni") == "avx512vnni False"
-    code = SIGNAL_STACK + "\nassert not refused(); import dynquant" + selected
-    assert run(code) == "avx512vnni False"
+    """Requested when weights are first packed, unless a weaker set is forced or the signal stack is small."""
+    shown = "; print(dynquant.simd_info()['selected'], refused())"
+    pack = "; dynquant.QuantLinear.from_float([[1.0]])"
+    code = SIGNAL_STACK + "\nimport dynquant"
+    assert run(code + shown) == "amx False"
+    assert run(code + pack + shown) == run(code + shown, DYNQUANT_ISA="amx") == "amx True"
+    assert run(code + pack + shown, DYNQUANT_ISA="avx512vnni") == "avx512vnni False"
+    code = SIGNAL_STACK + "\nassert not refused(); import dynquant"
+    shown += "; print(dynquant.simd_info()['supported'][-1])"
+    assert run(code + pack + shown) == "avx512vnni False\navx512vnni"
     done = run(code, check=False, DYNQUANT_ISA="amx")
     assert "DYNQUANT_ISA='amx' cannot be had" in done.stderr
     assert "system run baseline, avx2, avxvnni, avx512, avx512vnni; Linux refuses AMX" in done.stderr
-    code += "; print(dynquant.simd_info()['supported'][-1])"
-    assert run(code) == "avx512vnni False\navx512vnni"
+
+
+@pytest.mark.skipif("amx" in ISAS, reason="AMX would be permitted")
+@pytest.mark.parametrize("pack", ["d.QuantLinear.from_float(w)", "d.w8a8_matmul(q.data, q.scales, w)"])
+def test_where_the_registers_of_amx_are_refused(pack):
+    """The weaker kernels take over when weights are packed; layers that exist keep theirs."""
+    isa = ISAS[-1]
+    assert (
+        run(f"""if True:
+        import numpy as np, dynquant as d
+        from dynquant import _core, _isa
+        w = np.random.default_rng(0).standard_normal((40, 70)).astype(np.float32)
+        q = d.quantize_weights(w)
+        before = d.QuantLinear(q)
+        expected = before(w)
+        _core.set_table(_isa._table({isa!r}), _isa._table("baseline"))
+        _isa._selected, _isa._weaker = "amx", "baseline"
+        assert np.array_equal(d.dynamic_quantize_int8_per_row(w).data, q.data)
+        print(d.simd_info()["selected"])
+        {pack}
+        print(d.simd_info()["selected"])
+        assert np.array_equal(before(w), expected) and np.array_equal(d.QuantLinear(q)(w), expected)
+    """)
+        == "amx\nbaseline"
+    )
 
 
 @pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="Linux on x86-64")
@@ -237,7 +263,8 @@ def test_signatures():
         "compute_scale": "x, clip_val, mode=MaxAbs()",
         "dynamic_quantize": "x, format=INT8_PER_ROW, mode=MaxAbs(), *, packed=False, out=None, "
         "check_finite=True, num_threads=1",
-        "quantize": "x, scales, format=INT8_PER_ROW, *, zero_points=None, packed=False, out=None, num_threads=1",
+        "quantize": "x, scales, format=INT8_PER_ROW, *, zero_points=None, packed=False, out=None, "
+        "num_threads=1",
         "dynamic_quantize_int4": "x, mode=MaxAbs(), *, packed=False",
         "dynamic_quantize_int8": "x, mode=MaxAbs(), *, out=None",
         "dynamic_quantize_int8_per_row": "x, mode=MaxAbs(), *, out=None, num_threads=1",

@@ -64,12 +64,12 @@ cdef class PackedLinear:
     def __cinit__(self, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group, const float[::1] bias,
                   smooth, Py_ssize_t block):
         cdef Py_ssize_t panels, scales = n, zero_points = 0
-        self.w.table, self.w.n, self.w.k, self.w.group = kernels, n, k, group
+        self.w.table, self.w.n, self.w.k, self.w.group = packing_kernels(), n, k, group
         self.n, self.bias, self.smooth, self.factors, self.block = n, bias, smooth, smooth, block
-        self.panel_count = panels_of(kernels, n)
-        panels = self.panel_count * panel_bytes(kernels, k, group)
+        self.panel_count = panels_of(self.w.table, n)
+        panels = self.panel_count * panel_bytes(self.w.table, k, group)
         if group:
-            scales = zero_points = self.panel_count * panel_scales(kernels, k, group)
+            scales = zero_points = self.panel_count * panel_scales(self.w.table, k, group)
         scales *= sizeof(float)
         self.weight_bytes = panels + scales + zero_points
         self.memory = aligned_memory(self.weight_bytes)
