@@ -1,7 +1,8 @@
 """Dynamic int8 and int4 quantization on the CPU: exact, NumPy in, NumPy out.
 
-quantize arrays    dynamic_quantize, dynamic_quantize_int8, dynamic_quantize_int8_per_row, dynamic_quantize_int4,
-                   quantize (scales given), compute_scale, MaxAbs, Percentile, dynamic_quantize_linear (ONNX)
+arrays             dynamic_quantize, dynamic_quantize_int8, dynamic_quantize_int8_per_row,
+                   dynamic_quantize_int4, dynamic_quantize_linear (ONNX), quantize (scales given),
+                   compute_scale, MaxAbs, Percentile
 the result         DynQuantTensor: dequantize, rows, files; DynQuantFormat
 linear layers      QuantLinear.from_float(weight)(x); w8a8_matmul, w8a8_matvec, w4a8_matmul, w4a8_matvec
 weights            quantize_weights: int8 or 4 bits, groups, searched ranges, error compensation
