@@ -24,15 +24,17 @@ def hadamard_transform(
     ----------
     x : array_like of floats, (..., n)
     block_size : int, optional
-        A power of two that divides n: the transform works on runs of that length. By default the largest one.
+        A power of two that divides n. Every `block_size` elements are transformed by themselves. By default
+        the largest one.
     out : ndarray of float32, optional
-        Of the shape of `x`, C-contiguous. May be `x` itself; otherwise apart from it. Allocated if not given.
+        Of the shape of `x`, C-contiguous. May be `x` itself, but must not overlap it otherwise. Allocated if
+        not given.
 
     Returns
     -------
     ndarray of float32
-        ``H x / sqrt(block_size)`` for every run, H the Hadamard matrix in Sylvester's order. `out` if it was
-        given.
+        ``H x / sqrt(block_size)`` for every block, H the Hadamard matrix in Sylvester's order. `out` if it
+        was given.
 
     Raises
     ------
@@ -70,10 +72,10 @@ def rotate_named(
     if out is not None:
         checked_out(out, array.shape, F32, in_place=x)
     check_finite(array, name)
-    most = float(np.finfo(F32).max) / block
-    if max(map(abs, _core.min_max(float_matrix(array, 1, array.size)))) > most:
+    limit = float(np.finfo(F32).max) / block
+    if max(map(abs, _core.min_max(float_matrix(array, 1, array.size)))) > limit:
         raise ParameterError(
-            f"{name}: expected magnitudes up to {most:.3g}, so that sums stay within float32"
+            f"{name}: expected magnitudes up to {limit:.3g}, so that sums stay within float32"
         )
     result = np.empty(array.shape, F32) if out is None else out
     result[...] = array

@@ -26,7 +26,7 @@ _NAMES = {"data", "scales", "shape", "bits", "granularity", "packed"}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DynQuantTensor:
-    """Codes with what it takes to turn them back into floats.
+    """Codes, and all that turns them back into floats.
 
     Parameters
     ----------
@@ -53,8 +53,8 @@ class DynQuantTensor:
 
     Notes
     -----
-    The arrays are kept as they are given, memory-mapped ones too, and may be written to. Tensors are equal to
-    themselves alone, and NumPy makes no array of them, nor of lists of them.
+    The arrays are kept as they are, memory-mapped ones too, and may be written to. A tensor equals only
+    itself, and NumPy cannot make an array of tensors.
     """
 
     __slots__ = ("__weakref__", "data", "format", "scales", "shape", "zero_points")
@@ -208,7 +208,7 @@ class DynQuantTensor:
         Parameters
         ----------
         out : ndarray of float32, optional
-            Of shape `shape`, C-contiguous, apart from this tensor's arrays. Allocated if not given.
+            Of shape `shape`, C-contiguous, disjoint from this tensor's arrays. Allocated if not given.
 
         Returns
         -------
@@ -281,7 +281,7 @@ def _as_shape(shape: Any) -> tuple[int, ...]:
 
 
 def check_arrays(tensor: DynQuantTensor) -> None:
-    """Raise unless the arrays fit shape and format, as they do until someone changes them in place."""
+    """Raise unless the arrays fit shape and format; someone may have changed them in place."""
     check_field(tensor.data, "data", tensor.format.data_shape(tensor.shape), tensor.format.data_dtype)
     check_field(tensor.scales, "scales", tensor.format.scales_shape(tensor.shape), F32)
     if tensor.zero_points is not None:

@@ -220,8 +220,8 @@ def checked_out(
     to; with `in_place`, one more input, only by being the very same elements. With `rows_may_be_apart` only
     the last axis has to be contiguous.
     """
-    apart_from = inputs if in_place is None or in_place is out else (*inputs, in_place)
-    if type(out) is ndarray and out.dtype is dtype and is_plain_out(out, shape, apart_from):
+    disjoint_from = inputs if in_place is None or in_place is out else (*inputs, in_place)
+    if type(out) is ndarray and out.dtype is dtype and is_plain_out(out, shape, disjoint_from):
         return out  # as nearly always; what follows takes as long as quantizing a thousand floats
     if type(out) is not ndarray and (
         not isinstance(out, ndarray) or hasattr(out, "mask") or isinstance(out, np.matrix)
@@ -235,9 +235,9 @@ def checked_out(
     if not (out.flags.carray or (rows_may_be_apart and _has_plain_rows(out))):
         _raise_layout(out)
     if not all(disjoint(out, x) for x in inputs if isinstance(x, ndarray)):
-        raise LayoutError("out: expected memory apart from every input, got memory that overlaps one")
-    if isinstance(in_place, ndarray) and not _apart_or_same(out, in_place):
-        raise LayoutError("out: expected the input itself or memory apart from it, got a partial overlap")
+        raise LayoutError("out: expected memory disjoint from every input, got an overlap")
+    if isinstance(in_place, ndarray) and not _disjoint_or_same(out, in_place):
+        raise LayoutError("out: expected the input itself or memory disjoint from it, got a partial overlap")
     return out
 
 
@@ -263,7 +263,7 @@ def _raise_layout(out: NDArray[Any]) -> NoReturn:
     raise LayoutError(f"out: expected a C-contiguous array, got strides {out.strides}")
 
 
-def _apart_or_same(out: NDArray[Any], x: NDArray[Any]) -> bool:
+def _disjoint_or_same(out: NDArray[Any], x: NDArray[Any]) -> bool:
     if out is x or disjoint(out, x):
         return True
     return out.ctypes.data == x.ctypes.data and out.dtype == x.dtype and x.flags.c_contiguous
