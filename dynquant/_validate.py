@@ -235,7 +235,7 @@ def checked_out(
     if not (out.flags.carray or (rows_may_be_apart and _has_plain_rows(out))):
         _raise_layout(out)
     if not all(disjoint(out, x) for x in inputs if isinstance(x, ndarray)):
-        raise LayoutError("out: expected memory disjoint from every input, got an overlap")
+        raise LayoutError("out: expected memory disjoint from every input, got memory that overlaps one")
     if isinstance(in_place, ndarray) and not _disjoint_or_same(out, in_place):
         raise LayoutError("out: expected the input itself or memory disjoint from it, got a partial overlap")
     return out
