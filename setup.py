@@ -133,7 +133,7 @@ class BuildKernels(build_ext):
         portable = [] if not_for_this else [PORTABLE]
         for extension in self.extensions:
             extension.extra_compile_args = flags + (isa_flags.get(isa_of(extension)) or portable)
-            extension.extra_link_args = [] if msvc else [*STRICT]
+            extension.extra_link_args = [] if msvc else [*STRICT, "-pthread"]
             if SANITIZE:
                 extension.extra_compile_args += SANITIZER_FLAGS
                 extension.extra_link_args += [f"-fsanitize={SANITIZE}"]

@@ -32,10 +32,9 @@ from cpython.buffer cimport (
     PyBuffer_Release,
     PyObject_GetBuffer,
 )
-from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_RawFree, PyMem_RawMalloc
+from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_RawCalloc, PyMem_RawFree, PyMem_RawMalloc
 from cpython.object cimport PyObject, PyObject_GenericSetAttr
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.math cimport INFINITY, ceil, pow, sqrt
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
@@ -129,6 +128,7 @@ def permit_amx():
     return dq_permit_tiles()
 
 
+include "core/threads.pxi"
 include "core/buffers.pxi"
 include "core/scale.pxi"
 include "core/quantize.pxi"

@@ -271,7 +271,8 @@ class QuantLinear:
         out : ndarray of float32, (..., out_features), optional
             C-contiguous, apart from `x`. Allocated if not given.
         num_threads : int
-            How many threads share the outputs. The result does not depend on it.
+            The most threads to use, the caller's among them; -1: ``DYNQUANT_NUM_THREADS``, or the CPUs that
+            this process may use. Small work takes fewer. The result does not depend on it.
 
         Returns
         -------
@@ -283,7 +284,7 @@ class QuantLinear:
         ShapeMismatchError
             If the last axis of `x` is not in_features long, or `out` has another shape.
         ParameterError
-            If `num_threads` is not a positive integer, or a row leaves float32 when rotated.
+            If `num_threads` is not a positive integer or -1, or a row leaves float32 when rotated.
         DTypeError, NonFiniteError, LayoutError
             As from `w8a8_matmul`. After any of these `out` is as it was.
         """

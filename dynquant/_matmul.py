@@ -10,7 +10,6 @@ from . import _core
 from ._format import DynQuantFormat, MaxAbs
 from ._quantize import quantize_named
 from ._tensor import DynQuantTensor, check_arrays, code_matrix
-from ._threads import parallel_ranges
 from ._validate import (
     F32,
     as_exported,
@@ -124,7 +123,8 @@ def w8a8_matmul(
     out : ndarray of float32, (tokens, out_features), optional
         C-contiguous, apart from the inputs. Allocated if not given.
     num_threads : int
-        How many threads share the outputs. The result does not depend on it.
+        The most threads to use, the caller's among them; -1: ``DYNQUANT_NUM_THREADS``, or the CPUs that this
+        process may use. Small work takes fewer. The result does not depend on it.
 
     Returns
     -------
@@ -142,7 +142,7 @@ def w8a8_matmul(
     LayoutError
         If `out` is not C-contiguous, read-only, or overlaps an input.
     ParameterError
-        If `num_threads` is not a positive integer. After any of these `out` is as it was.
+        If `num_threads` is not a positive integer or -1. After any of these `out` is as it was.
 
     Notes
     -----
@@ -242,7 +242,8 @@ def w4a8_matmul(
     out : ndarray of float32, (tokens, out_features), optional
         C-contiguous, apart from the inputs. Allocated if not given.
     num_threads : int
-        How many threads share the outputs. The result does not depend on it.
+        The most threads to use, the caller's among them; -1: ``DYNQUANT_NUM_THREADS``, or the CPUs that this
+        process may use. Small work takes fewer. The result does not depend on it.
 
     Returns
     -------
@@ -257,7 +258,7 @@ def w4a8_matmul(
         If an argument does not hold floats.
     ParameterError
         If `weight` is no tensor of packed 4-bit codes with scales per row or per group, or `num_threads` is
-        not a positive integer.
+        not a positive integer or -1.
     ShapeMismatchError
         If the shapes do not fit each other.
     NonFiniteError
@@ -366,10 +367,10 @@ def multiply(
     if m > most:
         _multiply_chunks(layer, x, y, _chunk_rows(m, most), out is not None, threads, name)
         return y
-    a = _core.Activations(layer, m)
-    if not layer.quantize(float_matrix(x, m, k), a):
+    a = _core.Activations(layer, m, threads)
+    if not layer.quantize(float_matrix(x, m, k), a, threads):
         _raise_bad_row(x, layer.smooth, name)
-    parallel_ranges(layer.multiply, (a, y), layer.panel_count, threads)
+    layer.multiply(a, y, threads)
     return y
 
 
@@ -383,18 +384,18 @@ def _multiply_chunks(
     name: str,
 ) -> None:
     """y = x times packed weights, `chunk` rows at a time."""
-    a = _core.Activations(layer, chunk)
+    a = _core.Activations(layer, chunk, threads)
     # All that takes memory comes first: what raises has changed nothing.
     parts = [x[first : first + chunk] for first in range(0, len(x), chunk)]
     rows = [float_matrix(part, *part.shape) for part in parts]
     outputs = [y[first : first + chunk] for first in range(0, len(x), chunk)]
     # A new array may be given up half written; the caller's may not.
-    if check_first and not all(layer.quantize(part, a) for part in rows):
+    if check_first and not all(layer.quantize(part, a, threads) for part in rows):
         _raise_bad_row(x, layer.smooth, name)
     for part, into in zip(rows, outputs, strict=True):
-        if not layer.quantize(part, a):
+        if not layer.quantize(part, a, threads):
             _raise_bad_row(x, layer.smooth, name)
-        parallel_ranges(layer.multiply, (a, into), layer.panel_count, threads)
+        layer.multiply(a, into, threads)
 
 
 def _raise_bad_row(x: NDArray[Any], smooth: NDArray[np.float32] | None, name: str) -> NoReturn:

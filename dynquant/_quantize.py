@@ -10,7 +10,6 @@ from numpy import empty
 from . import _core
 from ._format import DynamicScaleMode, DynQuantFormat, MaxAbs, Percentile, packed_format
 from ._tensor import DynQuantTensor, tensor_of_checked
-from ._threads import parallel_ranges
 from ._validate import (
     F32,
     I8,
@@ -171,8 +170,8 @@ def dynamic_quantize(
         Check all of `x` for NaN and infinity before the first row is written to `out`, which reads `x` twice.
         With False they are an error too, but `out` may then have rows of the result.
     num_threads : int
-        How many threads share the rows, the caller's among them; a single row is not shared. The result does
-        not depend on it.
+        The most threads to use, the caller's among them; -1: ``DYNQUANT_NUM_THREADS``, or the CPUs that this
+        process may use. Small work takes fewer. The result does not depend on it.
 
     Returns
     -------
@@ -282,7 +281,7 @@ def quantize(
     target, data = _codes_for(fmt, array.shape, out, array, x, scales, zero_points)
     check_finite(array, "x")
     codes = _core.CodeMatrix(data, given, zeros, m, k, group, fmt.packed, True)
-    parallel_ranges(_core.quantize_rows, (float_matrix(array, m, k), codes, fmt.clip, False), m, threads)
+    _core.quantize_rows(float_matrix(array, m, k), codes, fmt.clip, False, threads)
     if target is not data:
         target[...] = data
     return tensor_of_checked(target, given, array.shape, fmt, zeros)
@@ -403,15 +402,13 @@ def quantize_named(
     # A new array may be abandoned half written; the caller's may not.
     check_first = check and data is out and scales.size > 1
     if check_first:
-        ranks = (rows, scales, fmt.clip, rank, last_rank, group)
-        finite = parallel_ranges(_core.scale_rows, ranks, m, threads)
+        finite = _core.scale_rows(rows, scales, fmt.clip, rank, last_rank, group, threads)
     else:
-        work = (rows, codes, fmt.clip, rank, last_rank)
-        finite = parallel_ranges(_core.dynamic_quantize_rows, work, m, threads)
+        finite = _core.dynamic_quantize_rows(rows, codes, fmt.clip, rank, last_rank, threads)
     if not finite:
         raise_non_finite(array, name)
     if check_first:
-        parallel_ranges(_core.quantize_rows, (rows, codes, fmt.clip, rank < 0), m, threads)
+        _core.quantize_rows(rows, codes, fmt.clip, rank < 0, threads)
     if target is not data:
         target[...] = data
     if scales_out is not None:

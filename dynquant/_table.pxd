@@ -53,6 +53,7 @@ ctypedef struct Kernels:
     void (*matvec_s8s8_f32)(const int8_t* w, const float* w_scales, const int8_t* a, float a_scale,
                             float* out, Py_ssize_t rows, Py_ssize_t k) noexcept nogil
     # matmul_s8.pxi
+    Py_ssize_t products_per_ns
     Py_ssize_t panel_outputs
     Py_ssize_t (*panel_bytes)(Py_ssize_t k) noexcept nogil
     Py_ssize_t (*activation_bytes)(Py_ssize_t k) noexcept nogil

@@ -15,6 +15,7 @@ import numpy as np
 from numpy import ndarray
 
 from ._core import FloatMatrix, all_finite, disjoint, is_plain_out
+from ._threads import MOST_THREADS, default_threads
 from .errors import (
     DTypeError,
     EmptyInputError,
@@ -154,8 +155,8 @@ def raise_non_finite(array: NDArray[Any], name: str, source: NDArray[Any] | None
     )
 
 
-def check_finite(array: NDArray[Any], name: str) -> None:
-    if not all_finite(float_matrix(array, 1, array.size)):
+def check_finite(array: NDArray[Any], name: str, threads: int = 1) -> None:
+    if not all_finite(float_matrix(array, 1, array.size), threads):
         raise_non_finite(array, name)
 
 
@@ -280,8 +281,12 @@ def as_number(value: Any, name: str) -> float:
 
 
 def as_thread_count(value: Any) -> int:
-    """`value` as a number of threads, at least 1."""
-    return value if type(value) is int and value >= 1 else as_count(value, "num_threads")
+    """`value` as the most threads that a call uses, at least 1; -1 stands for `default_threads`."""
+    if type(value) is int and 1 <= value <= MOST_THREADS:
+        return value
+    if isinstance(value, numbers.Integral) and value == -1:
+        return default_threads()
+    return min(as_count(value, "num_threads", " or -1"), MOST_THREADS)
 
 
 def as_flag(value: Any, name: str) -> bool:
@@ -291,10 +296,10 @@ def as_flag(value: Any, name: str) -> bool:
     return bool(value)
 
 
-def as_count(value: Any, name: str) -> int:
-    """`value` as an int, at least 1."""
+def as_count(value: Any, name: str, besides: str = "") -> int:
+    """`value` as an int, at least 1; `besides` is what an error says could be given too."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ParameterError(f"{name}: expected an int >= 1, got {shown(value)}")
+        raise ParameterError(f"{name}: expected an int >= 1{besides}, got {shown(value)}")
     return int(value)
 
 

@@ -12,7 +12,6 @@ from . import _core
 from ._format import DynQuantFormat
 from ._gptq import SecondMoments, calibration_batches, compensate
 from ._tensor import DynQuantTensor, tensor_of_checked
-from ._threads import parallel_ranges
 from ._validate import F32, U8, as_flag, as_matrix, as_thread_count, check_finite, float_matrix
 from .errors import ParameterError, shown
 
@@ -52,8 +51,9 @@ def quantize_weights(
         Inputs that the layer has had; or a list, tuple or iterator of such arrays, which are read one after
         the other. Codes are then chosen so that their errors cancel in the output on such inputs.
     num_threads : int
-        How many threads share the outputs when ranges and codes are computed; NumPy's own setting counts for
-        what `calibration` costs. The result does not depend on it.
+        The most threads to use, the caller's among them; -1: ``DYNQUANT_NUM_THREADS``, or the CPUs that this
+        process may use. Small work takes fewer. The result does not depend on it.
+        What `calibration` costs goes by NumPy's own setting.
 
     Returns
     -------
@@ -97,7 +97,7 @@ def quantize_weights(
     search = as_flag(search, "search")
     threads = as_thread_count(num_threads)
     matrix = as_matrix(w, "w", "(out_features, in_features)")
-    check_finite(matrix, "w")
+    check_finite(matrix, "w", threads)
     batches = None if calibration is None else calibration_batches(calibration, matrix.shape[1])
     return quantize_matrix(matrix, fmt, symmetric, search, batches, threads, "w")
 
@@ -131,10 +131,10 @@ def quantize_matrix(
     zero_points = None if symmetric else np.empty(scales.shape, U8)
     data = np.empty(fmt.data_shape(w.shape), fmt.data_dtype)
     codes = _core.CodeMatrix(data, scales, zero_points, rows.m, rows.k, group, fmt.packed, True)
-    parallel_ranges(_core.fit_rows, (rows, codes, fmt.clip if symmetric else 15, search), len(w), threads)
+    _core.fit_rows(rows, codes, fmt.clip if symmetric else 15, search, threads)
     if not np.isfinite(scales).all():
         raise ParameterError(f"{name}: expected the range of each group within float32, got one beyond it")
-    parallel_ranges(_core.quantize_rows, (rows, codes, fmt.clip, not search), len(w), threads)
+    _core.quantize_rows(rows, codes, fmt.clip, not search, threads)
     tensor = tensor_of_checked(data, scales, w.shape, fmt, zero_points)
     if batches is None:
         return tensor

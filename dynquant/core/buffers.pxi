@@ -83,16 +83,33 @@ cdef class CodeMatrix:
         PyBuffer_Release(&self.scales)
         PyBuffer_Release(&self.zero_points)
 
-    cdef QuantRow row(self, Py_ssize_t r) noexcept nogil:
-        cdef QuantRow row
-        cdef Py_ssize_t groups = groups_of(self.k, self.group)
-        row.codes = <int8_t*> self.codes.buf + r * bytes_of_row(self.k, self.packed)
-        row.scales = <float*> self.scales.buf + r * groups
-        row.zero_points = NULL
-        if self.zero_points.buf != NULL:
-            row.zero_points = <uint8_t*> self.zero_points.buf + r * groups
-        row.group, row.packed, row.in_range = self.group, self.packed, False
-        return row
+    cdef CodeRows rows(self) noexcept nogil:
+        cdef CodeRows rows
+        rows.codes, rows.scales = <int8_t*> self.codes.buf, <float*> self.scales.buf
+        rows.zero_points = <uint8_t*> self.zero_points.buf
+        rows.k, rows.group, rows.packed = self.k, self.group, self.packed
+        return rows
+
+
+# The memory of a CodeMatrix; zero_points is NULL where there are none.
+cdef struct CodeRows:
+    int8_t* codes
+    float* scales
+    uint8_t* zero_points
+    Py_ssize_t k, group
+    bint packed
+
+
+cdef inline QuantRow code_row(const CodeRows* rows, Py_ssize_t r) noexcept nogil:
+    cdef QuantRow row
+    cdef Py_ssize_t groups = groups_of(rows.k, rows.group)
+    row.codes = rows.codes + r * bytes_of_row(rows.k, rows.packed)
+    row.scales = rows.scales + r * groups
+    row.zero_points = NULL
+    if rows.zero_points != NULL:
+        row.zero_points = rows.zero_points + r * groups
+    row.group, row.packed, row.in_range = rows.group, rows.packed, False
+    return row
 
 
 cdef inline Py_ssize_t bytes_of_row(Py_ssize_t k, bint packed) noexcept nogil:

@@ -63,19 +63,23 @@ cdef inline void add_product_to_pair(double* pair, double m, double v) noexcept 
     add_to_pair(pair, m * (v - high))
 
 
-# Adds the sum of a block's values to the pair sums[0:2], and of their squares to sums[2:4]. n > 0.
-# With m close to their mean, sum x**2 = sum (x - m)**2 + m * (2 * sum x - n * m). Only the first term rounds,
-# in double and relative to the spread alone; m is rounded to float32, which makes n * m exact.
-cdef void add_block_sums(const float* x, Py_ssize_t n, double* sums) noexcept nogil:
-    cdef double total = kernels.sum_row_f32_f64(x, n)
-    cdef double m = <float> (total / n)
+# Adds the sum of a block's values to the pair sums[0:2], and of their squares to sums[2:4]. `total` is that
+# sum, of n > 0 values, and `deviation` the sum of their squared deviations from block_center. With m close to
+# their mean, sum x**2 = sum (x - m)**2 + m * (2 * sum x - n * m). Only the first term rounds, in double and
+# relative to the spread alone; m is rounded to float32, which makes n * m exact.
+cdef void add_block_sums(double total, double deviation, Py_ssize_t n, double* sums) noexcept nogil:
+    cdef double m = block_center(total, n)
     cdef double residual[2]
     residual[0], residual[1] = 2 * total, 0
     add_to_pair(residual, -n * m)
     add_to_pair(sums, total)
-    add_to_pair(sums + 2, kernels.square_deviation_row_f32_f64(x, m, n))
+    add_to_pair(sums + 2, deviation)
     add_product_to_pair(sums + 2, m, residual[0])
     add_product_to_pair(sums + 2, m, residual[1])
+
+
+cdef inline double block_center(double total, Py_ssize_t n) noexcept nogil:
+    return <float> (total / n)
 
 
 def bin_of_rank(const int64_t[::1] counts not None, int64_t rank):
@@ -108,6 +112,74 @@ cdef void shift_histogram(uint32_t* histogram, int32_t* amax_bits, int32_t new_b
         add_histogram(before, shift, histogram)
 
 
+# Rows of k channels, to be counted into a histogram for each.
+cdef struct RowsToCount:
+    Floats x
+    Py_ssize_t m, k
+    const int32_t* amax_bits
+    uint32_t* histograms
+
+
+# In one thread; an estimate for parallel_ranges.
+cdef inline Py_ssize_t moments_ns(Py_ssize_t n) noexcept nogil:
+    return n
+
+
+cdef enum:
+    BINS_WORTH = 16  # the share of a thread, over that of others, which makes up for adding its bins
+    CHANNELS_TOGETHER = 64  # whose histograms, 23 KB, stay in L1 from row to row
+    MERGED = 256  # blocks whose sums are kept until they are merged
+
+
+# Units are CHANNELS_TOGETHER channels.
+cdef bint count_channel_range(void* context, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef const RowsToCount* rows = <const RowsToCount*> context
+    cdef float scratch[BLOCK]
+    cdef const float* block
+    cdef Py_ssize_t start = first * CHANNELS_TOGETHER, stop = min(rows.k, end * CHANNELS_TOGETHER), r, c, n
+    for r in range(rows.m):
+        c = start
+        while c < stop:
+            n = block_len(c, stop)
+            block = block_of(&rows.x, r * rows.k + c, n, scratch)
+            kernels.count_channel_bins_row_f32(block, rows.amax_bits + c,
+                                               rows.histograms + c * CHANNEL_BINS, n)
+            c += n
+    return True
+
+
+# What add_block_sums takes, and the extremes, of blocks from `first_block` on. Each of `parts` parts of them
+# counts into bins of its own.
+cdef struct BlocksToMerge:
+    Floats x
+    Py_ssize_t first_block, blocks, parts
+    int64_t* bins[MAX_PARTS]
+    double totals[MERGED]
+    double deviations[MERGED]
+    float minima[MERGED]
+    float maxima[MERGED]
+
+
+cdef bint sum_part_range(void* context, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef BlocksToMerge* merge = <BlocksToMerge*> context
+    cdef float scratch[BLOCK]
+    cdef const float* block
+    cdef Py_ssize_t part, i, start, n
+    cdef double center
+    for part in range(first, end):
+        for i in range(merge.blocks * part // merge.parts, merge.blocks * (part + 1) // merge.parts):
+            start = (merge.first_block + i) * BLOCK
+            n = block_len(start, merge.x.n)
+            block = block_of(&merge.x, start, n, scratch)
+            merge.minima[i], merge.maxima[i] = INFINITY, -INFINITY
+            kernels.min_max_row_f32(block, &merge.minima[i], &merge.maxima[i], n)
+            merge.totals[i] = kernels.sum_row_f32_f64(block, n)
+            center = block_center(merge.totals[i], n)
+            merge.deviations[i] = kernels.square_deviation_row_f32_f64(block, center, n)
+            kernels.count_bins_f32(block, merge.bins[part], n)
+    return True
+
+
 @cython.final
 cdef class CalibratorState:
     """Writable views of the arrays that a Calibrator keeps.
@@ -129,30 +201,38 @@ cdef class CalibratorState:
         self.count, self.extremes, self.sums, self.bins = count, extremes, sums, bins
         self.amax_bits, self.histograms = amax_bits, histograms
 
-    def update(self, FloatMatrix x not None, const int32_t[::1] new_bits not None):
+    def update(self, FloatMatrix x not None, const int32_t[::1] new_bits not None, int num_threads=1):
         """Add all elements, which are finite; no column's magnitude is above new_bits, nor new_bits below."""
-        cdef float scratch[BLOCK]
-        cdef Py_ssize_t r, start, n
-        cdef Floats row, flat = x.flat()
+        cdef RowsToCount rows
+        cdef BlocksToMerge merge
+        cdef Py_ssize_t bins = self.bins.shape[0], i
+        cdef int64_t* more_bins = NULL
+        # Threads of Python could be interrupted half way.
+        cdef int threads = 1 if in_python else num_threads
+        merge.x, merge.first_block = x.flat(), 0
+        merge.parts = threads_for(MAX_PARTS, moments_ns(merge.x.n) // BINS_WORTH, threads)
+        if merge.parts > 1:
+            more_bins = <int64_t*> PyMem_RawCalloc((merge.parts - 1) * bins, sizeof(int64_t))
+            if more_bins == NULL:
+                raise MemoryError
+        for i in range(merge.parts):
+            merge.bins[i] = more_bins + (i - 1) * bins if i else &self.bins[0]
         with nogil:
             self.shift_histograms(new_bits)
-            for r in range(x.m if self.histograms.shape[0] else 0):
-                row = x.row(r)
-                start = 0
-                while start < x.k:
-                    n = block_len(start, x.k)
-                    kernels.count_channel_bins_row_f32(block_of(&row, start, n, scratch), &new_bits[start],
-                                                       &self.histograms[start, 0], n)
-                    start += n
-            start = 0
-            while start < flat.n:
-                n = block_len(start, flat.n)
-                self.add_block(block_of(&flat, start, n, scratch), n)
-                start += n
-            # -0.0 becomes 0.0: which of them came first must not show.
-            self.extremes[0] += 0
-            self.extremes[1] += 0
-            self.count[0] += flat.n
+        if self.histograms.shape[0] and x.m:
+            rows.x, rows.m, rows.k = merge.x, x.m, x.k
+            rows.amax_bits, rows.histograms = &new_bits[0], &self.histograms[0, 0]
+            i = (x.k + CHANNELS_TOGETHER - 1) // CHANNELS_TOGETHER
+            parallel_ranges(count_channel_range, &rows, i, moments_ns(merge.x.n), threads)
+        while merge.first_block * BLOCK < merge.x.n:
+            self.add_blocks(&merge, threads)
+        for i in range((merge.parts - 1) * bins):
+            self.bins[i % bins] += more_bins[i]
+        PyMem_RawFree(more_bins)
+        # -0.0 becomes 0.0: which of them came first must not show.
+        self.extremes[0] += 0
+        self.extremes[1] += 0
+        self.count[0] += merge.x.n
 
     def merge(self, CalibratorState other not None, const int32_t[::1] new_bits not None):
         """Add all that `other` has seen, perhaps this itself; new_bits are the larger ones of both."""
@@ -177,10 +257,18 @@ cdef class CalibratorState:
         for j in range(self.histograms.shape[0]):
             shift_histogram(&self.histograms[j, 0], &self.amax_bits[j], new_bits[j])
 
-    cdef void add_block(self, const float* block, Py_ssize_t n) noexcept nogil:
-        kernels.min_max_row_f32(block, &self.extremes[0], &self.extremes[1], n)
-        add_block_sums(block, n, &self.sums[0])
-        kernels.count_bins_f32(block, &self.bins[0], n)
+    # The next MERGED blocks.
+    cdef int add_blocks(self, BlocksToMerge* merge, int num_threads) except -1:
+        cdef Py_ssize_t left = merge.x.n - merge.first_block * BLOCK, i
+        merge.blocks = min(MERGED, (left + BLOCK - 1) // BLOCK)
+        parallel_ranges(sum_part_range, merge, merge.parts, moments_ns(min(left, MERGED * BLOCK)),
+                        num_threads)
+        kernels.min_max_row_f32(merge.minima, &self.extremes[0], &self.extremes[1], merge.blocks)
+        kernels.min_max_row_f32(merge.maxima, &self.extremes[0], &self.extremes[1], merge.blocks)
+        for i in range(merge.blocks):
+            add_block_sums(merge.totals[i], merge.deviations[i], block_len(i * BLOCK, left), &self.sums[0])
+        merge.first_block += merge.blocks
+        return 0
 
 
 # Float bits that stand for one cell of a window: the middle of its bin; 0 in the lowest bin of all; in the

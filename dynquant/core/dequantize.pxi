@@ -21,25 +21,50 @@ cdef void dequantize_block(const QuantRow* row, Py_ssize_t start, bint nontempor
         i = end
 
 
+# Values start .. end of one row, whose values begin at `out`.
+cdef void dequantize_span(const QuantRow* row, bint nontemporal, float* out, Py_ssize_t start,
+                          Py_ssize_t end) noexcept nogil:
+    cdef Py_ssize_t n
+    while start < end:
+        n = block_len(start, end) if row.packed else end - start
+        dequantize_block(row, start, nontemporal, out + start, n)
+        start += n
+
+
 cdef void dequantize_row(const QuantRow* row, bint nontemporal, float* out, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t start = 0, count
-    while start < n:
-        count = block_len(start, n) if row.packed else n
-        dequantize_block(row, start, nontemporal, out + start, count)
-        start += count
+    dequantize_span(row, nontemporal, out, 0, n)
 
 
-def dequantize_rows(CodeMatrix q not None, out not None):
+# Rows of codes whose values go to `out`.
+cdef struct RowsToValues:
+    CodeRows q
+    float* out
+    bint nontemporal
+
+
+cdef inline Py_ssize_t spans_of_row(Py_ssize_t k) noexcept nogil:
+    return (k + SPAN - 1) // SPAN
+
+
+# Units are spans of the rows.
+cdef bint dequantize_span_range(void* context, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef const RowsToValues* rows = <const RowsToValues*> context
+    cdef Py_ssize_t k = rows.q.k, spans = spans_of_row(k), i, r, start
+    cdef QuantRow row
+    for i in range(first, end):
+        r, start = i // spans, i % spans * SPAN
+        row = code_row(&rows.q, r)
+        dequantize_span(&row, rows.nontemporal, rows.out + r * k, start, min(k, start + SPAN))
+    return True
+
+
+def dequantize_rows(CodeMatrix q not None, out not None, int num_threads=1):
     """out = codes * scales, or (codes - zero_points) * scales; only packed codes have zero points."""
     cdef RawBuffer o = RawBuffer(out)
-    cdef Py_ssize_t r
+    cdef RowsToValues rows
+    cdef Py_ssize_t n = q.m * q.k
+    check_size(o.view.len, n * <Py_ssize_t> sizeof(float))
+    rows.q, rows.out = q.rows(), <float*> o.view.buf
     # Not in short groups: each would wait until its values have been written.
-    cdef bint nontemporal = q.m * q.k >= NONTEMPORAL_FROM and q.group >= BLOCK
-    cdef QuantRow row
-    check_size(o.view.len, q.m * q.k * <Py_ssize_t> sizeof(float))
-    if q.k == 0:
-        return
-    with nogil:
-        for r in range(q.m):
-            row = q.row(r)
-            dequantize_row(&row, nontemporal, <float*> o.view.buf + r * q.k, q.k)
+    rows.nontemporal = n >= NONTEMPORAL_FROM and q.group >= BLOCK
+    parallel_ranges(dequantize_span_range, &rows, q.m * spans_of_row(q.k), quantize_ns(n), num_threads)

@@ -21,10 +21,60 @@ cdef Floats prepared_row(Floats x, const float* factors, Py_ssize_t block, float
     return x
 
 
+# What the rows of x become in an Activations. Each of `parts` parts of them, nearly equal, has scratch of its
+# own.
+cdef struct ActivationRows:
+    Floats x
+    const Kernels* table
+    Py_ssize_t m, k, group, block, parts, row_bytes
+    const float* factors
+    float* prepared
+    float* scales
+    int8_t* codes
+    uint8_t* a
+
+
+cdef bint quantize_part_range(void* context, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef const ActivationRows* rows = <const ActivationRows*> context
+    cdef Py_ssize_t part, r
+    for part in range(first, end):
+        for r in range(rows.m * part // rows.parts, rows.m * (part + 1) // rows.parts):
+            if not quantize_activation_row(rows, r, rows.prepared + part * rows.k,
+                                           rows.codes + part * rows.k):
+                return False
+    return True
+
+
+# Returns whether the row is finite.
+cdef bint quantize_activation_row(const ActivationRows* rows, Py_ssize_t r, float* prepared,
+                                  int8_t* codes) noexcept nogil:
+    cdef Floats row = floats_at(&rows.x, r * rows.k, rows.k)
+    row = prepared_row(row, rows.factors, rows.block, prepared)
+    if not scale_of(&row, 127, -1, &rows.scales[r]):
+        return False
+    quantize_activation(rows.table, &row, rows.scales[r], rows.group, codes, rows.a + r * rows.row_bytes)
+    return True
+
+
+# out (a_rows, n) = a . weights + bias. Units are panels.
+cdef struct Product:
+    const PackedWeights* w
+    const uint8_t* a
+    const float* a_scales
+    float* out
+    Py_ssize_t m
+
+
+cdef bint multiply_range(void* context, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef const Product* p = <const Product*> context
+    multiply_panels(p.w, p.a, p.a_scales, p.out, p.m, first, end)
+    return True
+
+
 @cython.final
 @cython.no_gc
 cdef class Activations:
-    """Up to `capacity` quantized rows for one PackedLinear, and scratch for one row.
+    """Up to `capacity` quantized rows for one PackedLinear, and scratch for a row of each thread.
 
     All that quantizing needs is allocated here, so that nothing can fail once rows of a result are written.
     """
@@ -32,14 +82,16 @@ cdef class Activations:
     cdef float* prepared
     cdef float* scales
     cdef int8_t* codes
-    cdef Py_ssize_t m, capacity
+    cdef Py_ssize_t m, capacity, parts
 
-    def __cinit__(self, PackedLinear layer not None, Py_ssize_t capacity):
-        cdef Py_ssize_t rows = capacity * layer.activation_bytes()
+    def __cinit__(self, PackedLinear layer not None, Py_ssize_t capacity, int num_threads=1):
+        cdef Py_ssize_t rows = capacity * layer.activation_bytes(), k = layer.w.k
         self.capacity = capacity
-        self.memory = aligned_memory(rows + (layer.w.k + capacity) * <Py_ssize_t> sizeof(float) + layer.w.k)
+        self.parts = max(1, threads_for(capacity, layer.quantize_ns(capacity), num_threads))
+        self.memory = aligned_memory(rows + capacity * <Py_ssize_t> sizeof(float)
+                                     + self.parts * k * (<Py_ssize_t> sizeof(float) + 1))
         self.prepared = <float*> (self.memory.data + rows)
-        self.scales = self.prepared + layer.w.k
+        self.scales = self.prepared + self.parts * k
         self.codes = <int8_t*> (self.scales + capacity)
 
     def __dealloc__(self):
@@ -110,33 +162,32 @@ cdef class PackedLinear:
             raise SystemError("weights of another layer")
         return 0
 
-    def quantize(self, FloatMatrix x not None, Activations a not None):
-        """Quantize the rows of x into `a`; returns whether they are finite, and stops at one that is not."""
-        cdef Py_ssize_t r, row_bytes = self.activation_bytes()
-        cdef Floats row
-        cdef bint finite = True
-        cdef const float* factors = NULL
+    # Estimates for parallel_ranges. One row costs as much as 1.25 of many: its weights come from afar.
+    cdef Py_ssize_t quantize_ns(self, Py_ssize_t m) noexcept nogil:
+        return m * self.w.k * (3 if self.block else 1) // 4
+
+    cdef Py_ssize_t multiply_ns(self, Py_ssize_t m) noexcept nogil:
+        return self.w.n * self.w.k * (4 * m + 1) // (4 * self.w.table.products_per_ns)
+
+    def quantize(self, FloatMatrix x not None, Activations a not None, int num_threads=1):
+        """Quantize the rows of x into `a`; returns whether they are finite."""
+        cdef ActivationRows rows
         check_size(a.capacity, x.m)
         check_size(x.k, self.w.k)
-        if self.factors is not None:
-            factors = &self.factors[0]
         a.m = x.m
-        with nogil:
-            for r in range(x.m):
-                row = prepared_row(x.row(r), factors, self.block, a.prepared)
-                finite = scale_of(&row, 127, -1, &a.scales[r])
-                if not finite:
-                    break
-                quantize_activation(self.w.table, &row, a.scales[r], self.w.group, a.codes,
-                                    a.memory.data + r * row_bytes)
-        return finite
+        rows.x, rows.table, rows.m, rows.k, rows.group = x.flat(), self.w.table, x.m, x.k, self.w.group
+        rows.block, rows.parts, rows.row_bytes = self.block, min(a.parts, x.m), self.activation_bytes()
+        rows.factors, rows.prepared, rows.scales, rows.codes = NULL, a.prepared, a.scales, a.codes
+        rows.a = a.memory.data
+        if self.factors is not None:
+            rows.factors = &self.factors[0]
+        return parallel_ranges(quantize_part_range, &rows, rows.parts, self.quantize_ns(x.m), num_threads)
 
-    def multiply(self, Activations a not None, float[:, ::1] out not None, Py_ssize_t first=0,
-                 Py_ssize_t end=PY_SSIZE_T_MAX):
-        """out = a . weights + bias for the outputs of panels first .. end; returns True."""
+    def multiply(self, Activations a not None, float[:, ::1] out not None, int num_threads=1):
+        """out = a . weights + bias."""
+        cdef Product p
         if a.m == 0:
-            return True
+            return
         check_size(out.shape[0] * out.shape[1], a.m * self.w.n)
-        with nogil:
-            multiply_panels(&self.w, a.memory.data, a.scales, &out[0, 0], a.m, first, end)
-        return True
+        p.w, p.a, p.a_scales, p.out, p.m = &self.w, a.memory.data, a.scales, &out[0, 0], a.m
+        parallel_ranges(multiply_range, &p, self.panel_count, self.multiply_ns(a.m), num_threads)

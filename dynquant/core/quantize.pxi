@@ -52,49 +52,99 @@ cdef void quantize_row(const Floats* x, const QuantRow* row, int32_t clip) noexc
         start -= SPAN
 
 
-def quantize_rows(FloatMatrix x not None, CodeMatrix q not None, int clip, bint in_range, Py_ssize_t first=0,
-                  Py_ssize_t end=PY_SSIZE_T_MAX):
-    """Codes of rows first .. end by the scales of q; returns True.
+# Rows to be quantized, and where to. in_range: each scale is that of its group's largest magnitude, so that
+# no code needs clamping.
+cdef struct RowsToCodes:
+    Floats x
+    CodeRows q
+    Py_ssize_t rank, last_rank
+    int32_t clip
+    bint in_range
 
-    `in_range`: each scale is that of its group's largest magnitude, so that no code needs clamping.
-    """
+
+cdef inline QuantRow row_to_code(const RowsToCodes* rows, Py_ssize_t r) noexcept nogil:
+    cdef QuantRow row = code_row(&rows.q, r)
+    row.in_range = rows.in_range
+    return row
+
+
+# Units are rows.
+cdef bint quantize_row_range(void* context, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef const RowsToCodes* rows = <const RowsToCodes*> context
     cdef Py_ssize_t r
     cdef Floats row
     cdef QuantRow coded
-    if x.k == 0:
-        return True
-    check_rows(x, q)
-    with nogil:
-        for r in range(first, end if end < x.m else x.m):
-            row, coded = x.row(r), q.row(r)
-            coded.in_range = in_range
-            quantize_row(&row, &coded, clip)
+    for r in range(first, end):
+        row, coded = floats_at(&rows.x, r * rows.q.k, rows.q.k), row_to_code(rows, r)
+        quantize_row(&row, &coded, rows.clip)
     return True
 
 
-def dynamic_quantize_rows(FloatMatrix x not None, CodeMatrix q not None, int clip, Py_ssize_t rank,
-                          Py_ssize_t last_rank, Py_ssize_t first=0, Py_ssize_t end=PY_SSIZE_T_MAX):
-    """Scales and codes of rows first .. end; the second pass over a row reads from cache.
-
-    Returns whether they are finite. Stops at a row that is not, with the rows before it written.
-    """
+# The same with the scales of the rows; the second pass over a row reads from cache.
+cdef bint dynamic_quantize_row_range(void* context, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef const RowsToCodes* rows = <const RowsToCodes*> context
     cdef Py_ssize_t r
     cdef Floats row
     cdef QuantRow coded
-    cdef bint finite = True
+    for r in range(first, end):
+        row, coded = floats_at(&rows.x, r * rows.q.k, rows.q.k), row_to_code(rows, r)
+        if not group_scales(&row, rows.clip, rows.rank, rows.last_rank, coded.group, <float*> coded.scales):
+            return False
+        quantize_row(&row, &coded, rows.clip)
+    return True
+
+
+# Units are the spans of the first row.
+cdef bint quantize_span_range(void* context, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef const RowsToCodes* rows = <const RowsToCodes*> context
+    cdef Floats row = floats_at(&rows.x, 0, rows.q.k)
+    cdef QuantRow coded = row_to_code(rows, 0)
+    cdef Py_ssize_t i
+    for i in range(first, end):
+        quantize_span(&row, &coded, i * SPAN, min(rows.q.k, (i + 1) * SPAN), rows.clip)
+    return True
+
+
+# In one thread; an estimate for parallel_ranges.
+cdef inline Py_ssize_t quantize_ns(Py_ssize_t n) noexcept nogil:
+    return n // 8
+
+
+def quantize_rows(FloatMatrix x not None, CodeMatrix q not None, int clip, bint in_range, int num_threads=1):
+    """Codes of the rows by the scales of q.
+
+    `in_range`: each scale is that of its group's largest magnitude, so that no code needs clamping.
+    """
+    cdef RowsToCodes rows
+    if x.k == 0:
+        return
+    check_rows(x, q)
+    rows.x, rows.q, rows.clip, rows.in_range = x.flat(), q.rows(), clip, in_range
+    parallel_ranges(quantize_row_range, &rows, x.m, quantize_ns(rows.x.n), num_threads)
+
+
+def dynamic_quantize_rows(FloatMatrix x not None, CodeMatrix q not None, int clip, Py_ssize_t rank,
+                          Py_ssize_t last_rank, int num_threads=1):
+    """Scales and codes of the rows. Returns whether they are finite; where not, some may be written."""
+    cdef RowsToCodes rows
     if x.m == 0 or x.k == 0:
         memset(q.scales.buf, 0, q.scales.len)
         return True
     check_rows(x, q)
-    with nogil:
-        for r in range(first, end if end < x.m else x.m):
-            row, coded = x.row(r), q.row(r)
-            coded.in_range = rank < 0
-            finite = group_scales(&row, clip, rank, last_rank, q.group, <float*> coded.scales)
-            if not finite:
-                break
-            quantize_row(&row, &coded, clip)
-    return finite
+    rows.x, rows.q, rows.clip, rows.in_range = x.flat(), q.rows(), clip, rank < 0
+    rows.rank, rows.last_rank = rank, last_rank
+    if x.m == 1 and num_threads > 1 and q.group >= x.k > SPAN:
+        return quantize_long_row(&rows, num_threads)
+    return parallel_ranges(dynamic_quantize_row_range, &rows, x.m,
+                           quantize_ns(rows.x.n) if rank < 0 else ranked_ns(rows.x.n), num_threads)
+
+
+# One row with one scale: spans of it are shared, first for the scale and then for the codes.
+cdef bint quantize_long_row(RowsToCodes* rows, int num_threads) except -1:
+    cdef Py_ssize_t spans = (rows.q.k + SPAN - 1) // SPAN
+    if not parallel_scale(&rows.x, rows.clip, rows.last_rank, rows.q.scales, num_threads):
+        return False
+    return parallel_ranges(quantize_span_range, rows, spans, quantize_ns(rows.x.n), num_threads)
 
 
 cdef int check_rows(FloatMatrix x, CodeMatrix q) except -1:

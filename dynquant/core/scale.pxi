@@ -18,13 +18,49 @@ cdef int32_t amax_bits(const Floats* x) noexcept nogil:
     return amax
 
 
-def all_finite(FloatMatrix x not None):
+cdef enum:
+    MAX_PARTS = 64
+
+
+# amax_bits of each of `parts` nearly equal parts of x.
+cdef struct AmaxParts:
+    Floats x
+    Py_ssize_t parts
+    int32_t bits[MAX_PARTS]
+
+
+cdef bint amax_part_range(void* context, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef AmaxParts* amax = <AmaxParts*> context
+    cdef Py_ssize_t i, start, stop
+    cdef Floats part
+    for i in range(first, end):
+        start, stop = amax.x.n // amax.parts * i, amax.x.n // amax.parts * (i + 1)
+        part = floats_at(&amax.x, start, (amax.x.n if i + 1 == amax.parts else stop) - start)
+        amax.bits[i] = amax_bits(&part)
+    return True
+
+
+# In one thread; an estimate for parallel_ranges.
+cdef inline Py_ssize_t amax_ns(Py_ssize_t n) noexcept nogil:
+    return n // 16
+
+
+cdef int32_t parallel_amax_bits(const Floats* x, int num_threads) except -1:
+    cdef AmaxParts amax
+    cdef Py_ssize_t i
+    cdef int32_t largest = 0
+    amax.x = x[0]
+    amax.parts = 1 if num_threads <= 1 else max(1, min(x.n // BLOCK, MAX_PARTS))
+    parallel_ranges(amax_part_range, &amax, amax.parts, amax_ns(x.n), num_threads)
+    for i in range(amax.parts):
+        largest = max(largest, amax.bits[i])
+    return largest
+
+
+def all_finite(FloatMatrix x not None, int num_threads=1):
     """Whether no element is NaN or infinite."""
     cdef Floats flat = x.flat()
-    cdef int32_t bits
-    with nogil:
-        bits = amax_bits(&flat)
-    return bits < NON_FINITE
+    return parallel_amax_bits(&flat, num_threads) < NON_FINITE
 
 
 def min_max(FloatMatrix x not None):
@@ -237,19 +273,56 @@ cdef bint group_scales(const Floats* x, float clip, Py_ssize_t rank, Py_ssize_t 
     return True
 
 
-def scale_rows(FloatMatrix x not None, scales not None, float clip, Py_ssize_t rank,
-               Py_ssize_t last_rank, Py_ssize_t group, Py_ssize_t first=0, Py_ssize_t end=PY_SSIZE_T_MAX):
-    """The scales of rows first .. end; returns whether they are finite, and stops at a row that is not."""
-    cdef RawBuffer s = RawBuffer(scales)
-    cdef Py_ssize_t r, groups = s.view.len // <Py_ssize_t> sizeof(float) // (x.m or 1)
+# The scales of rows, each in groups; `stride` scales a row.
+cdef struct RowScales:
+    Floats x
+    float* scales
+    float clip
+    Py_ssize_t k, rank, last_rank, group, stride
+
+
+cdef bint scale_row_range(void* context, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef const RowScales* rows = <const RowScales*> context
+    cdef Py_ssize_t r
     cdef Floats row
-    cdef bint finite = True
-    if groups == 0:
+    for r in range(first, end):
+        row = floats_at(&rows.x, r * rows.k, rows.k)
+        if not group_scales(&row, rows.clip, rows.rank, rows.last_rank, rows.group,
+                            rows.scales + r * rows.stride):
+            return False
+    return True
+
+
+# In one thread, the rank of n magnitudes; an estimate for parallel_ranges.
+cdef inline Py_ssize_t ranked_ns(Py_ssize_t n) noexcept nogil:
+    return n // 2
+
+
+def scale_rows(FloatMatrix x not None, scales not None, float clip, Py_ssize_t rank,
+               Py_ssize_t last_rank, Py_ssize_t group, int num_threads=1):
+    """The scales of the rows; returns whether they are finite."""
+    cdef RawBuffer s = RawBuffer(scales)
+    cdef RowScales rows
+    rows.x, rows.scales, rows.k, rows.group = x.flat(), <float*> s.view.buf, x.k, group
+    rows.clip, rows.rank, rows.last_rank = clip, rank, last_rank
+    rows.stride = s.view.len // <Py_ssize_t> sizeof(float) // (x.m or 1)
+    if rows.stride == 0:
         return True
-    with nogil:
-        for r in range(first, end if end < x.m else x.m):
-            row = x.row(r)
-            finite = group_scales(&row, clip, rank, last_rank, group, <float*> s.view.buf + r * groups)
-            if not finite:
-                break
-    return finite
+    if x.m == 1 and num_threads > 1 and group >= x.k:
+        return parallel_scale(&rows.x, clip, last_rank, rows.scales, num_threads)
+    return parallel_ranges(scale_row_range, &rows, x.m,
+                           amax_ns(x.m * x.k) if rank < 0 else ranked_ns(x.m * x.k), num_threads)
+
+
+# scale_of, with the largest magnitude searched for by several threads.
+cdef bint parallel_scale(const Floats* x, float clip, Py_ssize_t rank, float* scale,
+                         int num_threads) except -1:
+    cdef int32_t bits
+    if 0 <= rank < x.n - 1:
+        with nogil:
+            return scale_of(x, clip, rank, scale)
+    bits = parallel_amax_bits(x, num_threads)
+    if bits >= NON_FINITE:
+        return False
+    scale[0] = dq_float(bits) / clip
+    return True

@@ -5,27 +5,61 @@ cdef enum:
     COLUMNS = 1024  # factors taken together: a page of each row, where the hardware's prefetching ends
 
 
-def column_amax(FloatMatrix x not None, int32_t[::1] amax_bits not None):
-    """Fold the rows of x into the columns' largest magnitudes, given and kept as float bits."""
+# The columns' largest magnitudes, as float bits, in each of `parts` nearly equal parts of m rows of k.
+cdef struct ColumnAmax:
+    Floats x
+    Py_ssize_t m, k, parts
+    int32_t* bits
+
+
+cdef bint column_amax_range(void* context, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef const ColumnAmax* columns = <const ColumnAmax*> context
+    cdef Py_ssize_t part, start, stop
+    for part in range(first, end):
+        start, stop = columns.m * part // columns.parts, columns.m * (part + 1) // columns.parts
+        column_amax_of_rows(&columns.x, start, stop, columns.bits + part * columns.k, columns.k)
+    return True
+
+
+# Fold rows first .. end of x into bits (k,).
+cdef void column_amax_of_rows(const Floats* x, Py_ssize_t first, Py_ssize_t end, int32_t* bits,
+                              Py_ssize_t k) noexcept nogil:
     cdef float scratch[BLOCK]
-    cdef Py_ssize_t r = 0, start, n
+    cdef Py_ssize_t r = first, start, n
     cdef Floats row
     cdef bint four
-    if x.k == 0:
+    while r < end:
+        row = floats_at(x, r * k, k)
+        four = x.kind == F32 and r + 4 <= end
+        start = 0
+        while start < k:
+            n = block_len(start, k)
+            if four:
+                kernels.column_amax_4_rows_f32(<const float*> row.data + start, k, bits + start, n)
+            else:
+                kernels.column_amax_row_f32(block_of(&row, start, n, scratch), bits + start, n)
+            start += n
+        r += 4 if four else 1
+
+
+def column_amax(FloatMatrix x not None, int32_t[::1] amax_bits not None, int num_threads=1):
+    """Fold the rows of x into the columns' largest magnitudes, given and kept as float bits."""
+    cdef Py_ssize_t ns = amax_ns(x.m * x.k), part, j
+    cdef ColumnAmax columns
+    check_size(amax_bits.shape[0], x.k)
+    if x.m == 0 or x.k == 0:
         return
-    with nogil:
-        while r < x.m:
-            row = x.row(r)
-            four = x.kind == F32 and r + 4 <= x.m
-            start = 0
-            while start < x.k:
-                n = block_len(start, x.k)
-                if four:
-                    kernels.column_amax_4_rows_f32(<const float*> row.data + start, x.k, &amax_bits[start], n)
-                else:
-                    kernels.column_amax_row_f32(block_of(&row, start, n, scratch), &amax_bits[start], n)
-                start += n
-            r += 4 if four else 1
+    columns.x, columns.m, columns.k, columns.parts = x.flat(), x.m, x.k, threads_for(x.m, ns, num_threads)
+    columns.bits = <int32_t*> PyMem_RawCalloc(columns.parts * x.k, sizeof(int32_t))
+    if columns.bits == NULL:
+        raise MemoryError
+    try:
+        parallel_ranges(column_amax_range, &columns, columns.parts, ns, num_threads)
+        for part in range(columns.parts):
+            for j in range(x.k):
+                amax_bits[j] = max(amax_bits[j], columns.bits[part * x.k + j])
+    finally:
+        PyMem_RawFree(columns.bits)
 
 
 def smooth_factors(const float[::1] act_amax not None, const float[::1] weight_amax not None, double alpha,
@@ -81,44 +115,67 @@ cdef void scale_columns_of_finite(const Floats* x, const float* factors, bint di
         scale_columns_of_block(&part, factors, divide, out + m * k, rows, k)
 
 
-# out = x / factors or x * factors for m rows of k, factors above 0; out may be x itself. Returns whether x is
-# finite; where it is not, nothing is done. Of short rows many are taken as one, their factors side by side.
-cdef bint scale_columns_of_rows(const Floats* x, const float* factors, bint divide, float* out, Py_ssize_t m,
-                                Py_ssize_t k) noexcept nogil:
+# The same with the factors of short rows side by side: many of these are taken as one. k > 0.
+cdef void scale_columns_of_short(const Floats* x, const float* factors, bint divide, bint together,
+                                 float* out, Py_ssize_t m, Py_ssize_t k) noexcept nogil:
     cdef float side_by_side[COLUMNS]
-    cdef int32_t bits = amax_bits(x)
-    cdef bint together = not divide or bits <= MAX_DIVIDED
-    cdef Py_ssize_t many = COLUMNS // k if k else 1, left_over, i
+    cdef Py_ssize_t many = min(COLUMNS // k, m), left_over, i
     cdef Floats part
-    if bits >= NON_FINITE:
-        return False
-    if k == 0:
-        return True
-    many = many if many < m else m
     if many <= 1:
         scale_columns_of_finite(x, factors, divide, together, out, m, k)
-        return True
+        return
     for i in range(many):
         memcpy(side_by_side + i * k, factors, k * sizeof(float))
     left_over = m % many * k
     scale_columns_of_finite(x, side_by_side, divide, together, out, m // many, many * k)
     part = floats_at(x, m * k - left_over, left_over)
     scale_columns_of_finite(&part, side_by_side, divide, together, out + m * k - left_over, 1, left_over)
+
+
+# out = x / factors or x * factors for rows of k, factors above 0. max_bits: the largest |x|, as float bits.
+cdef struct RowsToScale:
+    Floats x
+    const float* factors
+    float* out
+    Py_ssize_t k
+    int32_t max_bits
+    bint divide
+
+
+cdef bint scale_columns_range(void* context, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef const RowsToScale* rows = <const RowsToScale*> context
+    cdef Py_ssize_t k = rows.k
+    cdef Floats part = floats_at(&rows.x, first * k, (end - first) * k)
+    scale_columns_of_short(&part, rows.factors, rows.divide, not rows.divide or rows.max_bits <= MAX_DIVIDED,
+                           rows.out + first * k, end - first, k)
     return True
 
 
-def scale_columns(FloatMatrix x not None, factors not None, bint divide, out not None):
+# The same for m rows, in one thread; out may be x itself. Returns whether x is finite; where it is not,
+# nothing is done.
+cdef bint scale_columns_of_rows(const Floats* x, const float* factors, bint divide, float* out, Py_ssize_t m,
+                                Py_ssize_t k) noexcept nogil:
+    cdef RowsToScale rows
+    rows.x, rows.factors, rows.out, rows.k, rows.divide = x[0], factors, out, k, divide
+    rows.max_bits = amax_bits(x)
+    return rows.max_bits < NON_FINITE and (k == 0 or scale_columns_range(&rows, 0, m))
+
+
+def scale_columns(FloatMatrix x not None, factors not None, bint divide, out not None, int num_threads=1):
     """out = x / factors or x * factors, row by row; out may be x itself. Returns whether x is finite."""
-    cdef Floats flat = x.flat()
     cdef RawBuffer f = RawBuffer(factors, PyBUF_SIMPLE)
     cdef RawBuffer o = RawBuffer(out)
-    cdef bint finite
+    cdef RowsToScale rows
+    rows.x, rows.k, rows.divide = x.flat(), x.k, divide
+    rows.factors, rows.out = <const float*> f.view.buf, <float*> o.view.buf
     check_size(f.view.len, x.k * <Py_ssize_t> sizeof(float))
-    check_size(o.view.len, flat.n * <Py_ssize_t> sizeof(float))
-    with nogil:
-        finite = scale_columns_of_rows(&flat, <const float*> f.view.buf, divide, <float*> o.view.buf,
-                                       x.m, x.k)
-    return finite
+    check_size(o.view.len, rows.x.n * <Py_ssize_t> sizeof(float))
+    rows.max_bits = parallel_amax_bits(&rows.x, num_threads)
+    if rows.max_bits >= NON_FINITE:
+        return False
+    if rows.x.n == 0:
+        return True
+    return parallel_ranges(scale_columns_range, &rows, x.m, quantize_ns(rows.x.n), num_threads)
 
 
 def all_positive(x not None):

@@ -69,20 +69,33 @@ cdef void fit_group(const Floats* x, int levels, bint search, float* scale,
         zero_point[0] = best_zero_point
 
 
-def fit_rows(FloatMatrix x not None, CodeMatrix q not None, int levels, bint search, Py_ssize_t first=0,
-             Py_ssize_t end=PY_SSIZE_T_MAX):
-    """Scales, and zero points if q has them, of the groups of finite rows first .. end; returns True."""
-    cdef Py_ssize_t r, g, start, stop
-    cdef Floats row, part
+# Rows whose groups are fitted.
+cdef struct RowsToFit:
+    Floats x
+    CodeRows q
+    int levels
+    bint search
+
+
+cdef bint fit_row_range(void* context, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef const RowsToFit* rows = <const RowsToFit*> context
+    cdef Py_ssize_t k = rows.q.k, group = rows.q.group, r, g, start
+    cdef Floats part
     cdef QuantRow coded
-    check_rows(x, q)
-    with nogil:
-        for r in range(first, end if end < x.m else x.m):
-            row, coded = x.row(r), q.row(r)
-            for g in range(groups_of(x.k, q.group)):
-                start = g * q.group
-                stop = group_end(start, q.group, x.k)
-                part = floats_at(&row, start, stop - start)
-                fit_group(&part, levels, search, <float*> coded.scales + g,
-                          NULL if coded.zero_points == NULL else <uint8_t*> coded.zero_points + g)
+    for r in range(first, end):
+        coded = code_row(&rows.q, r)
+        for g in range(groups_of(k, group)):
+            start = g * group
+            part = floats_at(&rows.x, r * k + start, group_end(start, group, k) - start)
+            fit_group(&part, rows.levels, rows.search, <float*> coded.scales + g,
+                      NULL if coded.zero_points == NULL else <uint8_t*> coded.zero_points + g)
     return True
+
+
+def fit_rows(FloatMatrix x not None, CodeMatrix q not None, int levels, bint search, int num_threads=1):
+    """Scales, and zero points if q has them, of the groups of the rows, which are finite."""
+    cdef RowsToFit rows
+    check_rows(x, q)
+    rows.x, rows.q, rows.levels, rows.search = x.flat(), q.rows(), levels, search
+    parallel_ranges(fit_row_range, &rows, x.m, quantize_ns(rows.x.n) * (SEARCH_STEPS if search else 1),
+                    num_threads)

@@ -15,6 +15,7 @@ cdef extern from "kernels/simd/simd.h" nogil:
     enum: DQ_DOT_STEP
     enum: DQ_CONCURRENT_PANELS
     enum: DQ_PREFETCH_FROM
+    enum: DQ_PRODUCTS_PER_NS
     enum: DQ_WIDEN_STEP
     ctypedef struct dq_dot_acc:
         pass
@@ -141,6 +142,7 @@ kernels.divide_row_f32 = divide_row_f32
 kernels.multiply_row_f32 = multiply_row_f32
 kernels.dot_s8s8_s64 = dot_s8s8_s64
 kernels.matvec_s8s8_f32 = matvec_s8s8_f32
+kernels.products_per_ns = DQ_PRODUCTS_PER_NS
 kernels.panel_outputs = PANEL
 kernels.panel_bytes = panel_bytes
 kernels.activation_bytes = activation_bytes

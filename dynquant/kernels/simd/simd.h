@@ -270,4 +270,18 @@ static inline float dq_widen(uint16_t h) {
 #define DQ_PREFETCH_FROM 0
 #endif
 
+/* Products of integers that a core adds up in a nanosecond, roughly: what says whether a layer is worth a second
+   thread. */
+#if defined(DQ_AMX)
+#define DQ_PRODUCTS_PER_NS 640
+#elif defined(__AVX512VNNI__)
+#define DQ_PRODUCTS_PER_NS 240
+#elif defined(__AVX512BW__) || defined(__AVXVNNI__)
+#define DQ_PRODUCTS_PER_NS 120
+#elif defined(__AVX2__)
+#define DQ_PRODUCTS_PER_NS 80
+#else
+#define DQ_PRODUCTS_PER_NS 20
+#endif
+
 #endif
