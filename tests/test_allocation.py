@@ -12,6 +12,7 @@ TESTS = os.path.dirname(__file__)
 HELPERS = os.path.join(TESTS, "helpers")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="replaces the allocator of glibc")
 @pytest.mark.skipif(
     np.lib.NumpyVersion(np.__version__) < "2.4.0",

@@ -142,6 +142,7 @@ def test_truncated_files(saved, tmp_path):
     check_refused(saved[1:], tmp_path)
 
 
+@pytest.mark.slow
 def test_flipped_bytes(saved, tmp_path):
     """Refused, unless the bit has no meaning, as in the date of a member."""
     rng = np.random.default_rng(0)
@@ -266,6 +267,7 @@ def test_sizes_larger_than_the_file(saved, tmp_path):
         check_refused(with_entry(saved, 20, "<2L", size, size), tmp_path)
 
 
+@pytest.mark.slow
 def test_zip_bombs(saved, tmp_path):
     raw = raw_members(saved)
     zeros = header_of("<i8", (1 << 16,)) + bytes(64 << 20)
@@ -367,6 +369,7 @@ def test_inconsistent_contents_of_an_empty_calibrator(tmp_path):
         check_refused(npz({**members, name: changed}), tmp_path)
 
 
+@pytest.mark.slow
 def test_every_valid_state_is_loaded(tmp_path):
     """The checks refuse no valid state, even where rounding is at its worst."""
     rng = np.random.default_rng(0)

@@ -63,6 +63,7 @@ def test_dequantize_is_one_product(scale, isa):
     assert np.isnan(actual[nan]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 6_800_003), (1660, 4099)])
 @pytest.mark.parametrize("fmt", [FORMATS["int8 per row"], FORMATS["packed per row"]], ids=["int8", "packed"])
 def test_nontemporal_stores(fmt, shape, isa):
@@ -96,6 +97,7 @@ def test_packing_round_trips(codes):
     assert_same_bits(dynamic_quantize_int4(x, packed=True).dequantize(), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 9_000_001), (2, 2**23 + 77)], ids=str)
 @pytest.mark.parametrize("fmt", [DynQuantFormat.INT8_PER_ROW, DynQuantFormat(4, "per_group", 5000, True)])
 def test_nontemporal_stores_of_long_rows_and_groups(shape, fmt, isa):

@@ -34,7 +34,7 @@ from dynquant import (
     w8a8_matvec,
 )
 
-pytestmark = pytest.mark.whitebox
+pytestmark = [pytest.mark.whitebox, pytest.mark.slow]
 ROOT = pathlib.Path(__file__).parent.parent
 # Flags of each build.
 MACROS = ("SSE2", "AVX2", "AVXVNNI", "AVX512BW", "AVX512VNNI", "AMX_INT8", "F16C")

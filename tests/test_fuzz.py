@@ -12,6 +12,7 @@ from helpers.programs import compiler, run
 from hypothesis import given
 
 
+@pytest.mark.slow
 @pytest.mark.whitebox
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no python3-config")
 @pytest.mark.skipif(not harness.TABLE.exists(), reason="needs the source tree")

@@ -286,6 +286,7 @@ def test_weights(search):
 # Long rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [4095, 4096, 4097, 3 * 4096 + 17, 2**18 + 70])
 @each_float
 def test_long_rows(dtype, k):
@@ -307,6 +308,7 @@ def test_long_rows(dtype, k):
     compare(calls, [0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [0, 1, 13, 31, 63])
 @each_float
 def test_nontemporal_stores(dtype, offset):

@@ -154,6 +154,7 @@ def test_weights_and_layers(x):
 # Leaks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", leaks.EVERY)
 def test_no_leak(name):
     """`make leaks` makes 50 times as many calls. Tried twice: caches fill up once, a leak repeats."""

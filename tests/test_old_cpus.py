@@ -56,6 +56,7 @@ def program(tmp_path_factory):
     return harness.build(tmp_path_factory.mktemp("fuzz"), compiler("CC"))
 
 
+@pytest.mark.slow
 @pytest.mark.whitebox
 @pytest.mark.parametrize("cpu", SELECTED)
 def test_every_kernel(cpu, program):

@@ -96,6 +96,7 @@ def long_groups():
     return x, np.concatenate(codes), scales
 
 
+@pytest.mark.slow
 def test_nontemporal_stores(long_groups, isa):
     x, codes, scales = long_groups
     memory = np.full(x.size + 128, 99, np.int8)

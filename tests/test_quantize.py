@@ -89,6 +89,7 @@ def large(request):
     return x, reference.codes(x, scales[:, None], 127), scales
 
 
+@pytest.mark.slow
 def test_nontemporal_stores(large, isa):
     """Codes of a large row are written with nontemporal stores; `out` begins and ends inside a cache line."""
     x, codes, scales = large

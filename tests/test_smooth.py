@@ -407,6 +407,7 @@ def near_ties(odd, shift):
                     yield np.where(inside, a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", range(4))
 def test_every_quotient_next_to_a_tie(shift):
     """Where a quotient computed by a reciprocal would round to the wrong side, if anywhere."""
@@ -455,6 +456,7 @@ def test_quotients_of_one_magnitude(power, isa):
     assert_same_bits(smooth_activations(x, factors), reference.smooth_activations(x, factors))
 
 
+@pytest.mark.slow
 @each_product
 @pytest.mark.parametrize("shape", [(1, 4_300_007), (1030, 4098)])
 def test_nontemporal_stores(smooth, shape, isa):
