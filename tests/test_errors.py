@@ -346,6 +346,7 @@ def shape_fields(expected, actual, argument):
 
 NOT_A_MODE = [None, "MaxAbs", 0.99, MaxAbs, Percentile, ("p", 0.5)]
 NOT_A_COUNT = [0, -1, 1.0, 2.5, "2", None, True, [1]]
+NOT_THREADS = [*(value for value in NOT_A_COUNT if value != -1), -2]
 NOT_A_PERCENTILE = [0, 0.0, -0.1, 1.0000001, 2, NAN, INF, -INF, "0.5", None, True, [0.5], 1j, 10**400]
 NOT_AN_ALPHA = [-1e-9, 1.0000001, -1, 2, NAN, INF, "0.5", None, True, [0.5], 1j]
 NOT_AN_EPSILON = [0, 0.99e-10, -1.0, NAN, INF, 3.5e38, "1", None, True, [1e-5]]
@@ -373,8 +374,8 @@ BAD_CALLS = [
     *each(NOT_A_MODE, ParameterError, "mode:", dynamic_quantize_int4, (X,)),
     *each(NOT_A_MODE, ParameterError, "mode:", dynamic_quantize, (X, INT8)),
     *each(NOT_A_FORMAT, ParameterError, "format:", dynamic_quantize, (X,)),
-    *each(NOT_A_COUNT, ParameterError, "num_threads:", per_row, (X,), "num_threads"),
-    *each(NOT_A_COUNT, ParameterError, "num_threads:", dynamic_quantize, (X,), "num_threads"),
+    *each(NOT_THREADS, ParameterError, "num_threads:", per_row, (X,), "num_threads"),
+    *each(NOT_THREADS, ParameterError, "num_threads:", dynamic_quantize, (X,), "num_threads"),
     Bad(ParameterError, "num_threads:", dynamic_quantize, (X,), {"num_threads": 0, "out": CODES}),
     *each([[np.ones(3, np.int8)] * 2, [np.int8(1)], (memoryview(b"ab"),)], DTypeError,
           "x: expected a float array, got dtype", dynamic_quantize_int8),
@@ -540,7 +541,7 @@ BAD_CALLS = [
     *each(NOT_A_FLAG[1:], ParameterError, "symmetric: expected a bool",
           lambda flag: quantize_weights(X, bits=4, symmetric=flag)),
     *each(NOT_A_FLAG, ParameterError, "search: expected a bool", quantize_weights, (X,), "search"),
-    *each(NOT_A_COUNT, ParameterError, "num_threads:", quantize_weights, (X,), "num_threads"),
+    *each(NOT_THREADS, ParameterError, "num_threads:", quantize_weights, (X,), "num_threads"),
     Bad(ParameterError, "group_size: expected None for 8-bit", quantize_weights, (X,), {"group_size": 32}),
     Bad(ParameterError, "symmetric: expected True or None", quantize_weights, (X,), {"symmetric": False}),
     *each([2.0, ROW, X[None], []], ShapeMismatchError, "w: expected shape (out_features, in_features)",
@@ -571,9 +572,9 @@ BAD_CALLS = [
     *each([ROW[:3], X, ROW[None], 1.0], ShapeMismatchError, "activation:", w4a8_matvec, (INT4,)),
     *each([[], X[:0], np.empty((4, 0))], EmptyInputError, "activation:", w4a8_matvec, (INT4,)),
     *each([SCALES[:2], [], 1.0, SCALES[None]], ShapeMismatchError, "bias:", w4a8_matmul, (INT4, X)),
-    *each(NOT_A_COUNT, ParameterError, "num_threads:", w4a8_matmul, (INT4, X), "num_threads"),
-    *each(NOT_A_COUNT, ParameterError, "num_threads:", LAYER, (X,), "num_threads"),
-    *each(NOT_A_COUNT, ParameterError, "num_threads:", QuantLinear.from_float, (X,), "num_threads"),
+    *each(NOT_THREADS, ParameterError, "num_threads:", w4a8_matmul, (INT4, X), "num_threads"),
+    *each(NOT_THREADS, ParameterError, "num_threads:", LAYER, (X,), "num_threads"),
+    *each(NOT_THREADS, ParameterError, "num_threads:", QuantLinear.from_float, (X,), "num_threads"),
     *each([X[:, :3], ROW[:3], 1.0, []], ShapeMismatchError, "x: expected shape", LAYER),
     # QuantLinear
     *each([0, 16, "4", None, np.zeros(2, "f4,f4")], ParameterError, "bits:",

@@ -31,6 +31,7 @@ from dynquant import (
     get_include,
     hadamard_transform,
     quantization_mae,
+    quantize,
     quantize_weights,
     search_alpha,
     simd_info,
@@ -78,7 +79,12 @@ def new_layer(**options):
 CALLS = {
     "compute_scale": lambda: compute_scale(A, 127),
     "modes": lambda: (MaxAbs(), Percentile(0.5), SmoothQuantConfig(0.4), Percentile(0.5).rank(9)),
-    "formats": lambda: (DynQuantFormat.int8_per_group(3), DynQuantFormat.int4_per_group(3), PACKED.clip),
+    "formats": lambda: (
+        DynQuantFormat.int8_per_group(3),
+        DynQuantFormat.int4_per_group(3),
+        DynQuantFormat.int4_per_group_packed(3),
+        PACKED.clip,
+    ),
     "compute_scale, percentile": lambda: compute_scale(A, 127, Percentile(0.5)),
     "int8": lambda: dynamic_quantize_int8(A),
     "int8, float16": lambda: dynamic_quantize_int8(HALF),
@@ -89,6 +95,12 @@ CALLS = {
     "int4": lambda: dynamic_quantize_int4(A, packed=True),
     "packed": lambda: dynamic_quantize(A, PACKED_ROWS, Percentile(0.5)),
     "groups": lambda: dynamic_quantize(A, PACKED_GROUPS),
+    "scales given": lambda: quantize(A, Q_ROWS.scales),
+    "scales given, zero points": lambda: quantize(A, 0.5, PACKED_GROUPS, zero_points=3),
+    "codes and scales out": lambda: dynamic_quantize(
+        A, out=(np.empty(A.shape, np.int8), np.empty(A.shape[:-1], "f"))
+    ),
+    "rows of a tensor": lambda: (Q_ROWS[0], Q_ROWS[[1, 0]], len(Q_ROWS)),
     "groups, percentile": lambda: dynamic_quantize(HALF, DynQuantFormat.int8_per_group(9), Percentile(0.5)),
     "ONNX": lambda: dynamic_quantize_linear(A),
     "dequantize": Q.dequantize,
