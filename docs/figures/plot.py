@@ -146,8 +146,7 @@ CASES = {
     "linear_w4a8_g32_4096x4096_m1": "W4A8 4096 x 4096, 1 row",
     "linear_w4a8_g32_4096x4096_m128": "W4A8 4096 x 4096, 128 rows",
 }
-# Library -> the beginning of its columns, color.
-LIBRARIES = {"NumPy": ("numpy", BLUE), "PyTorch": ("torch", RED), "ONNX Runtime": ("ort", YELLOW)}
+COLORS = {"NumPy": BLUE, "PyTorch": RED, "ONNX Runtime": YELLOW}
 
 
 def draw_speed() -> Any:
@@ -158,7 +157,7 @@ def draw_speed() -> Any:
         isa = summary.strongest_isa(run)
         ratios = {case["name"]: case["isas"][isa]["ratios"] for case in run["cases"] if isa in case["isas"]}
         for y, case in enumerate(CASES):
-            found = [(summary.hardest(ratios[case], name), color) for name, color in LIBRARIES.values()]
+            found = [(summary.hardest(ratios[case], library), color) for library, color in COLORS.items()]
             values = [(ratio, color) for ratio, color in found if ratio]
             axes.plot([1, max(values)[0]], [y, y], color="#cccccc", linewidth=1, zorder=1)
             for ratio, color in values:
@@ -175,7 +174,7 @@ def draw_speed() -> Any:
         axes.set_yticks(range(len(CASES)), CASES.values())
         axes.invert_yaxis()
     panels[1].set_xlabel("their time / dynquant's time")
-    for library, (_, color) in LIBRARIES.items():
+    for library, color in COLORS.items():
         panels[1].plot([], [], "o", color=color, label=library)
     panels[1].legend(loc="lower right")
     return figure
