@@ -49,9 +49,9 @@ def save(figure: Any, name: str) -> None:
 
 # Recipe -> its label, and how far that stands above or below its point.
 LABELS = {
-    "W8A8": ("plain", -3),
-    "W8A8, smoothed": ("smoothed", -8),
-    "W8A8, rotated": ("rotated", -5),
+    "W8A8": ("plain", -9),
+    "W8A8, smoothed": ("smoothed", -5),
+    "W8A8, rotated": ("rotated", -4),
     "W8A8, smoothed and rotated": ("smoothed and rotated", 4),
     "W4A8, groups of 128": ("plain", -3),
     "W4A8, groups of 32": ("plain", -4),
