@@ -29,6 +29,14 @@ def test_threads_on_shared_memory(tmp_path):
     assert run([program], env=harness.environment()) == "".join(f"{isa}: same\n" for isa in ISAS)
 
 
+@pytest.mark.whitebox
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pthreads")
+@pytest.mark.skipif(not harness.TABLE.exists(), reason="needs the source tree")
+def test_pool_of_threads(tmp_path):
+    program = harness.build(tmp_path, compiler("CC"), harness.SOURCES, sources=["pool.c"])
+    assert run([program, "forks"]) == "0 wrong of 2000 jobs\n"
+
+
 NAMES = [function.__name__ for function, _ in facade.PROPERTIES]
 
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import copy
+import functools
 import importlib.util
 import itertools
 import multiprocessing
@@ -23,7 +24,8 @@ from dynquant import (
     DynQuantFormat,
     Percentile,
     QuantLinear,
-    _threads,
+    _core,
+    _validate,
     compute_scale,
     compute_smooth_factors,
     dynamic_quantize,
@@ -34,7 +36,7 @@ from dynquant import (
     w8a8_matmul,
     w8a8_matvec,
 )
-from dynquant._threads import parallel_ranges
+from dynquant._threads import run_in_threads
 
 X = np.random.default_rng(0).standard_normal((53, 700)).astype(F32)
 FORMATS = [
@@ -47,14 +49,22 @@ FORMATS = [
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=repr)
 
 
+@pytest.fixture
+def in_python():
+    """Work is shared by threads of Python, however small it is."""
+    _core.set_sharing(True, True)
+    yield
+    _core.set_sharing(False, False)
+
+
 def assert_same_tensor(q, expected):
     assert_same_bits(q.data, expected.data)
     assert_same_bits(q.scales, expected.scales)
 
 
 @each_format
-@pytest.mark.parametrize("num_threads", [*range(1, 9), np.int64(3), 1000, 10**30])
-def test_any_number_of_threads(num_threads, fmt):
+@pytest.mark.parametrize("num_threads", [-1, *range(1, 6), np.int64(3), 1000, 10**30])
+def test_any_number_of_threads(num_threads, fmt, shared):
     mode = Percentile(0.9)
     for x in (X[:11], X[:3], X[:1], X[:7, :1], X[:0], X[:5, :0], X[:9].astype(np.float16)):
         expected = dynamic_quantize(x, fmt, mode)
@@ -63,7 +73,7 @@ def test_any_number_of_threads(num_threads, fmt):
         assert_same_tensor(dynamic_quantize(x, fmt, mode, out=out, num_threads=num_threads), expected)
 
 
-def test_no_thread_outlives_a_call():
+def test_no_thread_outlives_a_call(in_python):
     before = threading.active_count()
     dynamic_quantize_int8_per_row(X, num_threads=8)
     assert threading.active_count() == before
@@ -74,7 +84,7 @@ def test_no_thread_outlives_a_call():
     assert threading.active_count() == before
 
 
-def test_number_of_threads_started(monkeypatch):
+def test_number_of_threads_started(monkeypatch, in_python):
     """At most as many threads as rows, the caller's among them."""
     started = []
     start = threading.Thread.start
@@ -86,18 +96,12 @@ def test_number_of_threads_started(monkeypatch):
 
 
 @pytest.mark.whitebox
-def test_limit_of_threads(monkeypatch):
-    monkeypatch.setattr(_threads, "_MOST_THREADS", 3)
-    x = np.arange(20, dtype=np.float32).reshape(10, 2)
-    expected = dynamic_quantize_int8_per_row(x)
-    started = []
-    start = threading.Thread.start
-    monkeypatch.setattr(threading.Thread, "start", lambda thread: (started.append(thread), start(thread)))
-    assert_same_tensor(dynamic_quantize_int8_per_row(x, num_threads=10**9), expected)
-    assert len(started) == 2
+def test_limit_of_threads():
+    assert _validate.as_thread_count(10**30) == _validate.as_thread_count(257) == 256
+    assert _validate.as_thread_count(np.int64(256)) == 256
 
 
-def test_threads_that_cannot_start(monkeypatch):
+def test_threads_that_cannot_start(monkeypatch, in_python):
     """The caller does the work of threads that cannot start, in both passes, so that `out` is complete."""
     calls, start = itertools.count(), threading.Thread.start
 
@@ -139,7 +143,7 @@ def test_interrupt_waits_for_the_threads(monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "join", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        parallel_ranges(work, (), 4, 2)
+        run_in_threads(work, 4, 2)
     assert ended == [2]
 
 
@@ -167,7 +171,7 @@ def test_interrupt_while_a_thread_starts(monkeypatch, delay):
         patch.setattr(threading.Thread, "_bootstrap", delayed)
         patch.setattr(threading.Event, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            parallel_ranges(work, (), 4, 2)
+            run_in_threads(work, 4, 2)
     at_return = list(begun)
     time.sleep(0.1)
     assert begun == ended == at_return
@@ -178,7 +182,7 @@ def test_at_the_end_of_the_stack():
     """A RecursionError, at whatever depth it is raised."""
 
     def nested(depth):
-        return nested(depth - 1) if depth else parallel_ranges(lambda first, end: True, (), 4, 2)
+        return nested(depth - 1) if depth else run_in_threads(lambda first, end: True, 4, 2)
 
     raised = 0
     for depth in range(sys.getrecursionlimit() - 400, sys.getrecursionlimit()):
@@ -207,7 +211,7 @@ def everything(x):
     ]
 
 
-def test_concurrent_calls_on_shared_inputs():
+def test_concurrent_calls_on_shared_inputs(shared):
     expected = everything(X)
     barrier = threading.Barrier(8)
     failures = []
@@ -244,7 +248,7 @@ def test_input_written_during_the_call():
         writer.join()
 
 
-def test_in_an_executor():
+def test_in_an_executor(shared):
     batches = [X * F32(i + 1) for i in range(12)]
     expected = [everything(x) for x in batches]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -253,7 +257,7 @@ def test_in_an_executor():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize("busy", [0, 3])
-def test_after_a_fork(busy):
+def test_after_a_fork(busy, shared):
     """The child of a process that used threads can use them too, even if some were running at the fork."""
     expected, stop = everything(X), threading.Event()
 
@@ -283,9 +287,9 @@ def exit_code_of_a_fork(check):
 
 
 @pytest.mark.parametrize("method", sorted({"fork", "spawn"} & set(multiprocessing.get_all_start_methods())))
-def test_in_other_processes(method):
+def test_in_other_processes(method, shared):
     """Results come back by pickling."""
-    with multiprocessing.get_context(method).Pool(1) as pool:
+    with multiprocessing.get_context(method).Pool(1, _core.set_sharing, (True, False)) as pool:
         expected = dynamic_quantize_int8_per_row(X, num_threads=3)
         assert_same_tensor(pool.apply(dynamic_quantize_int8_per_row, (X,), {"num_threads": 3}), expected)
         assert_same_tensor(pool.apply(dynamic_quantize_int8, (X,)), dynamic_quantize_int8(X))
@@ -296,14 +300,15 @@ def test_in_other_processes(method):
 
 
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
-def test_layer_in_a_process_pool(method):
+def test_layer_in_a_process_pool(method, shared):
     """It is pickled, and its weights are packed again in each process."""
     batches = [X[:7] * F32(i + 1) for i in range(4)]
     context = multiprocessing.get_context(method)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of forks beside threads
         with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
-            for y, x in zip(pool.map(LAYER, batches), batches, strict=True):
+            layer = functools.partial(LAYER, num_threads=2)
+            for y, x in zip(pool.map(layer, batches), batches, strict=True):
                 assert_same_bits(y, LAYER(x))
 
 
@@ -313,6 +318,9 @@ BESIDE_A_POOL = """if True:
     import os, threading
     import numpy as np
     import dynquant as dq
+    from dynquant import _core
+
+    _core.set_sharing(True, False)
 
     POOL
 
@@ -378,4 +386,10 @@ def test_beside_the_thread_pool_of(library, tmp_path):
 @pytest.mark.parametrize("num_threads", [True, np.True_, 1.0, "1", None, np.array([1])])
 def test_thread_count_must_be_an_integer(num_threads):
     with pytest.raises(dynquant.ParameterError, match="num_threads"):
+        dynquant.dynamic_quantize_int8_per_row(np.ones((2, 2), np.float32), num_threads=num_threads)
+
+
+@pytest.mark.parametrize("num_threads", [0, -2, np.int64(0), -(10**30)])
+def test_thread_count_must_be_positive_or_minus_one(num_threads):
+    with pytest.raises(dynquant.ParameterError, match="num_threads: expected an int >= 1 or -1"):
         dynquant.dynamic_quantize_int8_per_row(np.ones((2, 2), np.float32), num_threads=num_threads)

@@ -16,6 +16,8 @@ sys.path.insert(0, str(HERE.parent))
 
 CORPUS = HERE / "corpus.txt"
 TABLE = HERE.parent.parent / "dynquant" / "_table.pxd"
+# Where pool.c finds what it tests.
+SOURCES = f"-I{TABLE.parent}"
 # Only the kernels guide the fuzzer: the plain loops of kernels.c are only checked for bad accesses.
 CHECKS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 

@@ -1,7 +1,7 @@
-"""Builds threads.c with ThreadSanitizer and runs it: `python threads.py PACKAGE FOLDER`.
+"""Builds threads.c and pool.c with ThreadSanitizer and runs them: `python threads.py PACKAGE FOLDER`.
 
-PACKAGE is the folder of the dynquant that was built with ``DYNQUANT_SANITIZE=thread``; the program is built
-in FOLDER.
+PACKAGE is the folder of the dynquant that was built with ``DYNQUANT_SANITIZE=thread``; the programs are
+built in FOLDER.
 """
 
 import os
@@ -20,14 +20,22 @@ def run(package, program, *arguments):
     return subprocess.run([program, *arguments], env=settings, capture_output=True, text=True)
 
 
-def main(package, folder):
-    os.makedirs(folder, exist_ok=True)
-    program = harness.build(folder, programs.compiler("CC"), "-fsanitize=thread", sources=["threads.c"])
+def check(package, folder, source):
+    program = harness.build(
+        folder, programs.compiler("CC"), "-fsanitize=thread", harness.SOURCES, sources=[source]
+    )
     planted, real = run(package, program, "race"), run(package, program)
     print(real.stdout, real.stderr, sep="")
     if "data race" not in planted.stderr:
         sys.exit(f"the planted race was not reported:\n{planted.stderr}")
-    sys.exit(real.returncode)
+    if real.returncode:
+        sys.exit(real.returncode)
+
+
+def main(package, folder):
+    os.makedirs(folder, exist_ok=True)
+    for source in ("threads.c", "pool.c"):
+        check(package, folder, source)
 
 
 main(*sys.argv[1:])
