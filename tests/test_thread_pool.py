@@ -1,4 +1,4 @@
-"""The pool of threads: the bits of one thread from every entry, forks, exits, interrupts, how many threads."""
+"""The pool of threads: bits as of one thread from every entry, forks, exits, interrupts, how many threads."""
 
 import functools
 import os
