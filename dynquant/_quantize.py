@@ -39,7 +39,9 @@ _MIN_AXES = {
 }
 
 
-def compute_scale(x: ArrayLike, clip_val: float, mode: DynamicScaleMode = _MAX_ABS) -> float:
+def compute_scale(
+    x: ArrayLike, clip_val: float, mode: DynamicScaleMode = _MAX_ABS, *, num_threads: int = 1
+) -> float:
     """The scale that maps `x` to codes in [-clip_val, clip_val].
 
     Parameters
@@ -49,6 +51,8 @@ def compute_scale(x: ArrayLike, clip_val: float, mode: DynamicScaleMode = _MAX_A
         The largest code: 127 for int8, 7 for int4.
     mode : MaxAbs or Percentile
         Which magnitude becomes the largest code.
+    num_threads : int
+        As in `dynamic_quantize`.
 
     Returns
     -------
@@ -84,7 +88,8 @@ def compute_scale(x: ArrayLike, clip_val: float, mode: DynamicScaleMode = _MAX_A
     clip = as_clip(clip_val)
     scale = np.empty(1, F32)
     rank = rank_of(mode, array.size)
-    if not _core.scale_rows(float_matrix(array, 1, array.size), scale, clip, rank, rank, array.size or 1):
+    rows, threads = float_matrix(array, 1, array.size), as_thread_count(num_threads)
+    if not _core.scale_rows(rows, scale, clip, rank, rank, array.size or 1, threads):
         raise_non_finite(array, "x")
     if not np.isfinite(scale[0]):
         raise ParameterError(f"clip_val: expected a scale within float32, got {scale[0]} with {clip}")
@@ -92,7 +97,11 @@ def compute_scale(x: ArrayLike, clip_val: float, mode: DynamicScaleMode = _MAX_A
 
 
 def dynamic_quantize_int8(
-    x: ArrayLike, mode: DynamicScaleMode = _MAX_ABS, *, out: NDArray[np.int8] | None = None
+    x: ArrayLike,
+    mode: DynamicScaleMode = _MAX_ABS,
+    *,
+    out: NDArray[np.int8] | None = None,
+    num_threads: int = 1,
 ) -> DynQuantTensor:
     """Quantize `x` to int8 with one scale: `dynamic_quantize` with `DynQuantFormat.INT8_PER_TENSOR`.
 
@@ -102,7 +111,7 @@ def dynamic_quantize_int8(
     >>> t.data.tolist(), t.scales.tolist()
     ([127, 1, -1, 2, 3], [1.0])
     """
-    return quantize_named(x, DynQuantFormat.INT8_PER_TENSOR, mode, out, 1)
+    return quantize_named(x, DynQuantFormat.INT8_PER_TENSOR, mode, out, as_thread_count(num_threads))
 
 
 def dynamic_quantize_int8_per_row(
@@ -126,7 +135,7 @@ def dynamic_quantize_int8_per_row(
 
 
 def dynamic_quantize_int4(
-    x: ArrayLike, mode: DynamicScaleMode = _MAX_ABS, *, packed: bool = False
+    x: ArrayLike, mode: DynamicScaleMode = _MAX_ABS, *, packed: bool = False, num_threads: int = 1
 ) -> DynQuantTensor:
     """Quantize `x` to 4-bit codes with one scale: `dynamic_quantize` with `DynQuantFormat.INT4_PER_TENSOR`.
 
@@ -136,7 +145,8 @@ def dynamic_quantize_int4(
     >>> [hex(b) for b in t.data]
     ['0xc7', '0x1']
     """
-    return quantize_named(x, packed_format(DynQuantFormat.INT4_PER_TENSOR, packed), mode, None, 1)
+    fmt = packed_format(DynQuantFormat.INT4_PER_TENSOR, packed)
+    return quantize_named(x, fmt, mode, None, as_thread_count(num_threads))
 
 
 def dynamic_quantize(

@@ -13,7 +13,7 @@ import numpy as np
 
 from . import _core
 from ._format import GRANULARITIES, DynQuantFormat
-from ._validate import F32, U8, as_array, as_scalar, check_names, checked_out
+from ._validate import F32, U8, as_array, as_scalar, as_thread_count, check_names, checked_out
 from .errors import DTypeError, ParameterError, ShapeMismatchError, shown
 
 if TYPE_CHECKING:
@@ -202,13 +202,17 @@ class DynQuantTensor:
         """Bytes of the float32 tensor over `memory_bytes`; 0.0 when there is nothing to compress."""
         return 4 * self.element_count / self.memory_bytes if self.element_count else 0.0
 
-    def dequantize(self, *, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    def dequantize(
+        self, *, out: NDArray[np.float32] | None = None, num_threads: int = 1
+    ) -> NDArray[np.float32]:
         """The float32 values that the codes stand for: ``code * scale`` or ``(code - zero_point) * scale``.
 
         Parameters
         ----------
         out : ndarray of float32, optional
             Of shape `shape`, C-contiguous, disjoint from this tensor's arrays. Allocated if not given.
+        num_threads : int
+            How many threads may share the work, as in `dynamic_quantize`.
 
         Returns
         -------
@@ -220,12 +224,15 @@ class DynQuantTensor:
         ------
         DTypeError, ShapeMismatchError, LayoutError
             If `out` cannot take the result; it is then as it was.
+        ParameterError
+            If `num_threads` is no number of threads.
         """
+        threads = as_thread_count(num_threads)
         if out is None:
             out = np.empty(self.shape, F32)
         else:
             checked_out(out, self.shape, F32, self.data, self.scales, self.zero_points)
-        _core.dequantize_rows(code_matrix(self), out)
+        _core.dequantize_rows(code_matrix(self), out, threads)
         return out
 
     def __repr__(self) -> str:

@@ -260,13 +260,13 @@ def test_docstrings():
 def test_signatures():
     """Order, keywords and defaults of arguments, on which callers rely."""
     expected = {
-        "compute_scale": "x, clip_val, mode=MaxAbs()",
+        "compute_scale": "x, clip_val, mode=MaxAbs(), *, num_threads=1",
         "dynamic_quantize": "x, format=INT8_PER_ROW, mode=MaxAbs(), *, packed=False, out=None, "
         "check_finite=True, num_threads=1",
         "quantize": "x, scales, format=INT8_PER_ROW, *, zero_points=None, packed=False, out=None, "
         "num_threads=1",
-        "dynamic_quantize_int4": "x, mode=MaxAbs(), *, packed=False",
-        "dynamic_quantize_int8": "x, mode=MaxAbs(), *, out=None",
+        "dynamic_quantize_int4": "x, mode=MaxAbs(), *, packed=False, num_threads=1",
+        "dynamic_quantize_int8": "x, mode=MaxAbs(), *, out=None, num_threads=1",
         "dynamic_quantize_int8_per_row": "x, mode=MaxAbs(), *, out=None, num_threads=1",
         "quantization_mae": "original, quantized",
         "compute_smooth_factors": "activations, weights, config=SmoothQuantConfig(alpha=0.5, epsilon=1e-05), "

@@ -332,3 +332,12 @@ def test_without_the_check_out_may_be_written_before_the_error():
         dynamic_quantize(x, out=out, check_finite=False)
     assert caught.value.position == (2, 1)
     assert (out[2] == 77).all()
+
+
+@pytest.mark.parametrize("fmt", [DynQuantFormat.INT8_PER_TENSOR, DynQuantFormat.INT4_PER_TENSOR_PACKED])
+@pytest.mark.parametrize("p", [None, 0.5, 0.999])
+def test_one_scale_by_several_threads(fmt, p):
+    x = np.random.default_rng(0).standard_normal(2_000_001).astype(F32)
+    one, two = (dynamic_quantize(x, fmt, mode_of(p), num_threads=threads) for threads in (1, 2))
+    assert_tensor_holds(two, one.data, one.scales, one.dequantize())
+    assert_same_bits(two.dequantize(num_threads=2), one.dequantize())
