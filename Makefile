@@ -67,7 +67,7 @@ tsan: $(VENV)/installed-test  ## threads on shared arrays and layers, in C and i
 	DYNQUANT_SANITIZE=thread $(BIN)/python setup.py --quiet build --build-lib build/tsan
 	setarch -R $(BIN)/python tests/fuzz/threads.py build/tsan build/tsan-program
 	LD_PRELOAD="$(call library,libtsan)" TSAN_OPTIONS=halt_on_error=1 PYTHONPATH=build/tsan \
-		setarch -R $(BIN)/pytest -s tests/test_threads.py -k "not fork and not pool_of" $(PYTEST_ARGS)
+		setarch -R $(BIN)/pytest -s tests/test_threads.py tests/test_thread_pool.py -k "not fork and not pool_of" $(PYTEST_ARGS)
 
 leaks: $(VENV)/installed-test  ## what is left after 100,000 calls of everything public
 	$(BIN)/python tests/leaks.py $(LEAK_CALLS)

@@ -1,4 +1,4 @@
-"""The pool of threads: bits as of one thread from every entry, forks, exits, interrupts, how many threads."""
+"""The pool of threads: the same bits as one thread, forks, exits, interrupts; and how many threads there are."""
 
 import functools
 import os
@@ -92,9 +92,11 @@ def entry_calibrate(x, threads):
 
 def entry_layers(x, threads):
     smooth, bias = abs(WEIGHT[1]) + F32(0.5), WEIGHT[:, 0]
-    recipes = [{}, {"bits": 4, "group_size": 32, "bias": bias}, {"smooth": smooth, "hadamard": True}]
     layers = [
-        QuantLinear.from_float(WEIGHT, **recipe) for recipe in [*recipes, {"bits": 4, "smooth": smooth}]
+        QuantLinear.from_float(WEIGHT),
+        QuantLinear.from_float(WEIGHT, bias, bits=4, group_size=32),
+        QuantLinear.from_float(WEIGHT, smooth=smooth, hadamard=True),
+        QuantLinear.from_float(WEIGHT, bits=4, smooth=smooth),
     ]
     return [layer(x[:, :96], num_threads=threads) for layer in layers]
 
