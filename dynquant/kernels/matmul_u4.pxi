@@ -327,6 +327,11 @@ cdef inline void short_groups_kept(const uint8_t* panel, const float* scales, co
         start += n
 
 
+# How many of m rows to take, so that the rest comes in equal parts of at most `max_rows`.
+cdef inline Py_ssize_t equal_part(Py_ssize_t m, Py_ssize_t max_rows) noexcept nogil:
+    return m // ((m + max_rows - 1) // max_rows)
+
+
 # How many steps the tiles of a product have, all of which its groups fill; 0 for a product without tiles.
 cdef inline int tile_k_steps_of(Py_ssize_t m, Py_ssize_t k, Py_ssize_t group) noexcept nogil:
     if DQ_GROUP_TILES_FROM == 0 or m < DQ_GROUP_TILES_FROM or group > EXACT_K:
@@ -486,14 +491,14 @@ cdef inline void gemm_group_panel(const uint8_t* panel, const float* scales, con
     while m > 0:
         rows = 1
         if tile_k_steps:
-            rows = m // ((m + BATCH_ROWS - 1) // BATCH_ROWS)
+            rows = equal_part(m, BATCH_ROWS)
             short_groups_tiles(panel, scales, zero_points, a, stride, rows, acc, k, group, tile_k_steps)
         elif group > EXACT_K:
             long_groups(panel, scales, zero_points, a, acc, k, group)
         elif m == 1:
             short_groups_gemv(panel, scales, zero_points, a, acc, k, group, prefetch_distance)
         elif keeps_weights(k, group):
-            rows = m // ((m + DQ_KEPT_ROWS - 1) // DQ_KEPT_ROWS)
+            rows = equal_part(m, DQ_KEPT_ROWS)
             short_groups_kept(panel, scales, zero_points, a, stride, rows, acc, k, group)
         else:
             rows = m if m < ROWS else ROWS
