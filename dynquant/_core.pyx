@@ -37,7 +37,7 @@ from cpython.object cimport PyObject, PyObject_GenericSetAttr
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport INFINITY, ceil, pow, sqrt
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memchr, memcpy, memset
 
 from dynquant._table cimport CHANNEL_BINS, NON_FINITE, Kernels, groups_of
 

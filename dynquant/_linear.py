@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from . import _core
 from ._format import DynQuantFormat
 from ._gptq import calibration_batches
-from ._hadamard import hadamard_block, rotate_named
-from ._matmul import check_weight, multiply, packed_linear
-from ._smooth import as_factors, smooth_activations, smooth_weights
-from ._tensor import DynQuantTensor, check_field
+from ._packed import check_weight, multiply, multiply_codes, packed_linear, raise_bad_row
+from ._smooth import as_factors
+from ._tensor import DynQuantTensor, as_flat, check_arrays, check_field, tensor_of_checked
+from ._transform import InputTransform, fixed_signs, rotated_span
 from ._validate import (
     F32,
+    I8,
     U8,
     as_array,
     as_count,
@@ -36,16 +37,14 @@ from ._weights import quantize_matrix, weight_format
 from .errors import (
     DTypeError,
     EmptyInputError,
+    FeatureDimMismatchError,
     ParameterError,
     ShapeMismatchError,
+    shown,
 )
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
-
-
-# Longest run of channels that a layer rotates.
-_MOST_ROTATED = 128
 
 
 class QuantLinear:
@@ -57,17 +56,22 @@ class QuantLinear:
     Parameters
     ----------
     weight : DynQuantTensor, (out_features, in_features)
-        As from `quantize_weights`. With `smooth` or `hadamard` of weights that were multiplied by the factors
-        and rotated before.
+        As from `quantize_weights`. With `smooth`, `signs` or `hadamard` these are quantized weights that were
+        multiplied by the factors, multiplied by the signs, and rotated, in this order.
     bias : array_like of floats, (out_features,), optional
     smooth : array_like of floats, (in_features,), optional
         What activations are divided by in every call.
     hadamard : bool
-        Whether activations are rotated in every call.
+        Whether activations are rotated in every call, in spans as `from_float` has them.
+    signs : array_like of 1 and -1, (in_features,), optional
+        What activations are multiplied by before they are rotated. Only with `hadamard`.
 
     Attributes
     ----------
-    in_features, out_features : int
+    in_features, out_features, bits : int
+    group_size : int or None
+    bias, smooth, signs : ndarray or None
+    hadamard : bool
 
     Raises
     ------
@@ -78,10 +82,10 @@ class QuantLinear:
 
     Notes
     -----
-    The packed form is that of the instruction set in use and is all that is kept, with outputs rounded up to
+    Only the packed form is kept, which is that of the instruction set in use, with outputs rounded up to
     whole panels: a byte a weight and for each output a scale; or half a byte a weight, and for each group of
-    an output a scale and a byte for its zero point. Pickling and `to_arrays` give a form that does
-    not depend on the instruction set. Calls change nothing, so threads may share a layer.
+    an output a scale and a byte for its zero point. Pickling and `to_arrays` give a form that does not depend
+    on the instruction set. Calls change nothing, so threads may share a layer.
 
     Examples
     --------
@@ -98,18 +102,39 @@ class QuantLinear:
         bias: ArrayLike | None = None,
         smooth: ArrayLike | None = None,
         hadamard: bool = False,
+        *,
+        signs: ArrayLike | None = None,
     ) -> None:
-        check_weight(weight, int8=True)
+        check_weight(weight, "weight", int8=True, int4=True)
         if weight.element_count == 0:
             raise EmptyInputError(f"weight: expected at least one element, got shape {weight.shape}")
+        n, k = weight.shape
+        offset = None if bias is None else as_finite_vector(bias, "bias", n)
+        factors = None if smooth is None else as_factors(smooth, "smooth", k)
+        hadamard = as_flag(hadamard, "hadamard")
+        if signs is not None and not hadamard:
+            raise ParameterError("signs: expected None unless hadamard is True, got an array")
+        span = rotated_span(k) if hadamard else 0
+        transform = InputTransform(factors, None if signs is None else _as_signs(signs, k), span)
+        self._set(weight, offset, transform, hadamard)
+
+    def _set(
+        self,
+        weight: DynQuantTensor,
+        bias: NDArray[np.float32] | None,
+        transform: InputTransform,
+        hadamard: bool,
+    ) -> None:
+        """Everything a layer consists of, from checked arguments, of which nothing is kept but copies."""
         self._n, self._k = weight.shape
         self._format = weight.format
         self._symmetric = weight.zero_points is None
-        self._bias = None if bias is None else as_finite_vector(bias, "bias", self._n).copy()
-        self._smooth = None if smooth is None else as_factors(smooth, "smooth", self._k).copy()
-        self._hadamard = as_flag(hadamard, "hadamard")
-        block = _rotation(self._k) if self._hadamard else 0
-        self._layer = packed_linear(weight, self._bias, self._smooth, block)
+        self._bias = _frozen_copy(bias)
+        self._hadamard = hadamard
+        self._transform = transform = InputTransform(
+            _frozen_copy(transform.smooth), _frozen_copy(transform.signs), transform.span
+        )
+        self._layer = packed_linear(weight, self._bias, transform.factors, transform.divides, transform.span)
 
     @property
     def in_features(self) -> int:
@@ -120,6 +145,36 @@ class QuantLinear:
     def out_features(self) -> int:
         """Length of a row of outputs."""
         return self._n
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight: 8 or 4."""
+        return self._format.bits
+
+    @property
+    def group_size(self) -> int | None:
+        """How many in_features share a scale of the weights; None where there is one for each output."""
+        return self._format.group_size
+
+    @property
+    def bias(self) -> NDArray[np.float32] | None:
+        """What is added to the outputs, (out_features,), read-only; None where nothing is."""
+        return _read_only(self._bias)
+
+    @property
+    def smooth(self) -> NDArray[np.float32] | None:
+        """What activations are divided by, (in_features,), read-only; None where they are not."""
+        return _read_only(self._transform.smooth)
+
+    @property
+    def hadamard(self) -> bool:
+        """Whether activations are rotated."""
+        return self._hadamard
+
+    @property
+    def signs(self) -> NDArray[np.float32] | None:
+        """What activations are multiplied by before they are rotated, (in_features,), read-only, or None."""
+        return _read_only(self._transform.signs)
 
     @classmethod
     def from_float(
@@ -149,10 +204,11 @@ class QuantLinear:
             here, activations divided in every call.
         hadamard : bool
             Rotate the weights here, and activations in every call, as `hadamard_transform` does, after
-            smoothing: in runs of the largest power of two that divides in_features, at most 128. Longer runs
-            spread a massive value over more channels, which lost accuracy where it was tried; with an odd
-            in_features there is nothing to rotate. It needs no calibration, and gains where some channels
-            are much larger than others.
+            smoothing: in spans of the largest power of two that divides in_features, at most 128. Longer
+            spans distribute a massive value over more channels, which lost accuracy where it was tried; with
+            an odd in_features there is nothing to rotate. Each channel is multiplied by a fixed sign before,
+            the same for every layer of this width, so that inputs of one sign do not gather in one channel.
+            Rotation needs no calibration, and gains where some channels are much larger than others.
         calibration : array_like of floats, (rows, in_features), optional
             Inputs that the layer has had, neither smoothed nor rotated, or a list, tuple or iterator of such
             arrays: codes are chosen so that their errors cancel in the output, as in `quantize_weights`.
@@ -166,7 +222,7 @@ class QuantLinear:
         DTypeError, NonFiniteError
             If an argument does not hold floats, or holds NaN or infinity.
         ShapeMismatchError, FeatureDimMismatchError, EmptyInputError
-            If the shapes do not fit each other, or `weight` has no elements.
+            If the shapes do not agree, or `weight` has no elements.
         ParameterError
             If an option has a value that it cannot take, a factor is not above zero, or a weight leaves
             float32 when rotated.
@@ -178,15 +234,14 @@ class QuantLinear:
         n, k = w.shape
         offset = None if bias is None else as_finite_vector(bias, "bias", n)
         factors = None if smooth is None else as_factors(smooth, "smooth", k)
-        check_finite(w, "weight")
-        if factors is not None:
-            w = smooth_weights(w, factors)
-            check_finite(w, "weight * smooth")
-        if hadamard:
-            w = rotate_named(w, _rotation(k), None, "weight")
-        batches = None if calibration is None else _prepared(calibration, k, factors, hadamard)
+        span = rotated_span(k) if hadamard else 0
+        transform = InputTransform(factors, fixed_signs(k) if span else None, span)
+        w = transform.of_weights(w, "weight")
+        batches = None if calibration is None else _prepared(calibration, k, transform)
         tensor = quantize_matrix(w, fmt, symmetric, search, batches, threads, "weight")
-        return cls(tensor, offset, factors, hadamard)
+        layer = cls.__new__(cls)
+        layer._set(tensor, offset, transform, hadamard)
+        return layer
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any]) -> QuantLinear:
@@ -199,7 +254,8 @@ class QuantLinear:
             for each output; or, for 4 bits, ``weight_i4`` (out_features, ceil(in_features / 2)) uint8, two
             codes a byte, ``in_features``, ``group_size`` unless there is one scale for each output, and
             ``weight_zero_points`` unless the codes are symmetric. If the layer has them, ``bias``
-            (out_features,) and ``smooth`` (in_features,); ``hadamard`` if it rotates. Copied.
+            (out_features,) and ``smooth`` (in_features,); ``hadamard`` if it rotates, and ``signs``
+            (in_features,), 1 or -1, unless it rotates without, as layers of version 0.1 do. Copied.
 
         Raises
         ------
@@ -211,10 +267,25 @@ class QuantLinear:
         int4 = isinstance(arrays, Mapping) and "weight_i4" in arrays
         check_names(arrays, *(_INT4_NAMES if int4 else _INT8_NAMES))
         hadamard = as_scalar(arrays.get("hadamard", False))
-        return cls(_weight_of(arrays), arrays.get("bias"), arrays.get("smooth"), hadamard)
+        vectors = arrays.get("bias"), arrays.get("smooth")
+        return cls(_weight_of(arrays), *vectors, hadamard, signs=arrays.get("signs"))
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
-        """Everything the layer consists of, as new arrays: what `from_arrays` takes, and `numpy.savez`."""
+        """Everything the layer consists of, as new arrays of numbers, for `from_arrays` and `numpy.savez`.
+
+        Several layers go into one file with a prefix to each name.
+
+        Examples
+        --------
+        >>> up, down = QuantLinear.from_float([[1.0, 2.0]]), QuantLinear.from_float([[3.0]])
+        >>> arrays = {f"up.{key}": array for key, array in up.to_arrays().items()}
+        >>> arrays.update({f"down.{key}": array for key, array in down.to_arrays().items()})
+        >>> sorted(arrays)
+        ['down.weight_i8', 'down.weight_scales', 'up.weight_i8', 'up.weight_scales']
+        >>> part = {key.removeprefix("up."): a for key, a in arrays.items() if key.startswith("up.")}
+        >>> QuantLinear.from_arrays(part)
+        QuantLinear(in_features=2, out_features=1, int8, bias=False, smooth=False, hadamard=False)
+        """
         weight = self._weight()
         arrays: dict[str, NDArray[Any]] = {"weight_scales": weight.scales}
         if self._format.bits == 8:
@@ -228,11 +299,20 @@ class QuantLinear:
                 arrays["group_size"] = np.array(self._format.group_of(self._k))
         if self._bias is not None:
             arrays["bias"] = self._bias.copy()
-        if self._smooth is not None:
-            arrays["smooth"] = self._smooth.copy()
+        if self._transform.smooth is not None:
+            arrays["smooth"] = self._transform.smooth.copy()
         if self._hadamard:
             arrays["hadamard"] = np.array(True)
+        if self._transform.signs is not None:
+            arrays["signs"] = self._transform.signs.astype(I8)
         return arrays
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> NoReturn:
+        """Refused: NumPy would make an array of one object, and save it in a file that it does not read."""
+        raise DTypeError(
+            "expected an array, got QuantLinear: weight_dequantized() gives its weights, "
+            "to_arrays() all of it for numpy.savez"
+        )
 
     def _weight(self) -> DynQuantTensor:
         """The quantized weights, unpacked."""
@@ -246,30 +326,30 @@ class QuantLinear:
 
     def weight_dequantized(self) -> NDArray[np.float32]:
         """The float32 weights (out_features, in_features) that the layer stands for, as they were given."""
-        weight = self._weight().dequantize()
-        if self._hadamard:
-            rotate_named(weight, _rotation(self._k), weight, "weight")
-        if self._smooth is not None:
-            _core.scale_columns(float_matrix(weight, *weight.shape), self._smooth, True, weight)
-        return weight
+        return self._transform.undo_weights(self._weight().dequantize(), "weight")
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of packed weights, scales, zero points, bias and smoothing factors together."""
-        extra = (array.nbytes for array in (self._bias, self._smooth) if array is not None)
-        return self._layer.weight_bytes + sum(extra)
+        """Bytes of packed weights, scales, zero points, bias, smoothing factors and signs together."""
+        vectors = (self._bias, self._transform.smooth, self._transform.signs)
+        return self._layer.weight_bytes + sum(vector.nbytes for vector in vectors if vector is not None)
 
     def __call__(
-        self, x: ArrayLike, *, out: NDArray[np.float32] | None = None, num_threads: int = 1
+        self,
+        x: ArrayLike | DynQuantTensor,
+        *,
+        out: NDArray[np.float32] | None = None,
+        num_threads: int = 1,
     ) -> NDArray[np.float32]:
         """Apply the layer.
 
         Parameters
         ----------
-        x : array_like of floats, (..., in_features)
-            Each row is quantized by itself, so its output does not depend on the others.
+        x : array_like of floats, (..., in_features), or DynQuantTensor
+            Each row is quantized by itself, so its output does not depend on the others. A tensor, as from
+            `quantize_input`, has been quantized before: its codes and scales are used as they are.
         out : ndarray of float32, (..., out_features), optional
-            C-contiguous, apart from `x`. Allocated if not given.
+            C-contiguous, sharing no memory with `x`. Allocated if not given.
         num_threads : int
             The most threads to use, the caller's among them; -1: ``DYNQUANT_NUM_THREADS``, or the CPUs that
             this process may use. Small work takes fewer. The result does not depend on it.
@@ -284,24 +364,91 @@ class QuantLinear:
         ShapeMismatchError
             If the last axis of `x` is not in_features long, or `out` has another shape.
         ParameterError
-            If `num_threads` is not a positive integer or -1, or a row leaves float32 when rotated.
+            If `num_threads` is not a positive integer or -1, a row leaves float32 when rotated, or `x` is a
+            tensor of another format than ``DynQuantFormat.INT8_PER_ROW`` or has a code of -128.
         DTypeError, NonFiniteError, LayoutError
             As from `w8a8_matmul`. After any of these `out` is as it was.
         """
+        if isinstance(x, DynQuantTensor):
+            return self._multiply_codes(x, out, num_threads)
         x = as_exported(x, "x")
         array = as_floats(x, "x")
-        lengths = array.shape
-        if not lengths or lengths[-1] != self._k:
-            raise ShapeMismatchError(("...", self._k), lengths, "x")
-        shape = (*lengths[:-1], self._n)
+        shape = self._output_shape(array.shape)
         threads = as_thread_count(num_threads)
         if out is not None:
             checked_out(out, shape, F32, array, x)
-        if len(lengths) == 2:
-            return multiply(self._layer, array, out, threads, "x")
-        rows, into = array.reshape(-1, self._k), None if out is None else out.reshape(-1, self._n)
+        rows, into = self._as_rows(array, out)
         y = multiply(self._layer, rows, into, threads, "x")
         return y.reshape(shape) if out is None else out
+
+    def _multiply_codes(
+        self, x: DynQuantTensor, out: NDArray[np.float32] | None, num_threads: int
+    ) -> NDArray[np.float32]:
+        if x.format != DynQuantFormat.INT8_PER_ROW:
+            raise ParameterError(f"x: expected int8 codes per row, as from quantize_input, got {shown(x)}")
+        check_arrays(x)
+        check_finite(as_flat(x.scales), "x.scales")
+        shape = self._output_shape(x.shape)
+        threads = as_thread_count(num_threads)
+        if out is not None:
+            checked_out(out, shape, F32, x.data, x.scales)
+        into = None if out is None else out.reshape(-1, self._n)
+        y = multiply_codes(self._layer, x, into, threads, "x")
+        return y.reshape(shape) if out is None else out
+
+    def _output_shape(self, lengths: tuple[int, ...]) -> tuple[int, ...]:
+        if not lengths or lengths[-1] != self._k:
+            raise ShapeMismatchError(f"(..., {self._k})", lengths, "x")
+        return (*lengths[:-1], self._n)
+
+    def _as_rows(
+        self, x: NDArray[Any], out: NDArray[np.float32] | None
+    ) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+        """Inputs and outputs as matrices."""
+        if x.ndim == 2:
+            return x, out
+        return x.reshape(-1, self._k), None if out is None else out.reshape(-1, self._n)
+
+    def quantize_input(self, x: ArrayLike, *, num_threads: int = 1) -> DynQuantTensor:
+        """Quantize activations as the layer does, once for several calls.
+
+        Parameters
+        ----------
+        x : array_like of floats, (..., in_features)
+        num_threads : int
+            As in a call of the layer.
+
+        Returns
+        -------
+        DynQuantTensor
+            Of `x`, smoothed and rotated if the layer does that, in ``DynQuantFormat.INT8_PER_ROW``. The
+            layer's output for it is the same, bit for bit, as for `x`; so is that of other layers with the
+            same `smooth`, `hadamard` and `signs`, such as those for query, key and value.
+
+        Raises
+        ------
+        ShapeMismatchError
+            If the last axis of `x` is not in_features long.
+        ParameterError
+            If `num_threads` is not a positive integer or -1, or a row leaves float32 when rotated.
+        DTypeError, NonFiniteError
+            If `x` does not hold floats, or holds NaN or infinity.
+
+        Examples
+        --------
+        >>> layer = QuantLinear.from_float([[1.0, -2.0], [0.5, 0.25]])
+        >>> x = layer.quantize_input([[127.0, 1.0]])
+        >>> x.data.tolist(), x.scales.tolist(), layer(x).tolist() == layer([[127.0, 1.0]]).tolist()
+        ([[127, 1]], [1.0], True)
+        """
+        array = as_floats(x, "x")
+        self._output_shape(array.shape)
+        threads = as_thread_count(num_threads)
+        data, scales = np.empty(array.shape, I8), np.empty(array.shape[:-1], F32)
+        codes = _core.CodeMatrix(data, scales, None, scales.size, self._k, self._k, False, True)
+        if not self._layer.quantize_input(float_matrix(array, scales.size, self._k), codes, threads):
+            raise_bad_row(array, self._layer, "x")
+        return tensor_of_checked(data, scales, array.shape, DynQuantFormat.INT8_PER_ROW)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self).from_arrays, (self.to_arrays(),)
@@ -313,27 +460,45 @@ class QuantLinear:
         return (
             f"QuantLinear(in_features={self._k}, out_features={self._n}, "
             f"int{fmt.bits}{group}{zero_points}, bias={self._bias is not None}, "
-            f"smooth={self._smooth is not None}, hadamard={self._hadamard})"
+            f"smooth={self._transform.smooth is not None}, hadamard={self._hadamard})"
         )
 
 
-def _prepared(
-    calibration: Any, k: int, factors: NDArray[np.float32] | None, hadamard: bool
-) -> Iterator[NDArray[np.float32]]:
+def _prepared(calibration: Any, k: int, transform: InputTransform) -> Iterator[NDArray[np.float32]]:
     """Calibration rows as the quantized weights meet them."""
     for batch in calibration_batches(calibration, k):
-        x = batch if factors is None else smooth_activations(batch, factors)
-        check_finite(x, "calibration / smooth")
-        yield rotate_named(x, _rotation(k), None, "calibration") if hadamard else x
+        yield transform.of_inputs(batch, "calibration")
 
 
-def _rotation(k: int) -> int:
-    """Channels that are rotated together."""
-    return min(hadamard_block(k), _MOST_ROTATED)
+def _frozen_copy(vector: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+    if vector is None:
+        return None
+    copy = vector.copy()
+    copy.flags.writeable = False
+    return copy
+
+
+def _read_only(vector: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+    """A view of a frozen copy: unlike the copy itself it cannot be made writable."""
+    return None if vector is None else vector[:]
+
+
+def _as_signs(x: Any, k: int) -> NDArray[np.float32]:
+    """`x` as a float32 vector of k signs."""
+    signs = as_array(x, "signs")
+    if signs.dtype.kind not in "if":
+        raise DTypeError(f"signs: expected an array of numbers, got dtype {signs.dtype}")
+    if signs.ndim != 1:
+        raise ShapeMismatchError((k,), signs.shape, "signs")
+    if signs.size != k:
+        raise FeatureDimMismatchError(k, signs.size, "signs")
+    if not (np.abs(signs) == 1).all():
+        raise ParameterError(f"signs: expected 1 and -1, got {shown(signs[np.abs(signs) != 1][0])}")
+    return signs.astype(F32)
 
 
 # What `QuantLinear.from_arrays` needs, and what it takes besides.
-_OPTIONAL = {"bias", "smooth", "hadamard"}
+_OPTIONAL = {"bias", "smooth", "hadamard", "signs"}
 _INT8_NAMES = {"weight_i8", "weight_scales"}, _OPTIONAL
 _INT4_NAMES = {"weight_i4", "weight_scales", "in_features"}, {"weight_zero_points", "group_size", *_OPTIONAL}
 
@@ -370,6 +535,6 @@ def _int4_weight_of(arrays: Mapping[str, Any], scales: NDArray[np.float32]) -> D
     if zero_points is not None:
         zero_points = as_array(zero_points, "weight_zero_points")
         check_field(zero_points, "weight_zero_points", scales.shape, U8)
-        if (most := zero_points.max()) > 15:
-            raise ParameterError(f"weight_zero_points: expected numbers up to 15, got {most}")
+        if (z_max := zero_points.max()) > 15:
+            raise ParameterError(f"weight_zero_points: expected numbers up to 15, got {z_max}")
     return DynQuantTensor(weight, scales, zero_points, shape, fmt)

@@ -214,8 +214,8 @@ def test_a_layer_compensates_for_what_its_weights_meet():
     w, x = weights(24, 64), correlated(200, 64)
     factors = np.linspace(0.5, 2, 64, dtype=F32)
     layer = QuantLinear.from_float(w, bits=4, group_size=16, smooth=factors, hadamard=True, calibration=x)
-    rotated = hadamard_transform(smooth_weights(w, factors))
-    inputs = hadamard_transform(smooth_activations(x, factors))
+    rotated = hadamard_transform(smooth_weights(w, factors) * layer.signs)
+    inputs = hadamard_transform(smooth_activations(x, factors) * layer.signs)
     expected = quantize_weights(rotated, bits=4, group_size=16, calibration=inputs)
     assert_same_bits(layer.to_arrays()["weight_i4"], expected.data)
 

@@ -106,7 +106,7 @@ def test_the_intended_kernels_are_built(emulated):
         "amx": (32, 1, 64),
         "plain C": (2, 2, 4),
     }[emulated]
-    layer = _core.PackedLinear(1, 1024 + 1, 0, None, None, 0)
+    layer = _core.PackedLinear(1, 1024 + 1, 0, None, None, False, 0)
     assert layer.weight_bytes == panel * (1024 + inputs) + 4
     assert layer.activation_bytes() == 1024 * width + 192
 

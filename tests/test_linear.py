@@ -2,14 +2,17 @@
 
 import concurrent.futures
 import copy
+import dataclasses
 import functools
 import io
+import pathlib
 import pickle
+import re
 
 import numpy as np
 import pytest
 from helpers import reference
-from helpers.common import F32, ISAS, assert_same_bits, using
+from helpers.common import F32, ISAS, assert_same_bits, real_layer, using
 
 from dynquant import (
     DTypeError,
@@ -17,11 +20,14 @@ from dynquant import (
     DynQuantFormat,
     EmptyInputError,
     FeatureDimMismatchError,
+    LayoutError,
     NonFiniteError,
     ParameterError,
     QuantLinear,
     ShapeMismatchError,
-    _matmul,
+    _core,
+    _packed,
+    _validate,
     dynamic_quantize,
     error_metrics,
     hadamard_transform,
@@ -30,6 +36,8 @@ from dynquant import (
     smooth_weights,
     w4a8_matmul,
 )
+
+DATA = pathlib.Path(__file__).parent / "data"
 
 M, N, K = 6, 37, 96
 OPTIONS = {
@@ -90,7 +98,7 @@ def test_int4_layer_equals_its_product(options, rotation, isa):
     if "smooth" in rotation:
         weight, x = smooth_weights(weight, FACTORS), smooth_activations(x, FACTORS)
     if "hadamard" in rotation:
-        weight, x = hadamard_transform(weight), hadamard_transform(x)
+        weight, x = (hadamard_transform(a * reference.signs(K)) for a in (weight, x))
     y = w4a8_matmul(quantize_weights(weight, bits=4, **options), x, bias)
     assert_same_bits(layer(linear4()[1]), y)
     assert (layer.in_features, layer.out_features) == (K, N)
@@ -101,18 +109,140 @@ def test_int4_layer_equals_its_product(options, rotation, isa):
 def test_rotation_of_any_length(k, bits, isa):
     weight, x, bias = floats(5, 9, k)
     layer = QuantLinear.from_float(weight, bias, bits=bits, hadamard=True)
-    rotated = QuantLinear.from_float(hadamard_transform(weight), bias, bits=bits)
-    assert_same_bits(layer(x), rotated(hadamard_transform(x)))
+    signs = 1 if k % 2 else reference.signs(k)  # an odd k leaves nothing to rotate
+    rotated = QuantLinear.from_float(hadamard_transform(weight * signs), bias, bits=bits)
+    assert_same_bits(layer(x), rotated(hadamard_transform(x * signs)))
     assert_same_bits(layer(x.astype(np.float16)), layer(x.astype(np.float16).astype(F32)))
 
 
-@pytest.mark.parametrize(("k", "block_size"), [(1536, 128), (256, 128), (96, 32), (33, 1)])
-def test_rotation_is_in_blocks_of_at_most_128_channels(k, block_size):
+@pytest.mark.parametrize(("k", "span"), [(1536, 128), (256, 128), (96, 32), (33, 1)])
+def test_a_layer_rotates_spans_of_at_most_128_channels(k, span):
     rng = np.random.default_rng(k)
     weight, x = rng.standard_normal((6, k)).astype(F32), rng.standard_normal((5, k)).astype(F32)
-    rotated = QuantLinear.from_float(hadamard_transform(weight, block_size=block_size))
-    expected = rotated(hadamard_transform(x, block_size=block_size))
+    signs = reference.signs(k)
+    rotated = QuantLinear.from_float(hadamard_transform(weight * signs, block_size=span))
+    expected = rotated(hadamard_transform(x * signs, block_size=span))
     assert_same_bits(QuantLinear.from_float(weight, hadamard=True)(x), expected)
+
+
+@pytest.mark.parametrize("span", [2, 4, 8, 16, 32, 64, 128])
+def test_signs_spread_a_common_mean_evenly(span):
+    """No sum of a span of signs, rotated, is larger than that of a bent or nearly bent sequence."""
+    signs = QuantLinear.from_float(np.ones((1, 1024), F32), hadamard=True).signs
+    assert_same_bits(signs, reference.signs(1024))
+    flat = 1 if span in (4, 16, 64) else np.sqrt(2)
+    assert np.abs(reference.rotate(signs, span)).max() == pytest.approx(flat)
+
+
+@pytest.mark.parametrize(
+    ("activate", "sqnr_db"),
+    [
+        (lambda z: 1 / (1 + np.exp(-z)), 39.1),
+        (lambda z: np.maximum(z, 0), 38.5),
+        (lambda z: z * 0.5 * (1 + np.tanh(0.8 * (z + 0.045 * z**3))), 38.5),
+        (lambda z: z + 3, 39.1),
+    ],
+    ids=["sigmoid", "relu", "gelu", "a mean"],
+)
+def test_rotation_of_inputs_of_one_sign(activate, sqnr_db):
+    rng = np.random.default_rng(0)
+    weight, z = (rng.standard_normal(shape).astype(F32) for shape in ((64, 1024), (64, 1024)))
+    x = activate(z).astype(F32)
+    layer = QuantLinear.from_float(weight, hadamard=True)
+    assert error_metrics(x @ weight.T, layer(x)).sqnr_db > sqnr_db
+    unsigned = QuantLinear(quantize_weights(hadamard_transform(weight, block_size=128)), hadamard=True)
+    assert error_metrics(x @ weight.T, unsigned(x)).sqnr_db < sqnr_db - 2
+
+
+@pytest.mark.parametrize(("name", "sqnr_db"), [("up", 43.3), ("down", 35.8)])
+def test_rotation_of_real_layers(name, sqnr_db):
+    weight, _, x = real_layer(name)
+    y = QuantLinear.from_float(weight, hadamard=True)(x)
+    assert error_metrics((x.astype(np.float64) @ weight.T).astype(F32), y).sqnr_db > sqnr_db
+
+
+@pytest.mark.parametrize("name", ["int8", "int8_smooth", "int4"])
+def test_files_of_version_0_1(name, isa):
+    """Layers that rotate without signs compute as they did, and stay so when they are saved again."""
+    with np.load(DATA / "layers_0_1.npz") as file:
+        arrays = {key.removeprefix(f"{name}."): file[key] for key in file if key.startswith(f"{name}.")}
+        x, y = file["x"], file[f"{name}_y"]
+    layer = QuantLinear.from_arrays(arrays)
+    assert layer.hadamard
+    assert layer.signs is None
+    assert_same_bits(layer(x), y)
+    assert set(layer.to_arrays()) == set(arrays)
+
+
+# Inputs that are quantized once
+
+
+@each_rotation
+@pytest.mark.parametrize("shape", [(K,), (0, K), (7, K), (2, 3, K)])
+def test_quantize_input(shape, rotation, isa):
+    """Codes of what is multiplied, which several layers take in place of the floats."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal(shape).astype(F32)
+    layers = [linear4(group_size=32, **rotation)[3], linear(K, 8, **rotation)[3]]
+    codes = layers[0].quantize_input(x)
+    prepared = x / FACTORS if "smooth" in rotation else x
+    if "hadamard" in rotation:
+        prepared = hadamard_transform(prepared * reference.signs(K))
+    data, scales = reference.quantize(prepared, per_row=True)
+    assert codes.format == DynQuantFormat.INT8_PER_ROW
+    assert_same_bits(codes.data, data)
+    assert_same_bits(codes.scales, scales)
+    assert_same_bits(layers[0].quantize_input(x, num_threads=3).data, data)
+    for layer in layers:
+        y = layer(x)
+        assert_same_bits(layer(codes), y)
+        out = np.empty(y.shape, F32)
+        assert layer(codes, out=out, num_threads=2) is out
+        assert_same_bits(out, y)
+
+
+@pytest.mark.whitebox
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_of_more_rows_than_a_chunk(bits):
+    layer = QuantLinear.from_float(np.ones((3, K), F32), bits=bits, hadamard=True)
+    x = np.random.default_rng(1).standard_normal((9000, K)).astype(F32)
+    assert len(x) * layer._layer.activation_bytes() > _packed.CHUNK_BYTES
+    codes = layer.quantize_input(x)
+    assert_same_bits(layer(codes), layer(x))
+    strided = dataclasses.replace(codes, data=codes.data[::2], scales=codes.scales[::2], shape=(4500, K))
+    assert_same_bits(layer(strided), np.ascontiguousarray(layer(x)[::2]))
+    codes.data[-1, 5] = -128
+    out = np.full((9000, 3), 7, F32)
+    with pytest.raises(ParameterError, match=r"x: expected codes in \[-127, 127\]"):
+        layer(codes, out=out)
+    assert (out == 7).all()
+
+
+def test_inputs_that_were_quantized_otherwise():
+    layer = QuantLinear.from_float(W)
+    for codes, error, message in [
+        (dynamic_quantize(X, DynQuantFormat.INT8_PER_TENSOR), ParameterError, "as from quantize_input"),
+        (dynamic_quantize(X, DynQuantFormat.int8_per_group(8)), ParameterError, "as from quantize_input"),
+        (dynamic_quantize(X, DynQuantFormat.INT4_PER_ROW), ParameterError, "as from quantize_input"),
+        (dynamic_quantize(X[:, 1:]), ShapeMismatchError, "x: expected shape (..., 64)"),
+    ]:
+        with pytest.raises(error, match=re.escape(message)):
+            layer(codes)
+    codes = layer.quantize_input(X)
+    with pytest.raises(LayoutError, match="out"):
+        layer(codes, out=codes.data.view(F32)[:, :8])
+    codes.scales[1] = np.inf
+    with pytest.raises(NonFiniteError, match=r"x\.scales"):
+        layer(codes)
+    with pytest.raises(NonFiniteError, match="flat index 3"):
+        layer.quantize_input([[1.0, 2, 3, np.nan] * 16])
+    with pytest.raises(ShapeMismatchError):
+        layer.quantize_input(X[:, 1:])
+    with pytest.raises(ParameterError, match="num_threads"):
+        layer.quantize_input(X, num_threads=0)
+    huge = np.full((1, 64), 1e38, F32) * reference.signs(64)
+    with pytest.raises(ParameterError, match="rotated"):
+        QuantLinear.from_float(W, hadamard=True).quantize_input(huge)
 
 
 @each_option
@@ -217,15 +347,84 @@ def test_constructor_arguments_are_checked(weight, more):
         QuantLinear(weight, **more)
 
 
-@pytest.mark.parametrize("name", ["in_features", "out_features"])
-def test_features_are_read_only(name):
+@pytest.mark.parametrize(
+    "name",
+    ["in_features", "out_features", "bits", "group_size", "bias", "smooth", "hadamard", "signs"],
+)
+def test_properties_cannot_be_set(name):
     layer = QuantLinear.from_float(W)
     with pytest.raises(AttributeError):
         setattr(layer, name, 1)
     assert layer(X).shape == (5, 8)
 
 
-def test_calibration_that_overflows_when_smoothed():
+def test_properties():
+    smooth = np.linspace(1, 2, 64, dtype=F32)
+    layer = QuantLinear.from_float(W, BIAS, bits=4, group_size=16, smooth=smooth, hadamard=True)
+    assert (layer.bits, layer.group_size, layer.hadamard) == (4, 16, True)
+    for vector, right in ((layer.bias, BIAS), (layer.smooth, smooth), (layer.signs, reference.signs(64))):
+        assert_same_bits(vector, right)
+        with pytest.raises(ValueError, match="read-only"):
+            vector[0] = 1
+        with pytest.raises(ValueError, match="WRITEABLE"):
+            vector.flags.writeable = True
+    plain = QuantLinear.from_float(W)
+    assert (plain.bits, plain.group_size, plain.hadamard) == (8, None, False)
+    assert plain.bias is plain.smooth is plain.signs is None
+
+
+def test_numpy_makes_no_array_of_a_layer(tmp_path):
+    """`numpy.savez` would write an object array, which `numpy.load` refuses."""
+    layer = QuantLinear.from_float(W)
+    for call in (np.asarray, lambda v: np.savez(tmp_path / "f.npz", layer=v), lambda v: np.array([v])):
+        with pytest.raises(DTypeError, match=r"to_arrays\(\)"):
+            call(layer)
+
+
+@pytest.mark.parametrize(
+    ("signs", "error"),
+    [
+        (np.ones(63), FeatureDimMismatchError),
+        (np.ones((1, 64)), ShapeMismatchError),
+        (np.zeros(64), ParameterError),
+        (np.full(64, np.nan), ParameterError),
+        (np.ones(64, bool), DTypeError),
+    ],
+)
+def test_signs_are_checked(signs, error):
+    q = quantize_weights(W)
+    with pytest.raises(error, match="signs"):
+        QuantLinear(q, hadamard=True, signs=signs)
+    with pytest.raises(ParameterError, match="signs: expected None unless hadamard"):
+        QuantLinear(q, signs=np.ones(64))
+    own = QuantLinear(q, hadamard=True, signs=np.full(64, -1, np.int8))
+    plain = QuantLinear(q, hadamard=True)
+    assert_same_bits(own(X), plain(-X))
+
+
+def test_weights_are_read_for_finite_values_once(monkeypatch):
+    """Checked where they come in; again only where a product with factors may overflow."""
+    reads = []
+    for module in (_validate, _core):
+        real = module.all_finite
+
+        def counted(x, *options, real=real):
+            reads.append(x.m * x.k)
+            return real(x, *options)
+
+        monkeypatch.setattr(module, "all_finite", counted)
+    for options, expected in [
+        ({}, 1),
+        ({"bits": 4, "group_size": 16}, 1),
+        ({"smooth": np.ones(64)}, 1),  # the product; the weights are looked at while they are multiplied
+        ({"hadamard": True}, 1),  # what is rotated
+    ]:
+        reads.clear()
+        QuantLinear.from_float(W, **options)
+        assert reads.count(W.size) == expected, options
+
+
+def test_calibration_that_leaves_float32_when_smoothed():
     smooth = np.ones(64, F32)
     smooth[3] = 1e-38
     with pytest.raises(NonFiniteError, match="calibration / smooth"):
@@ -323,7 +522,8 @@ def test_int4_arrays_do_not_depend_on_the_instruction_set(options, rotation):
 
 def test_int4_arrays():
     weight, _, bias, layer = linear4(**OPTIONS["odd groups"], smooth=FACTORS, hadamard=True)
-    q = quantize_weights(hadamard_transform(weight * FACTORS), bits=4, group_size=7)
+    signs = reference.signs(K)
+    q = quantize_weights(hadamard_transform(weight * FACTORS * signs), bits=4, group_size=7)
     arrays = layer.to_arrays()
     for name, wanted in [
         ("weight_i4", q.data),
@@ -331,6 +531,7 @@ def test_int4_arrays():
         ("weight_zero_points", q.zero_points),
         ("bias", bias),
         ("smooth", FACTORS),
+        ("signs", signs.astype(np.int8)),
     ]:
         assert_same_bits(arrays.pop(name), wanted, name)
     assert {name: array.tolist() for name, array in arrays.items()} == {
@@ -463,9 +664,9 @@ def test_rotation_that_overflows_float32(smooth, rows, bits):
     factors = {"smooth": np.full(k, 0.25, F32)} if smooth else {}
     layer = QuantLinear.from_float(np.ones((3, k), F32), bits=bits, hadamard=True, **factors)
     if rows == 3000:
-        assert rows * layer._layer.activation_bytes() > _matmul._CHUNK_BYTES
+        assert rows * layer._layer.activation_bytes() > _packed.CHUNK_BYTES
     x, out = np.ones((rows, k), F32), np.full((rows, 3), 7, F32)
-    x[-1] = F32(2e37)
+    x[-1] = F32(2e37) * reference.signs(k)
     for options in ({}, {"out": out}, {"out": out, "num_threads": 2}):
         with pytest.raises(ParameterError, match="x: expected rows within float32 when rotated"):
             layer(x, **options)
@@ -514,6 +715,8 @@ BAD_ARRAYS = [
     ({"smooth": GOOD["smooth"][1:]}, FeatureDimMismatchError, "smooth"),
     ({"smooth": GOOD["smooth"] - GOOD["smooth"]}, ParameterError, "smooth"),
     ({"hadamard": 1}, ParameterError, "hadamard"),
+    ({"hadamard": False}, ParameterError, "signs"),
+    ({"signs": GOOD["signs"][1:]}, FeatureDimMismatchError, "signs"),
     ({"hadamard": np.array([True])}, ParameterError, "hadamard"),
     ({"more": 1}, ParameterError, "unknown ['more']"),
 ]

@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 import dynquant
 from dynquant import (
     DTypeError,
+    DynQuantTensor,
     LayoutError,
     NonFiniteError,
     ParameterError,
@@ -18,6 +19,8 @@ from dynquant import (
     ShapeMismatchError,
     _core,
     dynamic_quantize_int8,
+    dynamic_quantize_int8_per_row,
+    quantize_weights,
     w8a8_matmul,
     w8a8_matvec,
 )
@@ -129,8 +132,8 @@ def test_more_rows_than_a_chunk(isa):
     """Chunks are of 32 rows where these take 1 MiB of activations or more."""
     k = 60_000
     weight, scales, x, bias = layer_arrays(70, 9, k)
-    row_bytes = _core.PackedLinear(9, k, 0, None, None, 0).activation_bytes()
-    assert 32 * row_bytes > dynquant._matmul._CHUNK_BYTES
+    row_bytes = _core.PackedLinear(9, k, 0, None, None, False, 0).activation_bytes()
+    assert 32 * row_bytes > dynquant._packed.CHUNK_BYTES
     assert_same_bits(w8a8_matmul(weight, scales, x, bias), reference.w8a8_matmul(weight, scales, x, bias))
 
 
@@ -233,9 +236,9 @@ def test_bad_calls(call, args, options, error, message):
 def test_out_may_not_overlap():
     memory = np.zeros(20, F32)
     square = QuantLinear.from_float(np.eye(4, dtype=F32))
-    with pytest.raises(LayoutError, match="overlaps"):
+    with pytest.raises(LayoutError, match="overlap"):
         square(memory[:8].reshape(2, 4), out=memory[4:12].reshape(2, 4))
-    with pytest.raises(LayoutError, match="overlaps"):
+    with pytest.raises(LayoutError, match="overlap"):
         w8a8_matmul(W8, SCALES, memory[:8].reshape(2, 4), out=memory[6:12].reshape(2, 3))
 
 
@@ -380,3 +383,49 @@ def test_matvec_rows_are_independent(weight, activation, data):
     for i in range(len(weight)):
         assert_same_bits(w8a8_matvec(weight[i : i + 1], scales[i : i + 1], activation), y[i : i + 1])
     assert (weight.tobytes(), scales.tobytes(), activation.tobytes()) == before
+
+
+# Weights as quantize_weights gives them
+
+
+def test_a_tensor_of_weights(isa):
+    rng = np.random.default_rng(3)
+    w, x, bias = (rng.standard_normal(shape).astype(F32) for shape in ((33, 70), (5, 70), (33,)))
+    q = quantize_weights(w)
+    y = w8a8_matmul(q.data, q.scales, x, bias)
+    assert_same_bits(w8a8_matmul(q, None, x, bias), y)
+    assert_same_bits(w8a8_matvec(q, None, x[0]), w8a8_matvec(q.data, q.scales, x[0]))
+    twice = DynQuantTensor(
+        np.repeat(q.data, 2, axis=0)[::2], np.repeat(q.scales, 2)[::2], None, q.shape, q.format
+    )
+    assert_same_bits(w8a8_matmul(twice, None, x, bias), y)
+    assert_same_bits(w8a8_matvec(twice, None, x[0]), w8a8_matvec(q, None, x[0]))
+
+
+def test_a_tensor_that_is_not_int8_weights():
+    w, x = np.ones((4, 8), F32), np.ones((2, 8), F32)
+    q = quantize_weights(w)
+    infinite = quantize_weights(w)
+    infinite.scales[2] = np.inf
+    for call, activations in ((w8a8_matmul, x), (w8a8_matvec, x[0])):
+        for weight, scales, error, message in [
+            (q, q.scales, ParameterError, "weight_scales: expected None"),
+            (quantize_weights(w, bits=4), None, ParameterError, "weight_i8: expected int8 per row"),
+            (dynamic_quantize_int8(w), None, ParameterError, "weight_i8: expected int8 per row"),
+            (dynamic_quantize_int8_per_row(w[None]), None, ShapeMismatchError, "weight_i8"),
+            (infinite, None, NonFiniteError, "weight_i8.scales"),
+            (q.data, None, DTypeError, "weight_scales"),
+        ]:
+            with pytest.raises(error, match=message):
+                call(weight, scales, activations)
+        out = q.scales[:4] if call is w8a8_matvec else None
+        if out is not None:
+            with pytest.raises(LayoutError, match="out"):
+                call(q, None, activations, out=out)
+
+
+def test_one_row_to_a_matmul_says_what_to_do():
+    q = quantize_weights(np.ones((4, 8), F32))
+    with pytest.raises(ShapeMismatchError, match=r"pass one row as activations\[None\]"):
+        w8a8_matmul(q, None, np.ones(8, F32))
+    assert w8a8_matmul(q, None, np.ones(8, F32)[None]).shape == (1, 4)

@@ -1,15 +1,17 @@
 # A linear layer in the form that the kernels of one instruction set take.
 
 
-# x / factors, rotated in spans of `block` elements, in `prepared`; x itself where factors is NULL and block
-# 0.
-cdef Floats prepared_row(Floats x, const float* factors, Py_ssize_t block, float* prepared) noexcept nogil:
+# x divided or multiplied by `factors`, unless NULL, and then rotated in spans of `block` elements, unless 0,
+# in `prepared`; x itself where neither is done. Signs cost no pass of their own: they are factors, by which a
+# copy is multiplied, or are part of the factors that x is divided by.
+cdef Floats prepared_row(Floats x, const float* factors, bint divide, Py_ssize_t block,
+                         float* prepared) noexcept nogil:
     cdef float scratch[BLOCK]
     cdef Py_ssize_t start = 0, n
     if factors == NULL and block == 0:
         return x
     if factors != NULL:
-        scale_columns_of_block(&x, factors, True, prepared, 1, x.n)
+        scale_columns_of_block(&x, factors, divide, prepared, 1, x.n)
     else:
         while start < x.n:
             n = block_len(start, x.n)
@@ -21,17 +23,34 @@ cdef Floats prepared_row(Floats x, const float* factors, Py_ssize_t block, float
     return x
 
 
-# What the rows of x become in an Activations. Each of `parts` parts of them, nearly equal, has scratch of its
-# own.
+# Codes (k,) in [-127, 127] in the form that the matrix product of `table` takes.
+cdef void pack_codes(const Kernels* table, const int8_t* codes, Py_ssize_t k, Py_ssize_t group,
+                     uint8_t* a) noexcept nogil:
+    cdef int8_t block[BLOCK]  # a copy, which packing uses up
+    cdef Py_ssize_t start = 0, n
+    if group:
+        table.pack_group_activation_s8(codes, a, k, group)
+        return
+    while start < k:
+        n = block_len(start, k)
+        memcpy(block, codes + start, n)
+        table.pack_activation_s8(block, a, start, n, k)
+        start += n
+
+
+# What the rows of x become: activations in the form of the kernels, or, unless `coded` is NULL, the codes and
+# scales of an array. Each of `parts` parts of them, nearly equal, has scratch of its own.
 cdef struct ActivationRows:
     Floats x
     const Kernels* table
     Py_ssize_t m, k, group, block, parts, row_bytes
     const float* factors
+    bint divide
     float* prepared
     float* scales
     int8_t* codes
     uint8_t* a
+    int8_t* coded
 
 
 cdef bint quantize_part_range(void* context, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
@@ -49,10 +68,35 @@ cdef bint quantize_part_range(void* context, Py_ssize_t first, Py_ssize_t end) n
 cdef bint quantize_activation_row(const ActivationRows* rows, Py_ssize_t r, float* prepared,
                                   int8_t* codes) noexcept nogil:
     cdef Floats row = floats_at(&rows.x, r * rows.k, rows.k)
-    row = prepared_row(row, rows.factors, rows.block, prepared)
+    cdef QuantRow q
+    row = prepared_row(row, rows.factors, rows.divide, rows.block, prepared)
     if not scale_of(&row, 127, -1, &rows.scales[r]):
         return False
-    quantize_activation(rows.table, &row, rows.scales[r], rows.group, codes, rows.a + r * rows.row_bytes)
+    if rows.coded == NULL:
+        quantize_activation(rows.table, &row, rows.scales[r], rows.group, codes, rows.a + r * rows.row_bytes)
+        return True
+    q.codes, q.scales, q.zero_points = rows.coded + r * rows.k, &rows.scales[r], NULL
+    q.group, q.packed, q.in_range = rows.k, False, True
+    quantize_row(&row, &q, 127)
+    return True
+
+
+# Rows of codes, each with a scale, that become activations.
+cdef struct CodedRows:
+    const int8_t* codes
+    const Kernels* table
+    Py_ssize_t k, group, row_bytes
+    uint8_t* a
+
+
+# Returns whether no code is -128, which has no opposite in int8.
+cdef bint load_codes_range(void* context, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef const CodedRows* rows = <const CodedRows*> context
+    cdef Py_ssize_t r
+    for r in range(first, end):
+        if memchr(rows.codes + r * rows.k, 0x80, rows.k) != NULL:
+            return False
+        pack_codes(rows.table, rows.codes + r * rows.k, rows.k, rows.group, rows.a + r * rows.row_bytes)
     return True
 
 
@@ -76,13 +120,14 @@ cdef bint multiply_range(void* context, Py_ssize_t first, Py_ssize_t end) noexce
 cdef class Activations:
     """Up to `capacity` quantized rows for one PackedLinear, and scratch for a row of each thread.
 
-    All that quantizing needs is allocated here, so that nothing can fail once rows of a result are written.
+    They are rows first .. first + m of an input. All that quantizing needs is allocated here, so that nothing
+    can fail once rows of a result are written.
     """
     cdef Aligned memory
     cdef float* prepared
     cdef float* scales
     cdef int8_t* codes
-    cdef Py_ssize_t m, capacity, parts
+    cdef Py_ssize_t first, m, capacity, parts
 
     def __cinit__(self, PackedLinear layer not None, Py_ssize_t capacity, int num_threads=1):
         cdef Py_ssize_t rows = capacity * layer.activation_bytes(), k = layer.w.k
@@ -97,27 +142,39 @@ cdef class Activations:
     def __dealloc__(self):
         PyMem_RawFree(self.memory.block)
 
+    # Rows first .. end of m are to follow.
+    cdef int begin(self, Py_ssize_t first, Py_ssize_t end, Py_ssize_t m) except -1:
+        self.first, self.m = first, min(end, m) - first
+        check_size(self.capacity, self.m)
+        return 0
+
 
 @cython.final
 cdef class PackedLinear:
     """A linear layer, n outputs of k > 0 inputs, for the kernels that were in use when it was made.
 
     With group 0 the weights are int8 with one scale for each output, otherwise 4-bit with a scale and a zero
-    point for each group. Inputs are divided by `smooth`, unless None, and then rotated in spans of `block`,
-    unless 0.
+    point for each group. Inputs are divided, or with `divide` False multiplied, by `factors`, unless None,
+    and then rotated in spans of `block`, unless 0.
     """
     cdef PackedWeights w
     cdef Aligned memory
     cdef Py_ssize_t block
-    cdef const float[::1] bias, factors
+    cdef const float[::1] bias, factors_view
+    cdef const float* input_factors
     cdef readonly Py_ssize_t n, panel_count, weight_bytes
-    cdef readonly object smooth
+    cdef readonly object factors
+    cdef readonly bint divide
 
     def __cinit__(self, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group, const float[::1] bias,
-                  smooth, Py_ssize_t block):
+                  factors, bint divide, Py_ssize_t block):
         cdef Py_ssize_t panels, scales = n, zero_points = 0
         self.w.table, self.w.n, self.w.k, self.w.group = packing_kernels(), n, k, group
-        self.n, self.bias, self.smooth, self.factors, self.block = n, bias, smooth, smooth, block
+        self.n, self.bias, self.factors, self.divide, self.block = n, bias, factors, divide, block
+        self.factors_view, self.input_factors = factors, NULL
+        if factors is not None:
+            check_size(self.factors_view.shape[0], k)
+            self.input_factors = &self.factors_view[0]
         self.panel_count = panels_of(self.w.table, n)
         panels = self.panel_count * panel_bytes(self.w.table, k, group)
         if group:
@@ -169,25 +226,63 @@ cdef class PackedLinear:
     cdef Py_ssize_t multiply_ns(self, Py_ssize_t m) noexcept nogil:
         return self.w.n * self.w.k * (4 * m + 1) // (4 * self.w.table.products_per_ns)
 
-    def quantize(self, FloatMatrix x not None, Activations a not None, int num_threads=1):
-        """Quantize the rows of x into `a`; returns whether they are finite."""
+    # Rows first .. first + m of x, with their results still to be set.
+    cdef ActivationRows rows_of(self, FloatMatrix x, Py_ssize_t first, Py_ssize_t m):
         cdef ActivationRows rows
-        check_size(a.capacity, x.m)
+        cdef Floats flat = x.flat()
+        rows.x = floats_at(&flat, first * x.k, m * x.k)
+        rows.table, rows.m, rows.k, rows.group = self.w.table, m, x.k, self.w.group
+        rows.block, rows.factors, rows.divide = self.block, self.input_factors, self.divide
+        rows.row_bytes = self.activation_bytes()
+        return rows
+
+    def quantize(self, FloatMatrix x not None, Activations a not None, Py_ssize_t first, Py_ssize_t end,
+                 int num_threads=1):
+        """Quantize rows first .. end into `a`; returns whether they are finite."""
+        cdef ActivationRows rows
         check_size(x.k, self.w.k)
-        a.m = x.m
-        rows.x, rows.table, rows.m, rows.k, rows.group = x.flat(), self.w.table, x.m, x.k, self.w.group
-        rows.block, rows.parts, rows.row_bytes = self.block, min(a.parts, x.m), self.activation_bytes()
-        rows.factors, rows.prepared, rows.scales, rows.codes = NULL, a.prepared, a.scales, a.codes
+        a.begin(first, end, x.m)
+        rows = self.rows_of(x, first, a.m)
+        rows.parts, rows.prepared, rows.codes = min(a.parts, a.m), a.prepared, a.codes
+        rows.scales, rows.a, rows.coded = a.scales, a.memory.data, NULL
+        return parallel_ranges(quantize_part_range, &rows, rows.parts, self.quantize_ns(a.m), num_threads)
+
+    def load_codes(self, CodeMatrix q not None, Activations a not None, Py_ssize_t first, Py_ssize_t end,
+                   int num_threads=1):
+        """Bring rows first .. end of int8 codes and scales into `a`; returns whether no code is -128."""
+        cdef CodedRows rows
+        check_size(q.k, self.w.k)
+        a.begin(first, end, q.m)
+        memcpy(a.scales, <float*> q.scales.buf + first, a.m * sizeof(float))
+        rows.codes, rows.table = <int8_t*> q.codes.buf + first * q.k, self.w.table
+        rows.k, rows.group, rows.row_bytes = q.k, self.w.group, self.activation_bytes()
         rows.a = a.memory.data
-        if self.factors is not None:
-            rows.factors = &self.factors[0]
-        return parallel_ranges(quantize_part_range, &rows, rows.parts, self.quantize_ns(x.m), num_threads)
+        return parallel_ranges(load_codes_range, &rows, a.m, self.quantize_ns(a.m), num_threads)
+
+    def quantize_input(self, FloatMatrix x not None, CodeMatrix q not None, int num_threads=1):
+        """The scales and codes that `quantize` has for the rows of x; returns whether they are finite."""
+        cdef Py_ssize_t parts = threads_for(x.m, self.quantize_ns(x.m), num_threads)
+        cdef ActivationRows rows
+        cdef Aligned prepared
+        check_size(x.k, self.w.k)
+        check_rows(x, q)
+        rows = self.rows_of(x, 0, x.m)
+        rows.parts, rows.scales = parts, <float*> q.scales.buf
+        rows.coded, rows.a = <int8_t*> q.codes.buf, NULL
+        rows.codes = rows.coded  # not used
+        prepared = aligned_memory(parts * x.k * <Py_ssize_t> sizeof(float))
+        rows.prepared = <float*> prepared.data
+        try:
+            return parallel_ranges(quantize_part_range, &rows, parts, self.quantize_ns(x.m), num_threads)
+        finally:
+            PyMem_RawFree(prepared.block)
 
     def multiply(self, Activations a not None, float[:, ::1] out not None, int num_threads=1):
-        """out = a . weights + bias."""
+        """Rows of out for those in `a`: a . weights + bias."""
         cdef Product p
         if a.m == 0:
             return
-        check_size(out.shape[0] * out.shape[1], a.m * self.w.n)
-        p.w, p.a, p.a_scales, p.out, p.m = &self.w, a.memory.data, a.scales, &out[0, 0], a.m
+        check_size(out.shape[0] * out.shape[1], (a.first + a.m) * self.w.n)
+        p.w, p.a, p.a_scales, p.m = &self.w, a.memory.data, a.scales, a.m
+        p.out = &out[0, 0] + a.first * self.w.n
         parallel_ranges(multiply_range, &p, self.panel_count, self.multiply_ns(a.m), num_threads)

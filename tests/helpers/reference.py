@@ -174,6 +174,20 @@ def smooth_weights(weights, factors):
         return floats(weights) * floats(factors)
 
 
+def signs(k):
+    """The fixed signs of the channels of a layer that rotates: an odd number of pairs of ones gives -1."""
+    return np.array([(-1) ** sum((j >> i & 3) == 3 for i in (0, 2, 3, 4)) for j in range(k)], F32)
+
+
+def rotate(x, span):
+    """x, rotated in spans of that many channels; matrix products, not bit for bit."""
+    h = np.ones((1, 1))
+    while len(h) < span:
+        h = np.block([[h, h], [h, -h]])
+    x = floats(x)
+    return (x.reshape(-1, span) @ (h / math.sqrt(span))).reshape(x.shape)
+
+
 def w8a8_matvec(weight, weight_scales, activation):
     a, a_scale = quantize(activation)
     sums = np.array([int(np.dot(row.astype(np.int64), a.astype(np.int64))) for row in weight], np.int64)
