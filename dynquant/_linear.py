@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _core
+from ._batches import row_batches
+from ._compensate import SecondMoments
 from ._format import DynQuantFormat
-from ._gptq import calibration_batches
 from ._hadamard import hadamard_block, rotate_named
 from ._matmul import check_weight, multiply, packed_linear
 from ._smooth import as_factors, smooth_activations, smooth_weights
@@ -134,6 +135,7 @@ class QuantLinear:
         smooth: ArrayLike | None = None,
         hadamard: bool = False,
         calibration: ArrayLike | Iterable[ArrayLike] | None = None,
+        relative: bool = True,
         num_threads: int = 1,
     ) -> QuantLinear:
         """Quantize and pack the weights of a linear layer.
@@ -142,7 +144,7 @@ class QuantLinear:
         ----------
         weight : array_like of floats, (out_features, in_features)
         bias : array_like of floats, (out_features,), optional
-        bits, group_size, symmetric, search, num_threads
+        bits, group_size, symmetric, search, relative, num_threads
             How the weights are quantized, as in `quantize_weights`.
         smooth : array_like of floats, (in_features,), optional
             SmoothQuant factors above zero, as from `compute_smooth_factors`: weights are multiplied by them
@@ -153,9 +155,9 @@ class QuantLinear:
             spread a massive value over more channels, which lost accuracy where it was tried; with an odd
             in_features there is nothing to rotate. It needs no calibration, and gains where some channels
             are much larger than others.
-        calibration : array_like of floats, (rows, in_features), optional
-            Inputs that the layer has had, neither smoothed nor rotated, or a list, tuple or iterator of such
-            arrays: codes are chosen so that their errors cancel in the output, as in `quantize_weights`.
+        calibration : array_like of floats, (..., in_features), or an iterable of such arrays, optional
+            Inputs that the layer has had, neither smoothed nor rotated: codes are chosen so that their errors
+            cancel in the output, as in `quantize_weights`.
 
         Returns
         -------
@@ -184,8 +186,11 @@ class QuantLinear:
             check_finite(w, "weight * smooth")
         if hadamard:
             w = rotate_named(w, _rotation(k), None, "weight")
-        batches = None if calibration is None else _prepared(calibration, k, factors, hadamard)
-        tensor = quantize_matrix(w, fmt, symmetric, search, batches, threads, "weight")
+        relative = as_flag(relative, "relative")
+        moments = None
+        if calibration is not None:
+            moments = SecondMoments(_prepared(calibration, k, factors, hadamard), k, relative)
+        tensor = quantize_matrix(w, fmt, symmetric, search, moments, threads, "weight")
         return cls(tensor, offset, factors, hadamard)
 
     @classmethod
@@ -321,7 +326,7 @@ def _prepared(
     calibration: Any, k: int, factors: NDArray[np.float32] | None, hadamard: bool
 ) -> Iterator[NDArray[np.float32]]:
     """Calibration rows as the quantized weights meet them."""
-    for batch in calibration_batches(calibration, k):
+    for batch in row_batches(calibration, "calibration", k):
         x = batch if factors is None else smooth_activations(batch, factors)
         check_finite(x, "calibration / smooth")
         yield rotate_named(x, _rotation(k), None, "calibration") if hadamard else x

@@ -107,6 +107,7 @@ cdef inline Py_ssize_t before_line(const float* x, Py_ssize_t n) noexcept nogil:
 include "widen.pxi"
 include "scale.pxi"
 include "quantize.pxi"
+include "compensate.pxi"
 include "dequantize.pxi"
 include "smooth.pxi"
 include "split.pxi"
@@ -132,6 +133,7 @@ kernels.quantize_row_f32_s8 = quantize_row_f32_s8
 kernels.quantize_row_f32_u8 = quantize_row_f32_u8
 kernels.quantize_row_f32_u4 = quantize_row_f32_u4
 kernels.pack_row_s8_s4 = pack_row_s8_s4
+kernels.compensate_row_f32 = compensate_row_f32
 kernels.dequantize_row_s8_f32 = dequantize_row_s8_f32
 kernels.unpack_row_s4_s8 = unpack_row_s4_s8
 kernels.shift_row_u4_s8 = shift_row_u4_s8
