@@ -10,7 +10,6 @@ import numpy as np
 
 from . import _core
 from ._tensor import DynQuantTensor
-from ._threads import parallel_ranges
 from ._validate import F32, float_matrix
 from .errors import EmptyInputError
 
@@ -252,7 +251,7 @@ class _Rounding:
             start = max(end - _COLUMNS, 0)
             carried = errors[:, end:] @ feedback[end:, start:end]
             block = (w, carried, feedback, start, self._groups, self.columns, scales, zero_points)
-            parallel_ranges(_core.compensate_rows, (*block, lo, hi, errors, codes), len(w), self._threads)
+            _core.compensate_rows(*block, lo, hi, errors, codes, self._threads)
         return codes, errors
 
 

@@ -143,7 +143,7 @@ def quantize_matrix(
     zero_points = None if symmetric else np.empty(scales.shape, U8)
     data = np.empty(fmt.data_shape(w.shape), fmt.data_dtype)
     codes = _core.CodeMatrix(data, scales, zero_points, rows.m, rows.k, group, fmt.packed, True)
-    _core.fit_rows(rows, codes, fmt.clip if symmetric else 15, search, threads)
+    _core.fit_rows(rows, codes, fmt.clip if symmetric else 15, search, None, threads)
     if not np.isfinite(scales).all():
         raise ParameterError(f"{name}: expected the range of each group within float32, got one beyond it")
     _core.quantize_rows(rows, codes, fmt.clip, not search, threads)
