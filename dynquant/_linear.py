@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -189,7 +190,8 @@ class QuantLinear:
         relative = as_flag(relative, "relative")
         moments = None
         if calibration is not None:
-            moments = SecondMoments(_prepared(calibration, k, factors, hadamard), k, relative)
+            rotate = functools.partial(_rotated, k) if hadamard else None
+            moments = SecondMoments(_smoothed(calibration, k, factors), k, relative, rotate)
         tensor = quantize_matrix(w, fmt, symmetric, search, moments, threads, "weight")
         return cls(tensor, offset, factors, hadamard)
 
@@ -322,14 +324,19 @@ class QuantLinear:
         )
 
 
-def _prepared(
-    calibration: Any, k: int, factors: NDArray[np.float32] | None, hadamard: bool
-) -> Iterator[NDArray[np.float32]]:
-    """Calibration rows as the quantized weights meet them."""
+def _smoothed(
+    calibration: Any, k: int, factors: NDArray[np.float32] | None
+) -> Iterator[NDArray[np.floating[Any]]]:
+    """Calibration rows as the layer meets them, before they are rotated."""
     for batch in row_batches(calibration, "calibration", k):
         x = batch if factors is None else smooth_activations(batch, factors)
         check_finite(x, "calibration / smooth")
-        yield rotate_named(x, _rotation(k), None, "calibration") if hadamard else x
+        yield x
+
+
+def _rotated(k: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The rows of x (n, k), rotated as a layer rotates its inputs."""
+    return rotate_named(x, _rotation(k), None, "calibration")
 
 
 def _rotation(k: int) -> int:

@@ -143,9 +143,10 @@ def quantize_matrix(
     zero_points = None if symmetric else np.empty(scales.shape, U8)
     data = np.empty(fmt.data_shape(w.shape), fmt.data_dtype)
     codes = _core.CodeMatrix(data, scales, zero_points, rows.m, rows.k, group, fmt.packed, True)
-    _core.fit_rows(rows, codes, fmt.clip if symmetric else 15, search, None, threads)
+    column_weights = moments.column_weights() if search and moments is not None else None
+    _core.fit_rows(rows, codes, fmt.clip if symmetric else 15, search, column_weights, threads)
     if not np.isfinite(scales).all():
         raise ParameterError(f"{name}: expected the range of each group within float32, got one beyond it")
     _core.quantize_rows(rows, codes, fmt.clip, not search, threads)
     tensor = tensor_of_checked(data, scales, w.shape, fmt, zero_points)
-    return tensor if moments is None else compensate(w, tensor, moments, threads)
+    return tensor if moments is None else compensate(w, tensor, moments, search, threads)

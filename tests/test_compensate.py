@@ -1,6 +1,7 @@
 """Error-compensated rounding: what calibration is worth, and that it never costs."""
 
 import collections
+import dataclasses
 import itertools
 
 import numpy as np
@@ -80,9 +81,10 @@ def test_less_error_on_inputs_like_those_of_the_calibration(options, k):
     w, x = weights(24, k), correlated(400, k)
     plain = quantize_weights(w, **options)
     compensated = quantize_weights(w, **options, calibration=x[:300])
-    assert_same_bits(compensated.scales, plain.scales)
     assert compensated.format == plain.format
-    if plain.zero_points is not None:
+    if not options.get("search"):
+        assert_same_bits(compensated.scales, plain.scales)
+    if not options.get("search") and plain.zero_points is not None:
         assert_same_bits(compensated.zero_points, plain.zero_points)
     assert output_error(w, compensated, x[300:]) <= output_error(w, plain, x[300:]) * (1 if k == 1 else 0.3)
 
@@ -100,8 +102,10 @@ def test_against_the_textbook():
     w, x = weights(5, k), correlated(16, k)  # two runs: none is held out, and the damping is 1
     plain = quantize_weights(w, bits=8)
     moments = x.astype(np.float64).T @ x
+    diagonal = moments.diagonal()
+    moments = moments + np.diag(np.sqrt(diagonal * diagonal.mean()))
     order = np.argsort(-moments.diagonal(), kind="stable")
-    inverse = np.linalg.inv(moments + moments.diagonal().mean() * np.eye(k))
+    inverse = np.linalg.inv(moments)
     left, codes = w.astype(np.float64), np.zeros((5, k), np.int8)
     for place, j in enumerate(order):
         scaled = left[:, j].astype(F32) / plain.scales
@@ -384,13 +388,18 @@ def test_weights_from_end_to_end_of_float32(size):
 
 
 def test_a_layer_compensates_for_what_its_weights_meet():
-    w, x = weights(24, 64), correlated(200, 64)
+    """As from rows that are smoothed and rotated before, but for the basis in which damping is added."""
+    w, x = weights(24, 64), correlated(600, 64)
     factors = np.linspace(0.5, 2, 64, dtype=F32)
-    layer = QuantLinear.from_float(w, bits=4, group_size=16, smooth=factors, hadamard=True, calibration=x)
+    options = {"bits": 4, "group_size": 16}
+    layer = QuantLinear.from_float(w, **options, smooth=factors, hadamard=True, calibration=x[:300])
     rotated = hadamard_transform(smooth_weights(w, factors))
     inputs = hadamard_transform(smooth_activations(x, factors))
-    expected = quantize_weights(rotated, bits=4, group_size=16, calibration=inputs)
-    assert_same_bits(layer.to_arrays()["weight_i4"], expected.data)
+    expected = quantize_weights(rotated, **options, calibration=inputs[:300])
+    found = dataclasses.replace(expected, data=layer.to_arrays()["weight_i4"])
+    plain = output_error(rotated, quantize_weights(rotated, **options), inputs[300:])
+    assert output_error(rotated, expected, inputs[300:]) < 0.1 * plain
+    assert output_error(rotated, found, inputs[300:]) < 0.1 * plain
 
 
 # Bad calls
