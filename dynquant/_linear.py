@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from . import _core
+from ._batches import row_batches
+from ._compensate import SecondMoments
 from ._format import DynQuantFormat
-from ._gptq import calibration_batches
 from ._packed import check_weight, multiply, multiply_codes, packed_linear, raise_bad_row
 from ._smooth import as_factors
 from ._tensor import DynQuantTensor, as_flat, check_arrays, check_field, tensor_of_checked
@@ -189,6 +190,7 @@ class QuantLinear:
         smooth: ArrayLike | None = None,
         hadamard: bool = False,
         calibration: ArrayLike | Iterable[ArrayLike] | None = None,
+        relative: bool = True,
         num_threads: int = 1,
     ) -> QuantLinear:
         """Quantize and pack the weights of a linear layer.
@@ -197,7 +199,7 @@ class QuantLinear:
         ----------
         weight : array_like of floats, (out_features, in_features)
         bias : array_like of floats, (out_features,), optional
-        bits, group_size, symmetric, search, num_threads
+        bits, group_size, symmetric, search, relative, num_threads
             How the weights are quantized, as in `quantize_weights`.
         smooth : array_like of floats, (in_features,), optional
             SmoothQuant factors above zero, as from `compute_smooth_factors`: weights are multiplied by them
@@ -209,9 +211,9 @@ class QuantLinear:
             an odd in_features there is nothing to rotate. Each channel is multiplied by a fixed sign before,
             the same for every layer of this width, so that inputs of one sign do not gather in one channel.
             Rotation needs no calibration, and gains where some channels are much larger than others.
-        calibration : array_like of floats, (rows, in_features), optional
-            Inputs that the layer has had, neither smoothed nor rotated, or a list, tuple or iterator of such
-            arrays: codes are chosen so that their errors cancel in the output, as in `quantize_weights`.
+        calibration : array_like of floats, (..., in_features), or an iterable of such arrays, optional
+            Inputs that the layer has had, neither smoothed nor rotated: codes are chosen so that their errors
+            cancel in the output, as in `quantize_weights`.
 
         Returns
         -------
@@ -234,11 +236,12 @@ class QuantLinear:
         n, k = w.shape
         offset = None if bias is None else as_finite_vector(bias, "bias", n)
         factors = None if smooth is None else as_factors(smooth, "smooth", k)
+        relative = as_flag(relative, "relative")
         span = rotated_span(k) if hadamard else 0
         transform = InputTransform(factors, fixed_signs(k) if span else None, span)
         w = transform.of_weights(w, "weight")
-        batches = None if calibration is None else _prepared(calibration, k, transform)
-        tensor = quantize_matrix(w, fmt, symmetric, search, batches, threads, "weight")
+        moments = None if calibration is None else _moments(calibration, k, relative, transform)
+        tensor = quantize_matrix(w, fmt, symmetric, search, moments, threads, "weight")
         layer = cls.__new__(cls)
         layer._set(tensor, offset, transform, hadamard)
         return layer
@@ -464,10 +467,17 @@ class QuantLinear:
         )
 
 
-def _prepared(calibration: Any, k: int, transform: InputTransform) -> Iterator[NDArray[np.float32]]:
-    """Calibration rows as the quantized weights meet them."""
-    for batch in calibration_batches(calibration, k):
-        yield transform.of_inputs(batch, "calibration")
+def _moments(calibration: Any, k: int, relative: bool, transform: InputTransform) -> SecondMoments:
+    """Those of calibration rows as the layer meets them, with rotation still to come."""
+    smoothing = InputTransform(transform.smooth, None, 0)
+    rotation = InputTransform(None, transform.signs, transform.span)
+
+    def rotate(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        return rotation.of_inputs(rows, "calibration")
+
+    batches = row_batches(calibration, "calibration", k)
+    smoothed = (smoothing.of_inputs(batch, "calibration") for batch in batches)
+    return SecondMoments(smoothed, k, relative, rotate if transform.span else None)
 
 
 def _frozen_copy(vector: NDArray[np.float32] | None) -> NDArray[np.float32] | None:

@@ -35,6 +35,16 @@ ctypedef struct Kernels:
     void (*quantize_row_f32_u4)(const float* x, float scale, int32_t zero_point, int8_t* codes,
                                 Py_ssize_t n) noexcept nogil
     void (*pack_row_s8_s4)(const int8_t* codes, uint8_t* packed, Py_ssize_t n) noexcept nogil
+    # weights.pxi
+    double (*square_error_row_f32)(const float* x, float scale, int32_t lo, int32_t hi,
+                                   Py_ssize_t n) noexcept nogil
+    double (*weighted_square_error_row_f32)(const float* x, float scale, int32_t lo, int32_t hi,
+                                            const float* weights, Py_ssize_t n) noexcept nogil
+    # compensate.pxi
+    void (*compensate_row_f32)(const float* w, float* carried, const float* feedback, Py_ssize_t stride,
+                               const int32_t* groups, const int32_t* columns, const float* scales,
+                               const uint8_t* zero_points, int32_t lo, int32_t hi, float* errors,
+                               int8_t* codes, Py_ssize_t n) noexcept nogil
     # dequantize.pxi
     void (*dequantize_row_s8_f32)(const int8_t* codes, float scale, bint nontemporal, float* out,
                                   Py_ssize_t n) noexcept nogil

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _core
+from ._batches import row_batches
+from ._compensate import SecondMoments, compensate
 from ._format import DynQuantFormat
-from ._gptq import SecondMoments, calibration_batches, compensate
 from ._tensor import DynQuantTensor, tensor_of_checked
 from ._validate import F32, U8, as_flag, as_matrix, as_thread_count, check_finite, float_matrix
 from .errors import ParameterError, shown
@@ -27,6 +28,7 @@ def quantize_weights(
     symmetric: bool | None = None,
     search: bool = False,
     calibration: ArrayLike | Iterable[ArrayLike] | None = None,
+    relative: bool = True,
     num_threads: int = 1,
 ) -> DynQuantTensor:
     """Quantize a weight matrix.
@@ -47,9 +49,14 @@ def quantize_weights(
     search : bool
         Choose each range by the least squared error among the whole one and its 31/32 ... 10/32, instead of
         the whole one. Takes 25 to 110 times as long, the most for short groups.
-    calibration : array_like of floats, (rows, in_features), optional
-        Inputs that the layer has had; or a list, tuple or iterator of such arrays, which are read one after
-        the other. Codes are then chosen so that their errors cancel in the output on such inputs.
+    calibration : array_like of floats, (..., in_features), or an iterable of such arrays, optional
+        Inputs that the layer has had: one array with any number of leading axes, such as (batch, tokens,
+        in_features), or a list, generator, data loader or other iterable of such arrays, which are read once,
+        one after the other. Arrays without elements are passed over, and rows of zeros do not count. Codes
+        are then chosen so that their errors cancel in the output on such inputs.
+    relative : bool
+        Count each row of `calibration` alike, whatever its length. Otherwise rows count by their squared
+        length, and the few longest, such as massive tokens, may decide alone.
     num_threads : int
         The most threads to use, the caller's among them; -1: ``DYNQUANT_NUM_THREADS``, or the CPUs that this
         process may use. Small work takes fewer. The result does not depend on it.
@@ -62,11 +69,13 @@ def quantize_weights(
     Raises
     ------
     ShapeMismatchError, EmptyInputError
-        If `w`, or an array of `calibration`, has not two axes, or no elements; or if there is no such array.
+        If `w` has not two axes, or no elements; if an array of `calibration` has no axes, or there is no row
+        in any.
     FeatureDimMismatchError
-        If `calibration` has another number of in_features.
+        If an array of `calibration` has another number of in_features.
     DTypeError, NonFiniteError
-        If an array does not hold floats, or holds NaN or infinity.
+        If an array does not hold floats, or holds NaN or infinity; those of an iterable are named
+        ``calibration[i]``. If `calibration` is neither an array nor an iterable.
     ParameterError
         If an option has a value that it cannot take, or a range is beyond float32.
 
@@ -80,12 +89,13 @@ def quantize_weights(
 
     With `calibration` rounding is error-compensated: Frantar et al., "GPTQ: Accurate Post-Training
     Quantization for Generative Pre-trained Transformers" (ICLR 2023), columns in the order of their second
-    moments. Damping comes from the data: every fourth run of eight rows is held out, and the damping with the
-    least error there is taken, or plain rounding if nothing is better; of 24 rows and fewer none is held out,
-    and the damping is the mean second moment. Rows are added up into two float64
-    matrices of in_features by in_features, and about four more are needed beside them; the time goes with the
-    cube of in_features. The linear algebra is NumPy's, and its last bits are those of the BLAS that NumPy
-    uses: here alone codes may differ from one machine to another.
+    moments. Weights that are zero stay zero. Damping comes from the data: of every four spans of eight rows
+    one is held out, by a hash of their index, and the damping with the least error there is taken, or plain
+    rounding if nothing is better; of 24 rows and fewer none is held out, and the damping is the mean second
+    moment. Beside the weights that takes five float32 matrices of in_features by in_features, and about 32
+    MiB for outputs, which are worked on in blocks; time goes with in_features squared times the sum of
+    in_features, outputs and rows. The products are NumPy's, and their last bits are those of the BLAS that
+    NumPy uses: here alone codes may differ from one machine to another.
 
     Examples
     --------
@@ -98,8 +108,12 @@ def quantize_weights(
     threads = as_thread_count(num_threads)
     matrix = as_matrix(w, "w", "(out_features, in_features)")
     check_finite(matrix, "w", threads)
-    batches = None if calibration is None else calibration_batches(calibration, matrix.shape[1])
-    return quantize_matrix(matrix, fmt, symmetric, search, batches, threads, "w")
+    relative = as_flag(relative, "relative")
+    moments = None
+    if calibration is not None:
+        k = matrix.shape[1]
+        moments = SecondMoments(row_batches(calibration, "calibration", k), k, relative)
+    return quantize_matrix(matrix, fmt, symmetric, search, moments, threads, "w")
 
 
 def weight_format(bits: Any, group_size: Any, symmetric: Any) -> tuple[DynQuantFormat, bool]:
@@ -121,21 +135,20 @@ def quantize_matrix(
     fmt: DynQuantFormat,
     symmetric: bool,
     search: bool,
-    batches: Iterable[NDArray[np.float32]] | None,
+    moments: SecondMoments | None,
     threads: int,
     name: str,
 ) -> DynQuantTensor:
-    """`quantize_weights` for a finite matrix called `name`, and options and batches that are checked."""
+    """`quantize_weights` for a finite matrix called `name`, and options that are checked."""
     rows, group = float_matrix(w, *w.shape), fmt.group_of(w.shape[1])
     scales = np.empty(fmt.scales_shape(w.shape), F32)
     zero_points = None if symmetric else np.empty(scales.shape, U8)
     data = np.empty(fmt.data_shape(w.shape), fmt.data_dtype)
     codes = _core.CodeMatrix(data, scales, zero_points, rows.m, rows.k, group, fmt.packed, True)
-    _core.fit_rows(rows, codes, fmt.clip if symmetric else 15, search, threads)
+    column_weights = moments.column_weights() if search and moments is not None else None
+    _core.fit_rows(rows, codes, fmt.clip if symmetric else 15, search, column_weights, threads)
     if not np.isfinite(scales).all():
         raise ParameterError(f"{name}: expected the range of each group within float32, got one beyond it")
     _core.quantize_rows(rows, codes, fmt.clip, not search, threads)
     tensor = tensor_of_checked(data, scales, w.shape, fmt, zero_points)
-    if batches is None:
-        return tensor
-    return compensate(w.astype(F32, copy=False), tensor, SecondMoments(batches, w.shape[1]))
+    return tensor if moments is None else compensate(w, tensor, moments, search, threads)

@@ -283,7 +283,7 @@ def test_signatures():
         "get_include": "",
         "hadamard_transform": "x, *, block_size=None, out=None",
         "quantize_weights": "w, *, bits=8, group_size=None, symmetric=None, search=False, "
-        "calibration=None, num_threads=1",
+        "calibration=None, relative=True, num_threads=1",
         "w4a8_matvec": "weight, activation, *, out=None",
         "w4a8_matmul": "weight, activations, bias=None, *, out=None, num_threads=1",
         "simd_info": "",

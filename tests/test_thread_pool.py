@@ -1,4 +1,4 @@
-"""The pool of threads: the same bits as one thread, forks, exits, interrupts; and how many threads there are."""
+"""The pool of threads: the bits of one thread, forks, exits, interrupts, and how many threads there are."""
 
 import functools
 import os

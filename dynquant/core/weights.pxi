@@ -17,28 +17,33 @@ cdef void range_codes(float x_min, float x_max, int levels, float* scale, uint8_
         zero_point[0] = <uint8_t> (levels if z > levels else z)
 
 
-# Squared error of one group x, quantized as `row` says.
-cdef double square_error(const Floats* x, const QuantRow* row, int clip) noexcept nogil:
-    cdef int8_t codes[BLOCK]
-    cdef float value[BLOCK]
+# Squared error, weighted unless `weights` is NULL, of x coded by one scale and, unless that is NULL, zero
+# point; with scale 0 every value is 0.
+cdef double group_error(const Floats* x, const float* weights, float scale, const uint8_t* zero_point,
+                        int levels) noexcept nogil:
     cdef float scratch[BLOCK]
-    cdef double sums[6]
+    cdef const float* block
     cdef Py_ssize_t start = 0, n
-    cdef QuantRow coded = row[0]
-    coded.codes, coded.packed = codes, False
-    memset(sums, 0, sizeof(sums))
+    cdef double error = 0
+    cdef int32_t lo = -levels, hi = levels
+    if zero_point != NULL:
+        lo, hi = -<int32_t> zero_point[0], levels - <int32_t> zero_point[0]
+    if scale == 0:
+        scale, lo, hi = 1, 0, 0
     while start < x.n:
         n = block_len(start, x.n)
-        quantize_block(x, &coded, start, n, clip, False, codes)
-        dequantize_block(&coded, 0, False, value, n)
-        kernels.error_sums_row_f32_f64(block_of(x, start, n, scratch), value, sums, n)
+        block = block_of(x, start, n, scratch)
+        if weights == NULL:
+            error += kernels.square_error_row_f32(block, scale, lo, hi, n)
+        else:
+            error += kernels.weighted_square_error_row_f32(block, scale, lo, hi, weights + start, n)
         start += n
-    return sums[1]
+    return error
 
 
-# Scale and zero point of one group. They cover its range or, with `search`, that range times whichever of 1,
-# 31/32, ..., 10/32 leaves the least squared error; of equals the largest.
-cdef void fit_group(const Floats* x, int levels, bint search, float* scale,
+# Scale and zero point of one group, of its range or, with `search`, of that range times the one of 1, 31/32,
+# ..., 10/32 which leaves the least squared error, weighted unless `weights` is NULL; the largest of equals.
+cdef void fit_group(const Floats* x, const float* weights, int levels, bint search, float* scale,
                     uint8_t* zero_point) noexcept nogil:
     cdef float x_min = 0, x_max = 0, t, best_scale
     cdef float scratch[BLOCK]
@@ -46,7 +51,6 @@ cdef void fit_group(const Floats* x, int levels, bint search, float* scale,
     cdef double error, best = -1
     cdef Py_ssize_t start = 0, n
     cdef int i
-    cdef QuantRow row
     while start < x.n:
         n = block_len(start, x.n)
         kernels.min_max_row_f32(block_of(x, start, n, scratch), &x_min, &x_max, n)
@@ -55,11 +59,10 @@ cdef void fit_group(const Floats* x, int levels, bint search, float* scale,
     if not search:
         return
     best_scale = scale[0]
-    row.scales, row.zero_points, row.group, row.in_range = scale, zero_point, x.n, False
     for i in range(SEARCH_STEPS):
         t = <float> (1 - i / 32.0)
         range_codes(x_min * t, x_max * t, levels, scale, zero_point)
-        error = square_error(x, &row, levels)
+        error = group_error(x, weights, scale[0], zero_point, levels)
         if best < 0 or error < best:
             best, best_scale = error, scale[0]
             if zero_point != NULL:
@@ -73,6 +76,7 @@ cdef void fit_group(const Floats* x, int levels, bint search, float* scale,
 cdef struct RowsToFit:
     Floats x
     CodeRows q
+    const float* weights
     int levels
     bint search
 
@@ -87,15 +91,24 @@ cdef bint fit_row_range(void* context, Py_ssize_t first, Py_ssize_t end) noexcep
         for g in range(groups_of(k, group)):
             start = g * group
             part = floats_at(&rows.x, r * k + start, group_end(start, group, k) - start)
-            fit_group(&part, rows.levels, rows.search, <float*> coded.scales + g,
+            fit_group(&part, NULL if rows.weights == NULL else rows.weights + start, rows.levels,
+                      rows.search, <float*> coded.scales + g,
                       NULL if coded.zero_points == NULL else <uint8_t*> coded.zero_points + g)
     return True
 
 
-def fit_rows(FloatMatrix x not None, CodeMatrix q not None, int levels, bint search, int num_threads=1):
-    """Scales, and zero points if q has them, of the groups of the rows, which are finite."""
+def fit_rows(FloatMatrix x not None, CodeMatrix q not None, int levels, bint search, const float[::1] weights,
+             int num_threads=1):
+    """Scales, and zero points if q has them, of the groups of the rows, which are finite.
+
+    A search counts the squared error in column j weights[j] times, if there are weights (k,).
+    """
     cdef RowsToFit rows
     check_rows(x, q)
+    rows.weights = NULL
+    if weights is not None:
+        check_size(weights.shape[0], x.k)
+        rows.weights = &weights[0]
     rows.x, rows.q, rows.levels, rows.search = x.flat(), q.rows(), levels, search
     parallel_ranges(fit_row_range, &rows, x.m, quantize_ns(rows.x.n) * (SEARCH_STEPS if search else 1),
                     num_threads)

@@ -115,6 +115,8 @@ include "matmul_s8.pxi"
 include "matmul_u4.pxi"
 include "sums.pxi"
 include "metrics.pxi"
+include "weights.pxi"
+include "compensate.pxi"
 include "calibrate.pxi"
 include "hadamard.pxi"
 
@@ -132,6 +134,9 @@ kernels.quantize_row_f32_s8 = quantize_row_f32_s8
 kernels.quantize_row_f32_u8 = quantize_row_f32_u8
 kernels.quantize_row_f32_u4 = quantize_row_f32_u4
 kernels.pack_row_s8_s4 = pack_row_s8_s4
+kernels.square_error_row_f32 = square_error_row_f32
+kernels.weighted_square_error_row_f32 = weighted_square_error_row_f32
+kernels.compensate_row_f32 = compensate_row_f32
 kernels.dequantize_row_s8_f32 = dequantize_row_s8_f32
 kernels.unpack_row_s4_s8 = unpack_row_s4_s8
 kernels.shift_row_u4_s8 = shift_row_u4_s8

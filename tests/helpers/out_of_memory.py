@@ -57,8 +57,9 @@ def outcome(call, first, count):
         result = error
     failed = stop_failing()
     if isinstance(result, BaseException):
-        # It holds this frame, and this frame holds the error: neither would be freed before a collection. CPython
-        # would then run out of its 16 spare MemoryErrors, and raise one that since 3.12 never drops a traceback.
+        # It holds this frame, and this frame holds the error: neither would be freed before a collection.
+        # CPython would then run out of its 16 spare MemoryErrors, and raise one that since 3.12 never drops a
+        # traceback.
         result.with_traceback(None)
     return result, failed
 
@@ -98,7 +99,7 @@ def sweep(name, call, out, count):
 
 
 def sweep_and_count(name, call, out=None):
-    """Sweep until no block stays allocated, whichever allocation failed. What a leak loses, it loses each time."""
+    """Sweep until no block stays allocated, whichever allocation failed. A leak loses some each time."""
     total = 0
     for warm in (False, True, True, True):
         gc.collect()
