@@ -9,6 +9,7 @@ weights            quantize_weights: int8 or 4 bits, groups, searched ranges, er
 outliers           hadamard_transform; compute_smooth_factors, search_alpha, smooth_activations,
                    smooth_weights, fold_smooth_factors, SmoothQuantConfig
 calibration        Calibrator: streams, merges, saves; CalibStats.collect
+search             top_k: the best of a corpus of embeddings, exactly
 measuring          error_metrics, quantization_mae
 errors             all derive from DynQuantError and from the built-in exception that fits
 C, Cython, CPU     get_include, from dynquant.capi cimport ..., simd_info
@@ -48,6 +49,7 @@ from ._smooth import (
     smooth_weights,
 )
 from ._tensor import DynQuantTensor
+from ._top_k import top_k
 from ._weights import quantize_weights
 from .errors import (
     DTypeError,
@@ -106,6 +108,7 @@ __all__ = [
     "simd_info",
     "smooth_activations",
     "smooth_weights",
+    "top_k",
     "w4a8_matmul",
     "w4a8_matvec",
     "w8a8_matmul",

@@ -1,6 +1,6 @@
 # The table of row kernels that one instruction set hands to _core. Pointers, lengths and plain numbers only.
 # What each kernel promises stands above it in kernels/*.pxi.
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 
 cdef enum:
@@ -102,3 +102,10 @@ ctypedef struct Kernels:
                                        Py_ssize_t n) noexcept nogil
     # hadamard.pxi
     void (*hadamard_row_f32)(float* x, Py_ssize_t n, float scale) noexcept nogil
+    # top_k.pxi
+    Py_ssize_t (*collect_above_f32)(const float* scores, float threshold, uint32_t first,
+                                    const uint8_t* allowed, uint64_t* keys, Py_ssize_t n) noexcept nogil
+    void (*negative_distance_row_f32)(float* scores, float norm, const float* norms,
+                                      Py_ssize_t n) noexcept nogil
+    double (*dot_row_f32_f64)(const float* x, const float* y, Py_ssize_t n) noexcept nogil
+    double (*square_distance_row_f32_f64)(const float* x, const float* y, Py_ssize_t n) noexcept nogil

@@ -119,6 +119,7 @@ include "weights.pxi"
 include "compensate.pxi"
 include "calibrate.pxi"
 include "hadamard.pxi"
+include "top_k.pxi"
 
 
 cdef Kernels kernels
@@ -170,5 +171,9 @@ kernels.error_sums_row_f32_f64 = error_sums_row_f32_f64
 kernels.count_bins_f32 = count_bins_f32
 kernels.count_channel_bins_row_f32 = count_channel_bins_row_f32
 kernels.hadamard_row_f32 = hadamard_row_f32
+kernels.collect_above_f32 = collect_above_f32
+kernels.negative_distance_row_f32 = negative_distance_row_f32
+kernels.dot_row_f32_f64 = dot_row_f32_f64
+kernels.square_distance_row_f32_f64 = square_distance_row_f32_f64
 
 table = PyCapsule_New(&kernels, "dynquant._table.Kernels", NULL)
