@@ -186,7 +186,7 @@ def as_mask(allowed: Any, q: int, n: int) -> NDArray[np.uint8]:
         raise DTypeError(f"allowed: expected bools, got dtype {mask.dtype}")
     if mask.shape not in ((n,), (q, n)):
         raise ShapeMismatchError(f"({n},) or ({q}, {n})", mask.shape, "allowed")
-    return np.ascontiguousarray(mask).reshape(-1 if n == 0 else mask.size // n, n).view(np.uint8)
+    return np.ascontiguousarray(mask).reshape(q if mask.ndim == 2 else 1, n).view(np.uint8)
 
 
 def as_rows(rescore: Any, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -230,7 +230,7 @@ def search(
 def _merged(hits: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The least keys (q, k) of all parts (parts, q, k), ascending."""
     parts, q, k = hits.shape
-    keys = hits[0]
+    keys: NDArray[np.uint64] = hits[0]
     if parts > 1:
         keys = hits.transpose(1, 0, 2).reshape(q, parts * k)
         keys.partition(k - 1, axis=1)

@@ -313,7 +313,7 @@ def test_rescoring_everything_is_exact():
     x, queries = vectors(rng, 200, 16), vectors(rng, 4, 16)
     corpus = corpus_of("g5", x)
     result = top_k(queries, corpus, 50, rescore=x, oversample=4)
-    expected, indices = best_of(exact_scores(queries, x, "dot"), 50)
+    _, indices = best_of(exact_scores(queries, x, "dot"), 50)
     np.testing.assert_array_equal(result.indices, indices)
     allowed = np.arange(200) < 20
     few = top_k(queries, corpus, 50, rescore=x, allowed=allowed)

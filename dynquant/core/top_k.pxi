@@ -295,21 +295,6 @@ cdef void prepare_queries(const TopKSearch* s, const float* scales) noexcept nog
             pack_codes(s.table, codes, s.k, s.group, s.a + q * activation_bytes(s.table, s.k, s.group))
 
 
-# One row of activations from codes (k,) in [-127, 127].
-cdef void pack_codes(const Kernels* table, const int8_t* codes, Py_ssize_t k, Py_ssize_t group,
-                     uint8_t* a) noexcept nogil:
-    cdef int8_t block[BLOCK]
-    cdef Py_ssize_t start = 0, n
-    if group:
-        table.pack_group_activation_s8(codes, a, k, group)
-        return
-    while start < k:
-        n = block_len(start, k)
-        memcpy(block, codes + start, n)  # they are used up
-        table.pack_activation_s8(block, a, start, n, k)
-        start += n
-
-
 def top_k(CodeMatrix corpus not None, const int8_t[:, ::1] queries not None, const float[::1] scales not None,
           int metric, const float[::1] bias, const uint8_t[:, ::1] allowed, uint64_t[:, :, ::1] hits not None,
           int num_threads=1):
