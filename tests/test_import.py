@@ -276,7 +276,8 @@ def test_signatures():
         "bits=8, group_size=None, symmetric=None, hadamard=False",
         "smooth_activations": "activations, factors, *, out=None",
         "smooth_weights": "weights, factors, *, out=None",
-        "top_k": "queries, corpus, k, *, metric='dot', allowed=None, rescore=None, oversample=4, num_threads=1",
+        "top_k": "queries, corpus, k, *, metric='dot', allowed=None, rescore=None, oversample=4, "
+        "num_threads=1",
         "w8a8_matvec": "weight_i8, weight_scales, activation, *, out=None",
         "w8a8_matmul": "weight_i8, weight_scales, activations, bias=None, *, out=None, num_threads=1",
         "dynamic_quantize_linear": "x",
