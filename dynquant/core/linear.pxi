@@ -129,6 +129,8 @@ cdef class PackedLinear:
                     break
                 quantize_activation(self.w.table, &row, a.scales[r], self.w.group, a.codes,
                                     a.memory.data + r * row_bytes)
+            if finite and self.w.group == 0:
+                self.w.table.arrange_activations_s8(a.memory.data, x.m, x.k)
         return finite
 
     def multiply(self, Activations a not None, float[:, ::1] out not None, Py_ssize_t first=0,
