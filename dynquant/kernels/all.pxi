@@ -60,7 +60,8 @@ cdef extern from "kernels/simd/simd.h" nogil:
     enum: DQ_WIDE
     uint32_t dq_pairs_out_of_range(const int8_t* a)
     void dq_count_lanes(const int8_t* a, int32_t* eights, int32_t* centered)
-    int dq_pack_16(const uint8_t* a, uint8_t* out, int form)
+    int dq_eights_out_of_range(const uint8_t* a)
+    int dq_center_16(const uint8_t* a, uint8_t* out)
     uint32_t dq_split_16(uint8_t* a, int8_t* residuals, int form)
     void dq_widen_16(const uint8_t* a, uint8_t* out)
     void dq_form_rows(int form, const uint8_t* w, const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows,

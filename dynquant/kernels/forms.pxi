@@ -17,9 +17,9 @@
 # the row. Activations of real networks have a few large values and many small ones, so that few lanes are out of
 # range; where they are uniformly distributed nearly all are.
 #
-# Where the codes of a k-step lie: four bytes each, DQ_EIGHTS and DQ_CENTERED after 16 of them two int16, which
-# start the lanes; DQ_WIDE int16, the even ones first. Residuals need the rest of the 12 bytes a k-step that
-# segment_bytes has for both.
+# Codes take four bytes a k-step; in DQ_CENTERED 16 of them are followed by what starts their lanes, two int16; in
+# DQ_WIDE they are int16, the two even ones of a k-step first. Residuals have the rest of the 12 bytes a k-step that
+# segment_bytes counts.
 cdef enum:
     # Rows that share a form, and from how many on they may have another than DQ_PAIRS.
     BAND_ROWS = 32
@@ -96,27 +96,49 @@ cdef inline void split_segment(ActSegment* segment, Py_ssize_t k) noexcept nogil
         split_pairs(codes + i, dq_pairs_out_of_range(last), segment, i, k)
 
 
-# Brings a segment of k, which is DQ_PAIRS and not split, into a form; in place, so from its end.
-cdef inline void arrange_segment(ActSegment* segment, int form, Py_ssize_t k) noexcept nogil:
-    cdef Py_ssize_t k_steps = k_steps_of(k), i
+cdef inline void arrange_eights(ActSegment* segment, Py_ssize_t k_steps) noexcept nogil:
     cdef uint8_t* codes = codes_of(segment)
-    cdef uint8_t* packed
-    cdef int16_t centers[2]
-    segment.form = form
-    if form == DQ_PAIRS:
-        if segment.steps_out_of_range:
-            split_segment(segment, k)
-        return
+    cdef Py_ssize_t i
+    for i in range(k_steps // 4):
+        if dq_eights_out_of_range(codes + 16 * i):
+            split_lanes(codes + 16 * i, DQ_EIGHTS, segment, residuals_of(segment, k_steps), 4 * i)
+
+
+# In place, as arrange_wide, and so from the end.
+cdef inline void arrange_centered(ActSegment* segment, Py_ssize_t k_steps) noexcept nogil:
+    cdef uint8_t* codes = codes_of(segment)
+    cdef uint8_t* out
+    cdef int16_t first[2]
+    cdef int32_t compensation = 0
+    cdef Py_ssize_t i
     for i in range(k_steps // 4 - 1, -1, -1):
-        if form == DQ_WIDE:
-            dq_widen_16(codes + 16 * i, codes + 32 * i)
-            continue
-        packed = codes + 20 * i
-        if dq_pack_16(codes + 16 * i, packed, form):
-            split_lanes(packed, form, segment, residuals_of(segment, k_steps), 4 * i)
-            dq_pack_16(packed, packed, form)
-        memcpy(centers, packed + 16, 4)
-        segment.compensation += centers[0] + centers[1]
+        out = codes + 20 * i
+        if dq_center_16(codes + 16 * i, out):
+            split_lanes(out, DQ_CENTERED, segment, residuals_of(segment, k_steps), 4 * i)
+            dq_center_16(out, out)
+        memcpy(first, out + 16, 4)
+        compensation += first[0] + first[1]
+    segment.compensation += compensation
+
+
+cdef inline void arrange_wide(ActSegment* segment, Py_ssize_t k_steps) noexcept nogil:
+    cdef uint8_t* codes = codes_of(segment)
+    cdef Py_ssize_t i
+    for i in range(k_steps // 4 - 1, -1, -1):
+        dq_widen_16(codes + 16 * i, codes + 32 * i)
+
+
+# Brings a segment of k, which is DQ_PAIRS and not split, into a form.
+cdef inline void arrange_segment(ActSegment* segment, int form, Py_ssize_t k) noexcept nogil:
+    segment.form = form
+    if form == DQ_EIGHTS:
+        arrange_eights(segment, k_steps_of(k))
+    elif form == DQ_CENTERED:
+        arrange_centered(segment, k_steps_of(k))
+    elif form == DQ_WIDE:
+        arrange_wide(segment, k_steps_of(k))
+    elif segment.steps_out_of_range:
+        split_segment(segment, k)
 
 
 cdef inline void arrange_row(uint8_t* a, int form, Py_ssize_t k) noexcept nogil:

@@ -5,8 +5,10 @@
 #if defined(__GNUC__)
 #define DQ_INLINE static inline __attribute__((always_inline)) /* or the weights are passed in memory */
 #define DQ_IN_ORDER(x) __asm__("" : "+x"(x)) /* or gcc reorders the additions, and spills the weights for it */
+#define DQ_UNROLL_2 _Pragma("GCC unroll 2")
 #else
 #define DQ_INLINE static inline
+#define DQ_UNROLL_2
 #define DQ_IN_ORDER(x) (void)(x)
 #endif
 
@@ -120,20 +122,24 @@ static inline void dq_count_lanes(const int8_t* a, int32_t* eights, int32_t* cen
     *eights += dq_count_bits((uint32_t)_mm256_movemask_epi8(over)) / 8;
     *centered += dq_count_bits((uint32_t)_mm256_movemask_epi8(all)) / 8;
 }
-static inline int dq_pack_16(const uint8_t* a, uint8_t* out, int form) {
+static inline int dq_eights_out_of_range(const uint8_t* a) {
+    __m256i p, n;
+    dq_lane_sums(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)a)), &p, &n);
+    const __m128i larger = _mm256_castsi256_si128(_mm256_max_epi16(p, n));
+    return _mm_movemask_epi8(_mm_cmpgt_epi16(larger, _mm_set1_epi16(DQ_EIGHTS_LIMIT)));
+}
+static inline int dq_center_16(const uint8_t* a, uint8_t* out) {
     const __m128i v = _mm_loadu_si128((const __m128i*)a);
     __m256i p, n;
     dq_lane_sums(_mm256_castsi128_si256(v), &p, &n);
-    const __m128i positive = _mm256_castsi256_si128(p), negative = _mm256_castsi256_si128(n);
-    const __m128i sum = _mm_add_epi16(positive, negative), difference = _mm_sub_epi16(positive, negative);
+    const __m128i sum = _mm256_castsi256_si128(_mm256_add_epi16(p, n));
+    const __m128i difference = _mm256_castsi256_si128(_mm256_sub_epi16(p, n));
     /* -128 * d + floor(d / 2) = floor(-127.5 * d) */
     const __m128i center = _mm_sub_epi16(_mm_srai_epi16(difference, 1), _mm_slli_epi16(difference, 7));
     const __m128i pairs = _mm_abs_epi16(_mm_maddubs_epi16(_mm_set1_epi8(1), v));
-    const int32_t added = form == DQ_CENTERED ? _mm_cvtsi128_si32(center) : 0;
+    const int32_t first = _mm_cvtsi128_si32(center);
     _mm_storeu_si128((__m128i*)out, v);
-    memcpy(out + 16, &added, sizeof added);
-    if (form == DQ_EIGHTS)
-        return _mm_movemask_epi8(_mm_cmpgt_epi16(_mm_max_epi16(positive, negative), _mm_set1_epi16(DQ_EIGHTS_LIMIT)));
+    memcpy(out + 16, &first, sizeof first);
     return _mm_movemask_epi8(_mm_or_si128(_mm_cmpgt_epi16(sum, _mm_set1_epi16(DQ_CENTERED_LIMIT)),
                                           _mm_cmpgt_epi16(pairs, _mm_set1_epi16(DQ_PAIR))));
 }
@@ -193,9 +199,10 @@ DQ_INLINE dq_weights_16 dq_weights_load_16(const uint8_t* w) {
 DQ_INLINE void dq_deep_rows(const uint8_t* w, const uint8_t* a, ptrdiff_t stride, ptrdiff_t rows, int32_t* acc,
                             ptrdiff_t k_steps, int centered) {
     memset(acc, 0, 16 * rows * sizeof *acc);
-    for (ptrdiff_t i = 0; i < k_steps; i += 4, w += 256, a += 20) {
+    for (ptrdiff_t i = 0; i < k_steps; i += 4, w += 256, a += centered ? 20 : 16) {
         const dq_weights_16 weights = dq_weights_load_16(w);
         dq_prefetch(w + 64 * k_steps, 256);
+        DQ_UNROLL_2
         for (ptrdiff_t r = 0; r < rows; r++) {
             int32_t* sums = acc + 16 * r;
             __m256i s = centered ? dq_broadcast(a + r * stride + 16) : _mm256_setzero_si256(), t = s;

@@ -202,10 +202,11 @@ enum { DQ_PAIRS, DQ_EIGHTS, DQ_CENTERED, DQ_WIDE };
    Adds how many of the four lanes of DQ_BIAS_STEP biased codes are out of the range of DQ_EIGHTS, and of
    DQ_CENTERED apart from its pairs.
 
-   int dq_pack_16(const uint8_t* a, uint8_t* out, int form)
+   int dq_eights_out_of_range(const uint8_t* a): whether 16 biased codes are out of the range of DQ_EIGHTS.
 
-   16 biased codes -> 20 bytes of the form DQ_EIGHTS or DQ_CENTERED; out may be a. Returns nonzero where they are
-   out of its range.
+   int dq_center_16(const uint8_t* a, uint8_t* out)
+
+   16 biased codes -> 20 bytes of the form DQ_CENTERED; out may be a. Returns nonzero where they are out of range.
 
    uint32_t dq_split_16(uint8_t* a, int8_t* residuals, int form)
 
