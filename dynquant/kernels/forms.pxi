@@ -154,6 +154,17 @@ cdef inline void arrange_row(uint8_t* a, int form, Py_ssize_t k) noexcept nogil:
         start += ACC32_K
 
 
+# Counts for each row how many from it on have its form.
+cdef inline void count_rows(uint8_t* a, Py_ssize_t m, Py_ssize_t stride) noexcept nogil:
+    cdef Py_ssize_t r
+    cdef ActSegment* row
+    for r in range(m - 1, -1, -1):
+        row = <ActSegment*> (a + r * stride)
+        row.rows = 1
+        if r + 1 < m and (<const ActSegment*> (a + (r + 1) * stride)).form == row.form:
+            row.rows += (<const ActSegment*> (a + (r + 1) * stride)).rows
+
+
 # m rows of k > 0 codes, each complete as pack_activation_s8 leaves it -> what gemm_s8s8_f32 takes, once.
 cdef void arrange_activations_s8(uint8_t* a, Py_ssize_t m, Py_ssize_t k) noexcept nogil:
     cdef Py_ssize_t stride = activation_bytes(k), bands = (m + BAND_ROWS - 1) // BAND_ROWS, b, first, end, r
@@ -165,3 +176,4 @@ cdef void arrange_activations_s8(uint8_t* a, Py_ssize_t m, Py_ssize_t k) noexcep
         form = form_of_band(a + first * stride, end - first, k)
         for r in range(first, end):
             arrange_row(a + r * stride, form, k)
+    count_rows(a, m, stride)

@@ -23,7 +23,8 @@ cdef struct ActSegment:
     int32_t steps_out_of_range  # k-steps with a pair out of range
     int32_t eights_out_of_range  # lanes of eight codes out of the range of DQ_EIGHTS
     int32_t centered_out_of_range  # the same of DQ_CENTERED
-    int32_t unused[10]
+    int32_t rows  # how many rows from this on have its form
+    int32_t unused[9]
 
 
 # Four bytes of activations that are to be multiplied with the weights of one step once more.
@@ -336,12 +337,12 @@ cdef inline void microkernel_segments(const uint8_t* panel, Py_ssize_t panels, c
 
 
 # How many of m rows are taken together where DQ_FORMS is 1: rows of one form, and nearly equal numbers of them.
-cdef inline Py_ssize_t rows_of_form(const uint8_t* a, Py_ssize_t stride, Py_ssize_t m) noexcept nogil:
-    cdef int form = (<const ActSegment*> a).form
-    cdef Py_ssize_t max_rows = DQ_KEPT_ROWS if form == DQ_EIGHTS or form == DQ_CENTERED else ROWS, n = 1
-    while n < m and n < 2 * max_rows and (<const ActSegment*> (a + n * stride)).form == form:
-        n += 1
-    return n if n <= max_rows else max_rows if n == 2 * max_rows else (n + 1) // 2
+cdef inline Py_ssize_t rows_of_form(const uint8_t* a, Py_ssize_t m) noexcept nogil:
+    cdef const ActSegment* first = <const ActSegment*> a
+    cdef Py_ssize_t n = min(m, <Py_ssize_t> first.rows), parts
+    cdef Py_ssize_t max_rows = DQ_KEPT_ROWS if first.form == DQ_EIGHTS or first.form == DQ_CENTERED else ROWS
+    parts = (n + max_rows - 1) // max_rows
+    return (n + parts - 1) // parts
 
 
 # How many of m rows are taken together when so many are done: more than are left where those are too few for
@@ -368,7 +369,7 @@ cdef inline void gemm_panels(const uint8_t* panel, Py_ssize_t panels, const floa
     cdef float* row_out
     cdef int32_t compensation
     while done < m:
-        rows = rows_of_form(a + done * stride, stride, m - done) if DQ_FORMS else rows_at_once(done, m)
+        rows = rows_of_form(a + done * stride, m - done) if DQ_FORMS else rows_at_once(done, m)
         if done + rows > m:
             done = m - rows
         row, row_scales, row_out = a + done * stride, a_scales + done, out + done * out_stride

@@ -49,6 +49,7 @@ DQ_INLINE void dq_group_span(const uint8_t* w, const uint8_t* a, ptrdiff_t strid
                              int32_t* acc32, int add, int end, const float* scales, const uint8_t* zero_points,
                              const uint8_t* a_sums, float* acc) {
     const dq_weights_16 first = dq_codes_16(w);
+    DQ_UNROLL_2
     for (ptrdiff_t r = 0; r < rows; r++) {
         __m256i s = _mm256_setzero_si256(), t = s;
         dq_add16(&s, &t, &first, a + r * stride);
@@ -58,6 +59,7 @@ DQ_INLINE void dq_group_span(const uint8_t* w, const uint8_t* a, ptrdiff_t strid
     const dq_weights_16 second = dq_codes_16(w + 128);
     const dq_floats z0 = dq_zero_points_load(zero_points), z1 = dq_zero_points_load(zero_points + 8);
     const dq_floats scales0 = dq_floats_load(scales), scales1 = dq_floats_load(scales + 8);
+    DQ_UNROLL_2
     for (ptrdiff_t r = 0; r < rows; r++) {
         int32_t* sums = acc32 + 16 * r;
         float* out = acc + 16 * r;
@@ -231,10 +233,10 @@ DQ_INLINE void dq_deep_rows(const uint8_t* w, const uint8_t* a, ptrdiff_t stride
     y = dq_broadcast(a + r * stride + 8 * i + 4); \
     s##r = _mm256_add_epi32(s##r, _mm256_madd_epi16(even0, x)); \
     t##r = _mm256_add_epi32(t##r, _mm256_madd_epi16(even1, x)); \
-    s##r = _mm256_add_epi32(s##r, _mm256_madd_epi16(odd0, y)); \
-    t##r = _mm256_add_epi32(t##r, _mm256_madd_epi16(odd1, y)); \
     DQ_IN_ORDER(s##r); \
-    DQ_IN_ORDER(t##r);
+    DQ_IN_ORDER(t##r); \
+    s##r = _mm256_add_epi32(s##r, _mm256_madd_epi16(odd0, y)); \
+    t##r = _mm256_add_epi32(t##r, _mm256_madd_epi16(odd1, y));
 #define DQ_MICROKERNEL_PAIRS(each_row) \
     each_row(DQ_ROW_BEGIN) \
     for (ptrdiff_t i = 0; i < k_steps; i++, w += 64) { \
