@@ -71,6 +71,7 @@ ctypedef struct Kernels:
     void (*unpack_panel_s8)(const uint8_t* panel, int8_t* w, Py_ssize_t rows, Py_ssize_t k) noexcept nogil
     void (*pack_activation_s8)(int8_t* codes, uint8_t* a, Py_ssize_t start, Py_ssize_t n,
                                Py_ssize_t k) noexcept nogil
+    void (*arrange_activations_s8)(uint8_t* a, Py_ssize_t m, Py_ssize_t k) noexcept nogil
     void (*gemm_s8s8_f32)(const uint8_t* panels, const float* w_scales, const float* bias,
                           const uint8_t* a, const float* a_scales, float* out, Py_ssize_t out_stride,
                           Py_ssize_t m, Py_ssize_t n, Py_ssize_t k) noexcept nogil

@@ -331,6 +331,8 @@ cdef int quantize_activations(const float* x, int64_t m, int64_t k, int64_t grou
             return status
         row = floats(x + r * k, k)
         quantize_activation(kernels, &row, scales[r], group, scratch, a + r * width)
+    if group == 0:
+        kernels.arrange_activations_s8(a, m, k)
     return DYNQUANT_OK
 
 

@@ -54,6 +54,19 @@ cdef extern from "kernels/simd/simd.h" nogil:
     dq_weights dq_weights_load(const uint8_t* w)
     dq_acc dq_acc_step(dq_acc acc, dq_weights w, dq_broadcast_act a)
     uint32_t dq_bias_step(int8_t* a, int32_t* compensation)
+    enum: DQ_FORMS
+    enum: DQ_PAIRS
+    enum: DQ_EIGHTS
+    enum: DQ_CENTERED
+    enum: DQ_WIDE
+    uint32_t dq_pairs_out_of_range(const int8_t* a)
+    void dq_count_lanes(const int8_t* a, int32_t* eights, int32_t* centered)
+    int dq_eights_out_of_range(const uint8_t* a)
+    int dq_center_16(const uint8_t* a, uint8_t* out)
+    uint32_t dq_split_16(uint8_t* a, int8_t* residuals, int form)
+    void dq_widen_16(const uint8_t* a, uint8_t* out)
+    void dq_form_rows(int form, const uint8_t* w, const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows,
+                      int32_t* acc, Py_ssize_t k_steps)
     enum: DQ_TILE_K_STEPS
     enum: DQ_TILE_ROWS
     enum: DQ_TILES_FROM
@@ -112,6 +125,7 @@ include "smooth.pxi"
 include "split.pxi"
 include "dot.pxi"
 include "matmul_s8.pxi"
+include "forms.pxi"
 include "matmul_u4.pxi"
 include "sums.pxi"
 include "metrics.pxi"
@@ -155,6 +169,7 @@ kernels.activation_bytes = activation_bytes
 kernels.pack_panel_s8 = pack_panel_s8
 kernels.unpack_panel_s8 = unpack_panel_s8
 kernels.pack_activation_s8 = pack_activation_s8
+kernels.arrange_activations_s8 = arrange_activations_s8
 kernels.gemm_s8s8_f32 = gemm_s8s8_f32
 kernels.prefetch_from = DQ_PREFETCH_FROM
 kernels.group_panel_bytes = group_panel_bytes

@@ -12,13 +12,19 @@ cdef enum:
     PANEL = 2 * DQ_LANES
     ROWS = 4
     TILE = DQ_TILE_ROWS // 2
+    MICROKERNEL_ROWS = DQ_TILE_ROWS + DQ_KEPT_ROWS
 
 
 # As long as a cache line, so that codes begin at one.
 cdef struct ActSegment:
     int32_t compensation  # to be taken off each sum
     int32_t residuals
-    int32_t unused[14]
+    int32_t form  # one of DQ_FORMS, for all segments of a row
+    int32_t steps_out_of_range  # k-steps with a pair out of range
+    int32_t eights_out_of_range  # lanes of eight codes out of the range of DQ_EIGHTS
+    int32_t centered_out_of_range  # the same of DQ_CENTERED
+    int32_t rows  # how many rows from this on have its form
+    int32_t unused[9]
 
 
 # Four bytes of activations that are to be multiplied with the weights of one step once more.
@@ -97,11 +103,17 @@ cdef inline uint8_t* codes_of(ActSegment* segment) noexcept nogil:
     return <uint8_t*> (segment + 1)
 
 
+# Residuals of a segment follow its codes, which take four bytes a k-step, or five with what DQ_EIGHTS and
+# DQ_CENTERED add to 16 of them.
+cdef inline Residual* residuals_of(ActSegment* segment, Py_ssize_t k_steps) noexcept nogil:
+    return <Residual*> (codes_of(segment) + (5 if DQ_FORMS and segment.form else 4) * k_steps)
+
+
 # Trims the pairs in `beyond` of DQ_ACTIVATIONS_STEP codes, the first of which is at `start` of a block of k.
 # The block takes the rests.
 cdef inline void split_pairs(int8_t* codes, uint32_t out_of_range, ActSegment* segment, Py_ssize_t start,
                              Py_ssize_t k) noexcept nogil:
-    cdef Residual* residuals = <Residual*> (codes_of(segment) + 4 * k_steps_of(k))
+    cdef Residual* residuals = residuals_of(segment, k_steps_of(k))
     cdef Py_ssize_t j = 0
     while out_of_range:
         if out_of_range & 3:
@@ -122,17 +134,24 @@ cdef void pack_activation_s8(int8_t* codes, uint8_t* a, Py_ssize_t start, Py_ssi
     cdef ActSegment* segment = <ActSegment*> (a + start // ACC32_K * segment_bytes(ACC32_K))
     cdef Py_ssize_t at = start % ACC32_K, i = 0
     cdef int16_t* wide = <int16_t*> codes_of(segment) + at
-    cdef int32_t compensation = 0
+    cdef int32_t compensation = 0, steps = 0, eights = 0, centered = 0
     cdef uint32_t out_of_range
     if at == 0:
-        segment.compensation = segment.residuals = 0
+        segment.compensation = segment.residuals = segment.form = segment.steps_out_of_range = 0
+        segment.eights_out_of_range = segment.centered_out_of_range = 0
     memset(codes + n, 0, -n & (DQ_BIAS_STEP - 1))
     while i < n:
         out_of_range = dq_bias_step(codes + i, &compensation)
-        if DQ_SPLIT and out_of_range:
+        if DQ_FORMS:
+            steps += dq_count_bits((out_of_range | out_of_range >> 1) & 0x5555)
+            dq_count_lanes(codes + i, &eights, &centered)
+        elif DQ_SPLIT and out_of_range:
             split_pairs(codes + i, out_of_range, segment, at + i, segment_k(start - at, k))
         i += DQ_BIAS_STEP
     segment.compensation += compensation
+    segment.steps_out_of_range += steps
+    segment.eights_out_of_range += eights
+    segment.centered_out_of_range += centered
     if DQ_DEPTH == 4:
         memcpy(codes_of(segment) + at, codes, n)
         memset(codes_of(segment) + at + n, 0, 4 * k_steps_of(at + n) - at - n)
@@ -233,7 +252,7 @@ cdef inline void microkernel_4(const uint8_t* segment, const uint8_t* a0, const 
 # Adds the rests of one row to its sums (PANEL,).
 cdef inline void add_residuals(const uint8_t* segment, const ActSegment* a, int32_t* acc,
                                Py_ssize_t k_steps) noexcept nogil:
-    cdef const Residual* residuals = <const Residual*> (codes_of(<ActSegment*> a) + 4 * k_steps)
+    cdef const Residual* residuals = residuals_of(<ActSegment*> a, k_steps)
     cdef dq_acc s0 = dq_acc_load(acc), s1 = dq_acc_load(acc + DQ_LANES)
     cdef const uint8_t* w
     cdef dq_broadcast_act k
@@ -257,6 +276,8 @@ cdef inline void microkernel(const uint8_t* segment, Py_ssize_t panel_stride, Py
     cdef Py_ssize_t r, p
     if panels > 1:
         gemv_4_panels(segment, panel_stride, codes, acc, k_steps)
+    elif DQ_FORMS and (rows > 1 or (<const ActSegment*> a).form != DQ_PAIRS):
+        dq_form_rows((<const ActSegment*> a).form, segment, codes, stride, rows, acc, k_steps)
     elif rows == 1:
         gemv(segment, codes, acc, k_steps)
     elif rows >= DQ_TILES_FROM:
@@ -300,10 +321,10 @@ cdef inline void finish_row_s32(const int32_t* acc, int32_t compensation, const 
 cdef inline void microkernel_segments(const uint8_t* panel, Py_ssize_t panels, const uint8_t* a,
                                       Py_ssize_t stride, Py_ssize_t rows, int64_t* totals,
                                       Py_ssize_t k) noexcept nogil:
-    cdef int32_t acc[DQ_TILE_ROWS * PANEL]
+    cdef int32_t acc[MICROKERNEL_ROWS * PANEL]
     cdef Py_ssize_t start = 0, n, i, r
     cdef int32_t compensation
-    memset(totals, 0, DQ_TILE_ROWS * PANEL * sizeof(int64_t))
+    memset(totals, 0, rows * panels * PANEL * sizeof(int64_t))
     while start < k:
         n = segment_k(start, k)
         microkernel(panel + start * PANEL, panel_bytes(k), panels, a, stride, rows, acc, k_steps_of(n))
@@ -313,6 +334,15 @@ cdef inline void microkernel_segments(const uint8_t* panel, Py_ssize_t panels, c
                 totals[i] += acc[i] - compensation
         a += segment_bytes(n)
         start += n
+
+
+# How many of m rows are taken together where DQ_FORMS is 1: rows of one form, and nearly equal numbers of them.
+cdef inline Py_ssize_t rows_of_form(const uint8_t* a, Py_ssize_t m) noexcept nogil:
+    cdef const ActSegment* first = <const ActSegment*> a
+    cdef Py_ssize_t n = min(m, <Py_ssize_t> first.rows), parts
+    cdef Py_ssize_t max_rows = DQ_KEPT_ROWS if first.form == DQ_EIGHTS or first.form == DQ_CENTERED else ROWS
+    parts = (n + max_rows - 1) // max_rows
+    return (n + parts - 1) // parts
 
 
 # How many of m rows are taken together when so many are done: more than are left where those are too few for
@@ -331,15 +361,15 @@ cdef inline void gemm_panels(const uint8_t* panel, Py_ssize_t panels, const floa
                              const float* bias, const uint8_t* a, const float* a_scales, float* out,
                              Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t cols,
                              Py_ssize_t k) noexcept nogil:
-    cdef int32_t acc[DQ_TILE_ROWS * PANEL]
-    cdef int64_t totals[DQ_TILE_ROWS * PANEL]
+    cdef int32_t acc[MICROKERNEL_ROWS * PANEL]
+    cdef int64_t totals[MICROKERNEL_ROWS * PANEL]
     cdef Py_ssize_t stride = activation_bytes(k), done = 0, r, rows
     cdef const uint8_t* row
     cdef const float* row_scales
     cdef float* row_out
     cdef int32_t compensation
     while done < m:
-        rows = rows_at_once(done, m)
+        rows = rows_of_form(a + done * stride, m - done) if DQ_FORMS else rows_at_once(done, m)
         if done + rows > m:
             done = m - rows
         row, row_scales, row_out = a + done * stride, a_scales + done, out + done * out_stride
@@ -366,10 +396,11 @@ cdef void gemm_s8s8_f32(const uint8_t* panels, const float* w_scales, const floa
                         const float* a_scales, float* out, Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n,
                         Py_ssize_t k) noexcept nogil:
     cdef Py_ssize_t count, cols
+    cdef bint by_vector = m == 1 and (not DQ_FORMS or (<const ActSegment*> a).form == DQ_PAIRS)
     if m >= DQ_TILES_FROM:
         dq_tiles_begin(m if m < TILE else TILE, DQ_TILE_K_STEPS)
     while n > 0:
-        count = DQ_CONCURRENT_PANELS if m == 1 and n > (DQ_CONCURRENT_PANELS - 1) * PANEL else 1
+        count = DQ_CONCURRENT_PANELS if by_vector and n > (DQ_CONCURRENT_PANELS - 1) * PANEL else 1
         cols = n if n < count * PANEL else count * PANEL
         gemm_panels(panels, count, w_scales, bias, a, a_scales, out, out_stride, m, cols, k)
         panels += count * panel_bytes(k)

@@ -305,7 +305,7 @@ cdef inline void short_groups_4_rows(const uint8_t* panel, const float* scales, 
 
 # Whether products of two rows and more keep the codes of a k-block of a group in registers.
 cdef inline bint keeps_weights(Py_ssize_t k, Py_ssize_t group) noexcept nogil:
-    return DQ_KEPT_ROWS > 0 and group <= EXACT_K and (k | group) % (4 * DQ_K_BLOCK) == 0
+    return DQ_KEPT_ROWS > 1 and group <= EXACT_K and (k | group) % (4 * DQ_K_BLOCK) == 0
 
 
 # acc (rows, PANEL) = the same for rows <= DQ_KEPT_ROWS rows of a, where keeps_weights.

@@ -621,6 +621,7 @@ static void panels(void) {
             memcpy(part, codes + r * k + i, count);
             kernels->pack_activation_s8(part, a + r * width, i, count, k);
         }
+    kernels->arrange_activations_s8(a, m, k);
     kernels->gemm_s8s8_f32(packed, scales, bias, a, a_scales, out, stride, m, n, k);
     for (int64_t r = 0; r < m; r++)
         for (int64_t c = 0; c < n; c++) {

@@ -168,20 +168,24 @@ static inline dq_acc dq_acc_step(dq_acc acc, dq_weights w, dq_broadcast_act a) {
 #endif
 
 #define DQ_BIASES
+/* Which pairs of 32 codes are out of the range of DQ_PAIR, bit j for pair j. */
+static inline uint32_t dq_pairs_out_of_range(const int8_t* a) {
+    const __m256i sums = _mm256_maddubs_epi16(_mm256_set1_epi8(1), _mm256_loadu_si256((const __m256i*)a));
+    const __m256i out_of_range = _mm256_cmpgt_epi16(_mm256_abs_epi16(sums), _mm256_set1_epi16(DQ_PAIR));
+    const uint32_t bits = (uint32_t)_mm256_movemask_epi8(_mm256_packs_epi16(out_of_range, out_of_range));
+    return (bits & 0xFF) | (bits >> 8 & 0xFF00);
+}
 static inline uint32_t dq_bias_step(int8_t* a, int32_t* compensation) {
     const __m256i odd = _mm256_set1_epi16((short)0xFF00);
     const __m256i v = _mm256_sub_epi8(_mm256_xor_si256(_mm256_loadu_si256((const __m256i*)a), odd), odd);
     /* A pair adds at most 128 * 127 + 127 * 127 = 32,385. */
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi16(0x7F80), v);
     const __m256i four = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-    const __m256i out_of_range = _mm256_cmpgt_epi16(
-        _mm256_abs_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), v)), _mm256_set1_epi16(DQ_PAIR));
-    const uint32_t bits = (uint32_t)_mm256_movemask_epi8(_mm256_packs_epi16(out_of_range, out_of_range));
     __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
     sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4E));
     *compensation += _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1)));
     _mm256_storeu_si256((__m256i*)a, v);
-    return (bits & 0xFF) | (bits >> 8 & 0xFF00);
+    return dq_pairs_out_of_range(a);
 }
 
 #ifndef DQ_ACC16_STEPS

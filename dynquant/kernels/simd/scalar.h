@@ -105,20 +105,28 @@ static inline dq_acc dq_acc_step(dq_acc acc, dq_weights w, dq_broadcast_act a) {
 
 #ifndef DQ_BIASES
 #define DQ_BIASES
-static inline uint32_t dq_bias_step(int8_t* a, int32_t* compensation) {
+static inline uint32_t dq_pairs_out_of_range(const int8_t* a) {
     uint32_t bits = 0;
     for (int j = 0; j < DQ_BIAS_STEP / 2; j++) {
-        const int even = a[2 * j], odd = a[2 * j + 1];
-        *compensation += 128 * even - 127 * odd;
-        a[2 * j + 1] = (int8_t)-odd;
-        bits |= (uint32_t)(even - odd > DQ_PAIR || odd - even > DQ_PAIR) << j;
+        const int sum = a[2 * j] + a[2 * j + 1];
+        bits |= (uint32_t)(sum > DQ_PAIR || sum < -DQ_PAIR) << j;
     }
     return bits;
 }
+static inline uint32_t dq_bias_step(int8_t* a, int32_t* compensation) {
+    for (int j = 0; j < DQ_BIAS_STEP; j += 2) {
+        *compensation += 128 * a[j] - 127 * a[j + 1];
+        a[j + 1] = (int8_t)-a[j + 1];
+    }
+    return dq_pairs_out_of_range(a);
+}
+#endif
+
+#ifndef DQ_TILE_K_STEPS
+#define DQ_TILE_K_STEPS 2
 #endif
 
 #ifndef DQ_AMX
-#define DQ_TILE_K_STEPS 2
 #define DQ_TILES_FROM 5
 #define DQ_GROUP_TILES_FROM 0
 static inline void dq_unpack_k_blocks(const uint8_t* w, uint8_t* k_steps, ptrdiff_t k_blocks) {
@@ -167,11 +175,28 @@ static inline dq_floats dq_group_add(dq_floats acc, dq_acc s, dq_floats zero_poi
 #endif
 
 #ifndef DQ_KEPT_ROWS
-#define DQ_KEPT_ROWS 0
+#define DQ_KEPT_ROWS 1
 static inline void dq_group_rows(const uint8_t* w, const float* scales, const uint8_t* zero_points, const uint8_t* a,
                                  const uint8_t* a_sums, ptrdiff_t stride, ptrdiff_t rows, float* acc, ptrdiff_t k_blocks,
                                  ptrdiff_t prefetch_distance) {
     (void)w, (void)scales, (void)zero_points, (void)a, (void)a_sums, (void)stride, (void)rows, (void)acc;
     (void)k_blocks, (void)prefetch_distance;
+}
+#endif
+
+#ifndef DQ_FORMS
+#define DQ_FORMS 0
+static inline void dq_count_lanes(const int8_t* a, int32_t* eights, int32_t* centered) {
+    (void)a, (void)eights, (void)centered;
+}
+static inline int dq_eights_out_of_range(const uint8_t* a) { return (void)a, 0; }
+static inline int dq_center_16(const uint8_t* a, uint8_t* out) { return (void)a, (void)out, 0; }
+static inline uint32_t dq_split_16(uint8_t* a, int8_t* residuals, int form) {
+    return (void)a, (void)residuals, (void)form, 0u;
+}
+static inline void dq_widen_16(const uint8_t* a, uint8_t* out) { (void)a, (void)out; }
+static inline void dq_form_rows(int form, const uint8_t* w, const uint8_t* a, ptrdiff_t stride, ptrdiff_t rows,
+                                int32_t* acc, ptrdiff_t k_steps) {
+    (void)form, (void)w, (void)a, (void)stride, (void)rows, (void)acc, (void)k_steps;
 }
 #endif

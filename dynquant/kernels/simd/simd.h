@@ -181,12 +181,46 @@ static inline float dq_widen(uint16_t h) {
    k + 1 for even k, may then be out of [-DQ_PAIR, DQ_PAIR] in sum. */
 #define DQ_PAIR 128
 
+/* uint32_t dq_pairs_out_of_range(const int8_t* a)
+
+   Which pairs of DQ_BIAS_STEP biased codes are out of the range of DQ_PAIR, bit j for pair j. */
+
 /* uint32_t dq_bias_step(int8_t* a, int32_t* compensation)
 
    Prepares DQ_BIAS_STEP codes for dq_acc_step or dq_dot_biased_step, all but the split: negates the odd ones,
    adds to *compensation what this is subtracted for, and returns which pairs are out of the range of DQ_PAIR,
    bit j for pair j. */
 #define DQ_BIAS_STEP 32
+
+/* Forms in which a row of biased codes can be multiplied, where DQ_FORMS is 1: kernels/forms.pxi. */
+enum { DQ_PAIRS, DQ_EIGHTS, DQ_CENTERED, DQ_WIDE };
+#define DQ_EIGHTS_LIMIT 128
+#define DQ_CENTERED_LIMIT 257
+
+/* void dq_count_lanes(const int8_t* a, int32_t* eights, int32_t* centered)
+
+   Adds how many of the four lanes of DQ_BIAS_STEP biased codes are out of the range of DQ_EIGHTS, and of
+   DQ_CENTERED apart from its pairs.
+
+   int dq_eights_out_of_range(const uint8_t* a): whether 16 biased codes are out of the range of DQ_EIGHTS.
+
+   int dq_center_16(const uint8_t* a, uint8_t* out)
+
+   16 biased codes -> 20 bytes of the form DQ_CENTERED; out may be a. Returns nonzero where they are out of range.
+
+   uint32_t dq_split_16(uint8_t* a, int8_t* residuals, int form)
+
+   Leaves of 16 biased codes what is in range of the form, of each lane the first ones. residuals (2, 4, 4): of the
+   four k-steps what is over, and of that in turn what is out of the range of DQ_PAIR. Bit j is set where the k-step
+   j of these eight is not zero.
+
+   void dq_widen_16(const uint8_t* a, uint8_t* out): 16 biased codes -> 32 bytes of the form DQ_WIDE.
+
+   void dq_form_rows(int form, const uint8_t* w, const uint8_t* a, ptrdiff_t stride, ptrdiff_t rows, int32_t* acc,
+                     ptrdiff_t k_steps)
+
+   acc (rows, 2 * DQ_LANES) = `k_steps` k-steps of rows of one form, `stride` bytes apart: at most DQ_KEPT_ROWS of
+   DQ_EIGHTS and DQ_CENTERED, at most 4 of the others, and at least 2 of DQ_PAIRS. */
 
 /* void dq_tiles(const uint8_t* w, const uint8_t* a, ptrdiff_t stride, int rows, int32_t* acc, ptrdiff_t k_steps,
                  int tile_k_steps, int add)
@@ -230,7 +264,7 @@ static inline float dq_widen(uint16_t h) {
 
    acc (rows, 2 * DQ_LANES): dq_group_add of a group of `k_blocks` k-blocks, a multiple of 4, for at most DQ_KEPT_ROWS
    rows of a and of their sums, both `stride` bytes apart. The codes `prefetch_distance` bytes on are prefetched.
-   DQ_KEPT_ROWS is 0 where there is no such form. */
+   DQ_KEPT_ROWS is 1 where there is no such form. */
 #define DQ_K_BLOCK 8
 
 /* ---- Rotation ------------------------------------------------------------------------------------------- */
