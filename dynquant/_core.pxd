@@ -32,8 +32,9 @@ cdef struct QuantRow:
 
 
 # Weights of n outputs and k inputs in the form that the kernels of `table` take. With group 0 they are int8,
-# and scales (n,) are not packed; otherwise 4-bit, with the scales and zero points of all panels. No bias
-# where NULL.
+# and scales (n,) are not packed; otherwise 4-bit, with the scales and zero points of all panels; with
+# int8_groups they are int8, with the scales of all panels, and w_sums unless activations are symmetric and it
+# is NULL. No bias where NULL.
 cdef struct PackedWeights:
     const Kernels* table
     Py_ssize_t n
@@ -43,6 +44,8 @@ cdef struct PackedWeights:
     float* scales
     uint8_t* zero_points
     const float* bias
+    bint int8_groups
+    int32_t* w_sums
 
 
 cdef Kernels* kernels

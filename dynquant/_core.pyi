@@ -110,8 +110,18 @@ class PackedLinear:
     weight_bytes: int
     factors: _F32 | None
     divide: bool
+    symmetric: bool
     def __new__(
-        cls, n: int, k: int, group: int, bias: _F32 | None, factors: _F32 | None, divide: bool, block: int
+        cls,
+        n: int,
+        k: int,
+        group: int,
+        bias: _F32 | None,
+        factors: _F32 | None,
+        divide: bool,
+        block: int,
+        int8_groups: bool = ...,
+        symmetric: bool = ...,
     ) -> PackedLinear: ...
     def activation_bytes(self) -> int: ...
     def pack(self, q: CodeMatrix) -> None: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -11,7 +12,17 @@ from . import _core
 from ._batches import row_batches
 from ._compensate import SecondMoments
 from ._format import DynQuantFormat
-from ._packed import check_weight, multiply, multiply_codes, packed_linear, raise_bad_row
+from ._packed import (
+    INT4,
+    INT8_GROUPS,
+    INT8_ROWS,
+    check_weight,
+    multiply,
+    multiply_codes,
+    multiply_floats,
+    packed_linear,
+    raise_bad_row,
+)
 from ._smooth import as_factors
 from ._tensor import DynQuantTensor, as_flat, check_arrays, check_field, tensor_of_checked
 from ._transform import InputTransform, fixed_signs, rotated_span
@@ -66,13 +77,15 @@ class QuantLinear:
         Whether activations are rotated in every call, in spans as `from_float` has them.
     signs : array_like of 1 and -1, (in_features,), optional
         What activations are multiplied by before they are rotated. Only with `hadamard`.
+    activation_symmetric, activation_bits
+        How activations are quantized, as in `from_float`.
 
     Attributes
     ----------
     in_features, out_features, bits : int
-    group_size : int or None
+    group_size, activation_bits : int or None
     bias, smooth, signs : ndarray or None
-    hadamard : bool
+    hadamard, activation_symmetric : bool
 
     Raises
     ------
@@ -105,8 +118,10 @@ class QuantLinear:
         hadamard: bool = False,
         *,
         signs: ArrayLike | None = None,
+        activation_symmetric: bool = True,
+        activation_bits: int | None = 8,
     ) -> None:
-        check_weight(weight, "weight", int8=True, int4=True)
+        check_weight(weight, "weight", INT8_ROWS, INT8_GROUPS, INT4)
         if weight.element_count == 0:
             raise EmptyInputError(f"weight: expected at least one element, got shape {weight.shape}")
         n, k = weight.shape
@@ -117,7 +132,8 @@ class QuantLinear:
             raise ParameterError("signs: expected None unless hadamard is True, got an array")
         span = rotated_span(k) if hadamard else 0
         transform = InputTransform(factors, None if signs is None else _as_signs(signs, k), span)
-        self._set(weight, offset, transform, hadamard)
+        activations = _as_activations(activation_bits, activation_symmetric, weight.format.bits)
+        self._set(weight, offset, transform, hadamard, *activations)
 
     def _set(
         self,
@@ -125,6 +141,8 @@ class QuantLinear:
         bias: NDArray[np.float32] | None,
         transform: InputTransform,
         hadamard: bool,
+        activation_bits: int | None,
+        activation_symmetric: bool,
     ) -> None:
         """Everything a layer consists of, from checked arguments, of which nothing is kept but copies."""
         self._n, self._k = weight.shape
@@ -135,7 +153,14 @@ class QuantLinear:
         self._transform = transform = InputTransform(
             _frozen_copy(transform.smooth), _frozen_copy(transform.signs), transform.span
         )
-        self._layer = packed_linear(weight, self._bias, transform.factors, transform.divides, transform.span)
+        self._activation_bits, self._activation_symmetric = activation_bits, activation_symmetric
+        # Packed weights; for float activations the weights as they are.
+        self._layer: _core.PackedLinear | DynQuantTensor
+        if activation_bits is None:
+            self._layer = copy.deepcopy(weight)
+        else:
+            vectors = transform.factors, transform.divides, transform.span
+            self._layer = packed_linear(weight, self._bias, *vectors, activation_symmetric)
 
     @property
     def in_features(self) -> int:
@@ -177,6 +202,16 @@ class QuantLinear:
         """What activations are multiplied by before they are rotated, (in_features,), read-only, or None."""
         return _read_only(self._transform.signs)
 
+    @property
+    def activation_bits(self) -> int | None:
+        """Bits of a quantized activation, 8; None where activations are not quantized."""
+        return self._activation_bits
+
+    @property
+    def activation_symmetric(self) -> bool:
+        """Whether the codes of activations are around zero; otherwise each row has a zero point."""
+        return self._activation_symmetric
+
     @classmethod
     def from_float(
         cls,
@@ -191,6 +226,8 @@ class QuantLinear:
         hadamard: bool = False,
         calibration: ArrayLike | Iterable[ArrayLike] | None = None,
         relative: bool = True,
+        activation_symmetric: bool = True,
+        activation_bits: int | None = 8,
         num_threads: int = 1,
     ) -> QuantLinear:
         """Quantize and pack the weights of a linear layer.
@@ -214,6 +251,13 @@ class QuantLinear:
         calibration : array_like of floats, (..., in_features), or an iterable of such arrays, optional
             Inputs that the layer has had, neither smoothed nor rotated: codes are chosen so that their errors
             cancel in the output, as in `quantize_weights`.
+        activation_symmetric : bool
+            False: activations are quantized to uint8 with a zero point for each row, which uses all 256 codes
+            where inputs are of one sign or off center. Only with ``bits=8``. It costs 4 bytes for each scale
+            of the weights; see the notes.
+        activation_bits : {8, None}
+            None: activations stay float32, and are multiplied by the float32 values of the weights. This
+            saves the memory of weights but no time: some of them are dequantized at a time, for NumPy's BLAS.
 
         Returns
         -------
@@ -228,8 +272,25 @@ class QuantLinear:
         ParameterError
             If an option has a value that it cannot take, a factor is not above zero, or a weight leaves
             float32 when rotated.
+
+        Notes
+        -----
+        Activations that are not symmetric have ``scale = (max(0, max) - min(0, min)) / 255``, ``zero_point =
+        clamp(round(-min(0, min) / scale), 0, 255)`` and ``code = clamp(round(x / scale) + zero_point, 0,
+        255)``, halves away from zero. The output is ``float32(sum) * weight_scale * scale + bias``, where
+        ``sum`` is the exact integer ``sum(w * (code - zero_point))``. Of a row of zeros it is the bias.
+
+        8-bit weights with groups are multiplied as 4-bit weights are in `w4a8_matmul`: ``total * scale +
+        bias``, where ``total`` adds up ``float32(sum) * group_scale`` over the groups in ascending order,
+        from 0, in float32.
+
+        All of these are exact and the same bits everywhere, as those of `w8a8_matmul` are. With
+        ``activation_bits=None`` outputs are those of NumPy's BLAS, close to ``x @
+        layer.weight_dequantized().T + bias`` and to each other, but not the same bits on every machine or in
+        every batch.
         """
         fmt, symmetric = weight_format(bits, group_size, symmetric)
+        activations = _as_activations(activation_bits, activation_symmetric, fmt.bits)
         search, hadamard = as_flag(search, "search"), as_flag(hadamard, "hadamard")
         threads = as_thread_count(num_threads)
         w = as_matrix(weight, "weight", "(out_features, in_features)")
@@ -243,7 +304,7 @@ class QuantLinear:
         moments = None if calibration is None else _moments(calibration, k, relative, transform)
         tensor = quantize_matrix(w, fmt, symmetric, search, moments, threads, "weight")
         layer = cls.__new__(cls)
-        layer._set(tensor, offset, transform, hadamard)
+        layer._set(tensor, offset, transform, hadamard, *activations)
         return layer
 
     @classmethod
@@ -253,12 +314,13 @@ class QuantLinear:
         Parameters
         ----------
         arrays : mapping
-            ``weight_scales`` and, for 8 bits, ``weight_i8`` (out_features, in_features) int8 and one scale
-            for each output; or, for 4 bits, ``weight_i4`` (out_features, ceil(in_features / 2)) uint8, two
-            codes a byte, ``in_features``, ``group_size`` unless there is one scale for each output, and
-            ``weight_zero_points`` unless the codes are symmetric. If the layer has them, ``bias``
-            (out_features,) and ``smooth`` (in_features,); ``hadamard`` if it rotates, and ``signs``
-            (in_features,), 1 or -1, unless it rotates without, as layers of version 0.1 do. Copied.
+            ``weight_scales`` and, for 8 bits, ``weight_i8`` (out_features, in_features) int8; or, for 4 bits,
+            ``weight_i4`` (out_features, ceil(in_features / 2)) uint8, two codes a byte, ``in_features``, and
+            ``weight_zero_points`` unless the codes are symmetric. ``group_size`` unless there is one scale
+            for each output. If the layer has them, ``bias`` (out_features,) and ``smooth`` (in_features,);
+            ``hadamard`` if it rotates, and ``signs`` (in_features,), 1 or -1, unless it rotates without, as
+            layers of version 0.1 do; ``activation_symmetric`` if that is False; ``activation_bits``, 0, if
+            that is None. Copied.
 
         Raises
         ------
@@ -271,7 +333,15 @@ class QuantLinear:
         check_names(arrays, *(_INT4_NAMES if int4 else _INT8_NAMES))
         hadamard = as_scalar(arrays.get("hadamard", False))
         vectors = arrays.get("bias"), arrays.get("smooth")
-        return cls(_weight_of(arrays), *vectors, hadamard, signs=arrays.get("signs"))
+        bits = as_scalar(arrays.get("activation_bits", 8))
+        return cls(
+            _weight_of(arrays),
+            *vectors,
+            hadamard,
+            signs=arrays.get("signs"),
+            activation_symmetric=as_scalar(arrays.get("activation_symmetric", True)),
+            activation_bits=None if type(bits) in _INTEGERS and bits == 0 else bits,
+        )
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Everything the layer consists of, as new arrays of numbers, for `from_arrays` and `numpy.savez`.
@@ -298,8 +368,8 @@ class QuantLinear:
             arrays["in_features"] = np.array(self._k)
             if weight.zero_points is not None:
                 arrays["weight_zero_points"] = weight.zero_points
-            if self._format.group_size is not None:
-                arrays["group_size"] = np.array(self._format.group_of(self._k))
+        if self._format.group_size is not None:
+            arrays["group_size"] = np.array(self._format.group_of(self._k))
         if self._bias is not None:
             arrays["bias"] = self._bias.copy()
         if self._transform.smooth is not None:
@@ -308,6 +378,10 @@ class QuantLinear:
             arrays["hadamard"] = np.array(True)
         if self._transform.signs is not None:
             arrays["signs"] = self._transform.signs.astype(I8)
+        if not self._activation_symmetric:
+            arrays["activation_symmetric"] = np.array(False)
+        if self._activation_bits is None:
+            arrays["activation_bits"] = np.array(0)
         return arrays
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> NoReturn:
@@ -318,7 +392,9 @@ class QuantLinear:
         )
 
     def _weight(self) -> DynQuantTensor:
-        """The quantized weights, unpacked."""
+        """The quantized weights, unpacked: new arrays."""
+        if isinstance(self._layer, DynQuantTensor):
+            return copy.deepcopy(self._layer)
         fmt, shape = self._format, (self._n, self._k)
         data, scales = np.empty(fmt.data_shape(shape), fmt.data_dtype), np.empty(fmt.scales_shape(shape), F32)
         zero_points = None if self._symmetric else np.empty(scales.shape, U8)
@@ -335,7 +411,9 @@ class QuantLinear:
     def memory_bytes(self) -> int:
         """Bytes of packed weights, scales, zero points, bias, smoothing factors and signs together."""
         vectors = (self._bias, self._transform.smooth, self._transform.signs)
-        return self._layer.weight_bytes + sum(vector.nbytes for vector in vectors if vector is not None)
+        layer = self._layer
+        weight_bytes = layer.memory_bytes if isinstance(layer, DynQuantTensor) else layer.weight_bytes
+        return weight_bytes + sum(vector.nbytes for vector in vectors if vector is not None)
 
     def __call__(
         self,
@@ -381,14 +459,30 @@ class QuantLinear:
         if out is not None:
             checked_out(out, shape, F32, array, x)
         rows, into = self._as_rows(array, out)
-        y = multiply(self._layer, rows, into, threads, "x")
+        if isinstance(self._layer, DynQuantTensor):
+            y = self._multiply_floats(self._layer, rows, into)
+        else:
+            y = multiply(self._layer, rows, into, threads, "x")
         return y.reshape(shape) if out is None else out
+
+    def _multiply_floats(
+        self, weight: DynQuantTensor, x: NDArray[Any], out: NDArray[np.float32] | None
+    ) -> NDArray[np.float32]:
+        check_finite(x, "x")
+        inputs = self._transform.of_inputs(x, "x").astype(F32, copy=False)
+        y = multiply_floats(weight, self._bias, inputs)
+        if out is None:
+            return y
+        out[:] = y
+        return out
 
     def _multiply_codes(
         self, x: DynQuantTensor, out: NDArray[np.float32] | None, num_threads: int
     ) -> NDArray[np.float32]:
         if x.format != DynQuantFormat.INT8_PER_ROW:
             raise ParameterError(f"x: expected int8 codes per row, as from quantize_input, got {shown(x)}")
+        if isinstance(self._layer, DynQuantTensor):
+            raise ParameterError("x: expected floats, since activation_bits is None, got a DynQuantTensor")
         check_arrays(x)
         check_finite(as_flat(x.scales), "x.scales")
         shape = self._output_shape(x.shape)
@@ -433,7 +527,8 @@ class QuantLinear:
         ShapeMismatchError
             If the last axis of `x` is not in_features long.
         ParameterError
-            If `num_threads` is not a positive integer or -1, or a row leaves float32 when rotated.
+            If `num_threads` is not a positive integer or -1, a row leaves float32 when rotated, or the
+            layer's activations are not symmetric 8-bit codes.
         DTypeError, NonFiniteError
             If `x` does not hold floats, or holds NaN or infinity.
 
@@ -444,6 +539,11 @@ class QuantLinear:
         >>> x.data.tolist(), x.scales.tolist(), layer(x).tolist() == layer([[127.0, 1.0]]).tolist()
         ([[127, 1]], [1.0], True)
         """
+        if isinstance(self._layer, DynQuantTensor) or not self._activation_symmetric:
+            raise ParameterError(
+                "quantize_input: expected a layer with symmetric 8-bit activations, got "
+                f"activation_symmetric={self._activation_symmetric}, activation_bits={self._activation_bits}"
+            )
         array = as_floats(x, "x")
         self._output_shape(array.shape)
         threads = as_thread_count(num_threads)
@@ -460,10 +560,13 @@ class QuantLinear:
         fmt = self._format
         group = "" if fmt.group_size is None else f" per_group of {fmt.group_size}"
         zero_points = "" if self._symmetric else " with zero points"
+        activations = "" if self._activation_symmetric else ", activation_symmetric=False"
+        if self._activation_bits is None:
+            activations += ", activation_bits=None"
         return (
             f"QuantLinear(in_features={self._k}, out_features={self._n}, "
             f"int{fmt.bits}{group}{zero_points}, bias={self._bias is not None}, "
-            f"smooth={self._transform.smooth is not None}, hadamard={self._hadamard})"
+            f"smooth={self._transform.smooth is not None}, hadamard={self._hadamard}{activations})"
         )
 
 
@@ -478,6 +581,18 @@ def _moments(calibration: Any, k: int, relative: bool, transform: InputTransform
     batches = row_batches(calibration, "calibration", k)
     smoothed = (smoothing.of_inputs(batch, "calibration") for batch in batches)
     return SecondMoments(smoothed, k, relative, rotate if transform.span else None)
+
+
+def _as_activations(bits: Any, symmetric: Any, weight_bits: int) -> tuple[int | None, bool]:
+    """The options `activation_bits` and `activation_symmetric`, checked."""
+    symmetric = as_flag(symmetric, "activation_symmetric")
+    if bits is not None and (type(bits) not in _INTEGERS or bits != 8):
+        raise ParameterError(f"activation_bits: expected 8 or None, got {shown(bits)}")
+    if not symmetric and (weight_bits != 8 or bits is None):
+        raise ParameterError(
+            "activation_symmetric: expected True unless weights and activations have 8 bits, got False"
+        )
+    return None if bits is None else 8, symmetric
 
 
 def _frozen_copy(vector: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
@@ -508,9 +623,12 @@ def _as_signs(x: Any, k: int) -> NDArray[np.float32]:
 
 
 # What `QuantLinear.from_arrays` needs, and what it takes besides.
-_OPTIONAL = {"bias", "smooth", "hadamard", "signs"}
+_OPTIONAL = {"group_size", "bias", "smooth", "hadamard", "signs", "activation_symmetric", "activation_bits"}
 _INT8_NAMES = {"weight_i8", "weight_scales"}, _OPTIONAL
-_INT4_NAMES = {"weight_i4", "weight_scales", "in_features"}, {"weight_zero_points", "group_size", *_OPTIONAL}
+_INT4_NAMES = {"weight_i4", "weight_scales", "in_features"}, {"weight_zero_points", *_OPTIONAL}
+
+# Types of an integer option: Python's, and those that files give back.
+_INTEGERS = (int, np.int64, np.int32)
 
 
 def _weight_of(arrays: Mapping[str, Any]) -> DynQuantTensor:
@@ -522,9 +640,10 @@ def _weight_of(arrays: Mapping[str, Any]) -> DynQuantTensor:
     weight = as_int8_matrix(arrays["weight_i8"], "weight_i8")
     if weight.size == 0:
         raise EmptyInputError(f"weight_i8: expected at least one element, got shape {weight.shape}")
-    if scales.shape != weight.shape[:1]:
-        raise ShapeMismatchError(weight.shape[:1], scales.shape, "weight_scales")
-    return DynQuantTensor(weight, scales, None, weight.shape, DynQuantFormat.INT8_PER_ROW)
+    group = arrays.get("group_size")
+    fmt, _ = weight_format(8, None if group is None else as_scalar(group), None)
+    check_field(scales, "weight_scales", fmt.scales_shape(weight.shape), F32)
+    return DynQuantTensor(weight, scales, None, weight.shape, fmt)
 
 
 def _int4_weight_of(arrays: Mapping[str, Any], scales: NDArray[np.float32]) -> DynQuantTensor:

@@ -8,7 +8,7 @@ import numpy as np
 
 from . import _core
 from ._format import DynQuantFormat, MaxAbs
-from ._packed import check_weight, product
+from ._packed import INT4, INT8_ROWS, check_weight, product
 from ._quantize import quantize_named
 from ._tensor import DynQuantTensor, as_flat, tensor_of_checked
 from ._validate import (
@@ -182,7 +182,7 @@ def w4a8_matvec(
     >>> w4a8_matvec(quantize_weights([[15.0, 1.0]], bits=4), [127.0, 1.0]).tolist()
     [1906.0]
     """
-    check_weight(weight, "weight", int8=False, int4=True)
+    check_weight(weight, "weight", INT4)
     n, k = weight.shape
     exported, vector = _as_vector(activation, k)
     if out is not None:
@@ -249,7 +249,7 @@ def w4a8_matmul(
     >>> w4a8_matmul(quantize_weights([[15.0, 1.0]], bits=4), [[127.0, 1.0], [0.0, 127.0]]).tolist()
     [[1906.0], [127.0]]
     """
-    check_weight(weight, "weight", int8=False, int4=True)
+    check_weight(weight, "weight", INT4)
     inputs = (weight.data, weight.scales, weight.zero_points)
     return _matmul(weight, inputs, activations, bias, out, num_threads)
 
@@ -261,7 +261,7 @@ def _int8_weight(weight: Any, scales: Any) -> tuple[DynQuantTensor, tuple[Any, .
             raise ParameterError(
                 f"weight_scales: expected None, since weight_i8 is a DynQuantTensor, got {shown(scales)}"
             )
-        check_weight(weight, "weight_i8", int8=True, int4=False)
+        check_weight(weight, "weight_i8", INT8_ROWS)
         data, vector = as_flat(weight.data), as_flat(weight.scales)
         return tensor_of_checked(data, vector, weight.shape, weight.format), (weight.data, weight.scales)
     exported = as_exported(weight, "weight_i8")

@@ -21,25 +21,34 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 15 << 16
 _CHUNK_ROWS = 32
 
-_INT8_KINDS = "int8 per row"
-_INT4_KINDS = "packed 4-bit codes per row or per group"
+# Kinds of weights, as messages name them.
+INT8_ROWS, INT8_GROUPS = "int8 per row", "int8 per group"
+INT4 = "packed 4-bit codes per row or per group"
+
+# Floats of weights that are dequantized at once for a product with float activations: 1 MiB.
+_DEQUANTIZED_FLOATS = 1 << 18
 
 
-def check_weight(weight: Any, name: str, *, int8: bool, int4: bool) -> None:
-    """Raise unless `weight` is a matrix as from `quantize_weights`, of one of the kinds allowed."""
+def check_weight(weight: Any, name: str, *kinds: str) -> None:
+    """Raise unless `weight` is a matrix as from `quantize_weights`, of one of `kinds`."""
     if not isinstance(weight, DynQuantTensor):
         raise ParameterError(
             f"{name}: expected a DynQuantTensor, as from quantize_weights, got {type(weight).__name__}"
         )
-    fmt = weight.format
-    is_int4 = fmt.packed and fmt.granularity != "per_tensor"
-    if not ((int4 and is_int4) or (int8 and fmt == DynQuantFormat.INT8_PER_ROW)):
-        kinds = " or ".join(kind for kind, taken in ((_INT8_KINDS, int8), (_INT4_KINDS, int4)) if taken)
-        raise ParameterError(f"{name}: expected {kinds}, got {shown(weight)}")
+    if _kind_of(weight.format) not in kinds:
+        raise ParameterError(f"{name}: expected {' or '.join(kinds)}, got {shown(weight)}")
     if len(weight.shape) != 2:
         raise ShapeMismatchError("(out_features, in_features)", weight.shape, name)
     check_arrays(weight)
     check_finite(as_floats(weight.scales, f"{name}.scales"), f"{name}.scales")
+
+
+def _kind_of(fmt: DynQuantFormat) -> str | None:
+    if fmt.granularity == "per_tensor" or (fmt.bits == 4 and not fmt.packed):
+        return None
+    if fmt.bits == 4:
+        return INT4
+    return INT8_ROWS if fmt.group_size is None else INT8_GROUPS
 
 
 def packed_linear(
@@ -48,14 +57,17 @@ def packed_linear(
     factors: NDArray[np.float32] | None = None,
     divide: bool = False,
     block: int = 0,
+    symmetric: bool = True,
 ) -> _core.PackedLinear:
     """Weights, not empty, in the form of the kernels in use.
 
     Inputs are divided or multiplied by `factors`, and then rotated in spans of `block`, unless that is 0.
+    `symmetric` activations have codes around zero; others, which 4-bit weights do not take, a zero point.
     """
-    n, k = weight.shape
-    group = 0 if weight.format.bits == 8 else weight.format.group_of(k)
-    layer = _core.PackedLinear(n, k, group, bias, factors, divide, block)
+    fmt, (n, k) = weight.format, weight.shape
+    int8_groups = fmt.bits == 8 and (fmt.group_size is not None or not symmetric)
+    group = fmt.group_of(k) if fmt.bits == 4 or int8_groups else 0
+    layer = _core.PackedLinear(n, k, group, bias, factors, divide, block, int8_groups, symmetric)
     layer.pack(code_matrix(weight))
     return layer
 
@@ -160,4 +172,22 @@ def raise_bad_row(x: NDArray[Any], layer: _core.PackedLinear, name: str) -> NoRe
     if layer.factors is not None and layer.divide:
         with np.errstate(over="ignore"):
             check_finite(x.astype(F32, copy=False) / np.abs(layer.factors), f"{name} / smooth")
-    raise ParameterError(f"{name}: expected rows within float32 when rotated, got one that is not")
+    if layer.symmetric:
+        raise ParameterError(f"{name}: expected rows within float32 when rotated, got one that is not")
+    raise ParameterError(
+        f"{name}: expected rows whose range, largest minus smallest value, is within float32, when rotated "
+        "too if the layer does that; got one that is not"
+    )
+
+
+def multiply_floats(
+    weight: DynQuantTensor, bias: NDArray[np.float32] | None, x: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Rows of floats `x` (m, k) times what the weights stand for, some outputs at a time, by NumPy's BLAS."""
+    n, k = weight.shape
+    y = np.empty((len(x), n), F32)
+    outputs = max(1, _DEQUANTIZED_FLOATS // k)
+    with np.errstate(all="ignore"):
+        for first in range(0, n, outputs):
+            np.matmul(x, weight[first : first + outputs].dequantize().T, out=y[:, first : first + outputs])
+        return y if bias is None else np.add(y, bias, out=y)

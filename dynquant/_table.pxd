@@ -91,6 +91,23 @@ ctypedef struct Kernels:
                           const float* bias, const uint8_t* a, const float* a_scales, float* out,
                           Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group,
                           Py_ssize_t prefetch_distance) noexcept nogil
+    # matmul_s8_groups.pxi
+    Py_ssize_t (*s8_group_panel_bytes)(Py_ssize_t k, Py_ssize_t group) noexcept nogil
+    Py_ssize_t (*s8_group_segments)(Py_ssize_t k, Py_ssize_t group) noexcept nogil
+    Py_ssize_t (*s8_group_activation_bytes)(Py_ssize_t k, Py_ssize_t group) noexcept nogil
+    void (*pack_panel_s8_groups)(const int8_t* w, const float* scales, Py_ssize_t rows, uint8_t* panel,
+                                 float* panel_scales, int32_t* w_sums, Py_ssize_t k,
+                                 Py_ssize_t group) noexcept nogil
+    void (*unpack_panel_s8_groups)(const uint8_t* panel, const float* panel_scales, int8_t* w, float* scales,
+                                   Py_ssize_t rows, Py_ssize_t k, Py_ssize_t group) noexcept nogil
+    void (*quantize_row_f32_u8_away)(const float* x, float scale, int32_t zero_point, uint8_t* codes,
+                                     Py_ssize_t n) noexcept nogil
+    void (*pack_activation_groups)(const uint8_t* codes, int32_t zero, uint8_t* a, Py_ssize_t k,
+                                   Py_ssize_t group) noexcept nogil
+    void (*gemm_s8_groups_f32)(const uint8_t* panels, const float* scales, const int32_t* w_sums,
+                               const float* bias, const uint8_t* a, const float* a_scales, float* out,
+                               Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
+                               Py_ssize_t group) noexcept nogil
     # stats.pxi
     void (*min_max_row_f32)(const float* x, float* least, float* most, Py_ssize_t n) noexcept nogil
     double (*sum_row_f32_f64)(const float* x, Py_ssize_t n) noexcept nogil

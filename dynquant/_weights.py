@@ -37,11 +37,10 @@ def quantize_weights(
     ----------
     w : array_like of floats, (out_features, in_features)
     bits : {8, 4}
-        8: int8 codes in [-127, 127], one scale for each output. 4: two codes to a byte, the even one in the
-        low nibble.
+        8: int8 codes in [-127, 127]. 4: two codes to a byte, the even one in the low nibble.
     group_size : int, optional
-        Only with ``bits=4``: a scale for each run of so many in_features, the last run of a row may be
-        shorter. By default one for each output.
+        A scale for each group of so many in_features; the last group of a row may be shorter. By default one
+        for each output.
     symmetric : bool, optional
         Codes around zero, in [-7, 7] with ``bits=4``; otherwise codes 0..15 with a zero point for each scale.
         8-bit codes are always symmetric; 4-bit ones are by default not, for a zero point costs a product
@@ -123,8 +122,6 @@ def weight_format(bits: Any, group_size: Any, symmetric: Any) -> tuple[DynQuantF
     if symmetric is None:
         symmetric = fmt.bits == 8
     symmetric = as_flag(symmetric, "symmetric")
-    if fmt.bits == 8 and group_size is not None:
-        raise ParameterError(f"group_size: expected None for 8-bit weights, got {shown(group_size)}")
     if fmt.bits == 8 and not symmetric:
         raise ParameterError(f"symmetric: expected True or None for 8-bit weights, got {shown(symmetric)}")
     return fmt, symmetric

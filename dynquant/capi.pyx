@@ -286,7 +286,7 @@ cdef int64_t dynquant_w8a8_packed_bytes(int64_t n, int64_t k) noexcept nogil:
 # The weights in memory that is packed, or is about to be; group 0 for 8 bits.
 cdef inline PackedWeights weights_in(const void* packed, int64_t n, int64_t k, int64_t group) noexcept nogil:
     cdef PackedWeights w
-    w.table, w.n, w.k, w.group = kernels, n, k, group
+    w.table, w.n, w.k, w.group, w.int8_groups, w.w_sums = kernels, n, k, group, False, NULL
     w.panels = <uint8_t*> line_of(packed) + LINE
     w.scales, w.zero_points, w.bias = NULL, NULL, NULL
     if group:

@@ -542,7 +542,6 @@ BAD_CALLS = [
           lambda flag: quantize_weights(X, bits=4, symmetric=flag)),
     *each(NOT_A_FLAG, ParameterError, "search: expected a bool", quantize_weights, (X,), "search"),
     *each(NOT_THREADS, ParameterError, "num_threads:", quantize_weights, (X,), "num_threads"),
-    Bad(ParameterError, "group_size: expected None for 8-bit", quantize_weights, (X,), {"group_size": 32}),
     Bad(ParameterError, "symmetric: expected True or None", quantize_weights, (X,), {"symmetric": False}),
     *each([2.0, ROW, X[None], []], ShapeMismatchError, "w: expected shape (out_features, in_features)",
           quantize_weights),
@@ -581,7 +580,6 @@ BAD_CALLS = [
           lambda bits: QuantLinear.from_float(X, bits=bits)),
     *each([0, 2.0, True], ParameterError, "group_size:",
           lambda size: QuantLinear.from_float(X, bits=4, group_size=size)),
-    Bad(ParameterError, "group_size:", QuantLinear.from_float, (X,), {"group_size": 32}),
     *(
         bad
         for name in ("search", "hadamard")

@@ -18,6 +18,7 @@ from dynquant import (
     DTypeError,
     DynQuantError,
     DynQuantFormat,
+    DynQuantTensor,
     EmptyInputError,
     FeatureDimMismatchError,
     LayoutError,
@@ -218,6 +219,171 @@ def test_codes_of_more_rows_than_a_chunk(bits):
     assert (out == 7).all()
 
 
+# 8-bit weights in groups, and activations with a zero point
+
+
+def int8_weights(n, k, size, seed=0):
+    """Codes of the whole range, -128 included, and scales of both signs for each group."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(-128, 128, (n, k), dtype=np.int8)
+    codes[0] = -128
+    scales = rng.standard_normal((n, -(-k // size))).astype(F32)
+    fmt = DynQuantFormat.int8_per_group(size)
+    return codes, scales, DynQuantTensor(codes, scales, None, (n, k), fmt), rng.standard_normal(n).astype(F32)
+
+
+def hard_rows(m, k, seed=1):
+    """Rows that are normal, of one sign, alternating at full scale, constant, and of zeros."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((m, k)).astype(F32)
+    kinds = [
+        lambda row: row,
+        lambda row: np.maximum(row, 0),
+        lambda row: np.where(np.arange(k) % 2, F32(1), F32(-1)),
+        lambda row: np.full(k, 3, F32),
+        lambda row: -np.abs(row) - F32(0.5),
+        lambda row: np.zeros(k, F32),
+        lambda row: np.where(row > 0, F32(1), F32(0)),
+    ]
+    return np.stack([kinds[r % len(kinds)](row) for r, row in enumerate(x)]).astype(F32)
+
+
+@pytest.mark.parametrize("k", [1, 3, 31, 64, 70, 257, 1000])
+@pytest.mark.parametrize("size", [1, 7, 32, 64, 1000])
+@pytest.mark.parametrize("n", [1, 16, 37, 133])
+def test_int8_groups(n, k, size, isa):
+    codes, scales, weight, bias = int8_weights(n, k, size)
+    x = hard_rows(9, k)
+    expected = reference.w4a8_matmul(codes, scales, None, size, x, bias)
+    layer = QuantLinear(weight, bias)
+    for m in (1, 2, 3, 4, 5, 9):
+        assert_same_bits(layer(x[:m]), expected[:m], f"m={m}")
+    assert_same_bits(QuantLinear(weight)(x), reference.w4a8_matmul(codes, scales, None, size, x))
+    assert_same_bits(layer(layer.quantize_input(x)), expected)
+    assert_same_bits(layer(x, num_threads=2), expected)
+    arrays = layer.to_arrays()
+    assert_same_bits(arrays["weight_i8"], codes)
+    assert_same_bits(arrays["weight_scales"], scales)
+    assert_same_bits(QuantLinear.from_arrays(arrays)(x), expected)
+
+
+@pytest.mark.parametrize("k", [1, 3, 31, 64, 70, 257, 1000])
+@pytest.mark.parametrize("n", [1, 16, 37, 133])
+@pytest.mark.parametrize("size", [None, 32])
+def test_asymmetric_activations(n, k, size, isa):
+    codes, scales, weight, bias = int8_weights(n, k, size or k)
+    x = hard_rows(9, k)
+    expected = reference.w8a8_asymmetric(codes, scales, size or k, x, bias)
+    if size is None:
+        weight = DynQuantTensor(codes, scales[:, 0].copy(), None, (n, k), DynQuantFormat.INT8_PER_ROW)
+    layer = QuantLinear(weight, bias, activation_symmetric=False)
+    for m in (1, 2, 3, 4, 5, 9):
+        assert_same_bits(layer(x[:m]), expected[:m], f"m={m}")
+    assert_same_bits(layer(x.astype(np.float16)), layer(x.astype(np.float16).astype(F32)))
+    again = QuantLinear.from_arrays(layer.to_arrays())
+    assert not again.activation_symmetric
+    assert_same_bits(again(x), expected)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("size", [32_768, 32_800, 65_600, 140_000])
+def test_int8_groups_that_are_summed_in_int64(size, symmetric, isa):
+    """The largest sums there are: they pass 2**31 at k = 133,145."""
+    k = 140_000
+    codes = np.full((2, k), -128, np.int8)
+    codes[1] = 127
+    scales = np.array([[1.0], [0.5]], F32).repeat(-(-k // size), axis=1)
+    weight = DynQuantTensor(codes, scales, None, (2, k), DynQuantFormat.int8_per_group(size))
+    x = np.full((3, k), 1, F32)
+    x[1] *= -1
+    x[2, ::2] = -1
+    product = reference.w8a8_asymmetric
+    expected = product(codes, scales, size, x)
+    if symmetric:
+        expected = reference.w4a8_matmul(codes, scales, None, size, x)
+    assert_same_bits(QuantLinear(weight, activation_symmetric=symmetric)(x), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"group_size": 32}, {"group_size": 32, "search": True}], ids=str)
+@each_rotation
+def test_8_bit_recipes(options, rotation):
+    weight, x, bias = floats()
+    for more in ({}, {"activation_symmetric": False}, {"activation_bits": None}):
+        layer = QuantLinear.from_float(weight, bias, **options, **rotation, **more)
+        # The factors are no good ones.
+        assert error_metrics(x @ weight.T + bias, layer(x)).sqnr_db > (15 if "smooth" in rotation else 35)
+        for through in COPIES.values():
+            twin = through(layer)
+            assert repr(twin) == repr(layer)
+            assert_same_bits(twin(x), layer(x))
+            assert twin.memory_bytes == layer.memory_bytes
+    q = quantize_weights(weight, **options)
+    codes, scales, _ = reference.quantize_weights(
+        weight, 8, options.get("group_size"), True, "search" in options
+    )
+    assert_same_bits(q.data, codes)
+    assert_same_bits(q.scales, scales if options else scales[:, 0])
+
+
+def test_zero_points_gain_where_inputs_are_off_center():
+    """Real inputs of the second layer of a feed-forward block come out of a GELU."""
+    weight, _, x = real_layer("down")
+    y = (x.astype(np.float64) @ weight.T).astype(F32)
+    symmetric, asymmetric = (
+        error_metrics(y, QuantLinear.from_float(weight, activation_symmetric=s)(x)).sqnr_db
+        for s in (True, False)
+    )
+    assert asymmetric > symmetric + 3
+
+
+def test_a_range_beyond_float32():
+    layer = QuantLinear.from_float(W, activation_symmetric=False)
+    x = np.zeros((3, 64), F32)
+    x[1, :2] = 3e38, -3e38
+    out = np.full((3, 8), 7, F32)
+    with pytest.raises(ParameterError, match="range"):
+        layer(x, out=out)
+    assert (out == 7).all()
+    assert np.isfinite(QuantLinear.from_float(W)(x / 2)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation_bits": 4}, "activation_bits: expected 8 or None, got 4"),
+        ({"activation_bits": 8.0}, "activation_bits"),
+        ({"activation_symmetric": 0}, "activation_symmetric: expected a bool"),
+        ({"activation_symmetric": False, "bits": 4}, "activation_symmetric: expected True unless"),
+        (
+            {"activation_symmetric": False, "activation_bits": None},
+            "activation_symmetric: expected True unless",
+        ),
+    ],
+)
+def test_options_of_activations(options, message):
+    with pytest.raises(ParameterError, match=message):
+        QuantLinear.from_float(W, **options)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_float_activations(bits):
+    weight, x, bias = floats()
+    layer = QuantLinear.from_float(weight, bias, bits=bits, group_size=32, activation_bits=None)
+    y = layer(x)
+    np.testing.assert_allclose(y, x @ layer.weight_dequantized().T + bias, rtol=1e-4, atol=1e-4)
+    out = np.empty_like(y)
+    assert layer(x, out=out) is out
+    assert layer(x[None]).shape == (1, *y.shape)
+    assert layer.memory_bytes < 0.7 * bits / 8 * weight.nbytes
+    for call in (lambda: layer(dynamic_quantize(x)), lambda: layer.quantize_input(x)):
+        with pytest.raises(ParameterError, match="activation_bits"):
+            call()
+    with pytest.raises(NonFiniteError, match="x:"):
+        layer(np.where(x == x[0, 0], np.nan, x))
+    with pytest.raises(ParameterError, match="symmetric 8-bit"):
+        QuantLinear.from_float(weight, activation_symmetric=False).quantize_input(x)
+
+
 def test_inputs_that_were_quantized_otherwise():
     layer = QuantLinear.from_float(W)
     for codes, error, message in [
@@ -331,7 +497,7 @@ def test_same_layer_with_any_number_of_threads(options):
     [
         (W, {}),
         (dynamic_quantize(W, DynQuantFormat.INT8_PER_TENSOR), {}),
-        (dynamic_quantize(W, DynQuantFormat.int8_per_group(8)), {}),
+        (dynamic_quantize(W, DynQuantFormat.int4_per_group(8)), {}),
         (dynamic_quantize(W, DynQuantFormat.INT4_PER_ROW), {}),
         (dynamic_quantize(W.reshape(2, 4, 64)), {}),
         (dynamic_quantize(W[:0]), {}),
@@ -734,7 +900,7 @@ def test_missing_arrays():
     for name in ("weight_i4", "weight_scales", "in_features"):
         with pytest.raises(ParameterError, match="missing"):
             QuantLinear.from_arrays({key: array for key, array in GOOD.items() if key != name})
-    for name in ("weight_zero_points", "in_features", "group_size"):
+    for name in ("weight_zero_points", "in_features"):
         with pytest.raises(ParameterError, match=f"unknown .*{name}"):
             QuantLinear.from_arrays({**INT8, name: GOOD[name]})
     # Without zero points the codes are symmetric.

@@ -23,29 +23,38 @@ cdef Floats prepared_row(Floats x, const float* factors, bint divide, Py_ssize_t
     return x
 
 
-# Codes (k,) in [-127, 127] in the form that the matrix product of `table` takes.
-cdef void pack_codes(const Kernels* table, const int8_t* codes, Py_ssize_t k, Py_ssize_t group,
-                     uint8_t* a) noexcept nogil:
+# Symmetric codes (k,) in the form that the product with w takes; `scratch` (k,). Returns whether none is
+# -128, which has no opposite in int8.
+cdef bint load_row(const PackedWeights* w, const int8_t* codes, int8_t* scratch, uint8_t* a) noexcept nogil:
     cdef int8_t block[BLOCK]  # a copy, which packing uses up
     cdef Py_ssize_t start = 0, n
-    if group:
-        table.pack_group_activation_s8(codes, a, k, group)
-        return
-    while start < k:
-        n = block_len(start, k)
-        memcpy(block, codes + start, n)
-        table.pack_activation_s8(block, a, start, n, k)
-        start += n
+    if memchr(codes, 0x80, w.k) != NULL:
+        return False
+    if w.int8_groups:
+        memcpy(scratch, codes, w.k)
+        shift_codes(scratch, w.k)
+        w.table.pack_activation_groups(<uint8_t*> scratch, 128, a, w.k, w.group)
+    elif w.group:
+        w.table.pack_group_activation_s8(codes, a, w.k, w.group)
+    else:
+        while start < w.k:
+            n = block_len(start, w.k)
+            memcpy(block, codes + start, n)
+            w.table.pack_activation_s8(block, a, start, n, w.k)
+            start += n
+    return True
 
 
-# What the rows of x become: activations in the form of the kernels, or, unless `coded` is NULL, the codes and
-# scales of an array. Each of `parts` parts of them, nearly equal, has scratch of its own.
+# What the rows of x, or unless NULL of `given`, become: activations in the form of the kernels, or, unless
+# `coded` is NULL, the codes and scales of an array. Each of `parts` parts of them, nearly equal, has scratch
+# of its own.
 cdef struct ActivationRows:
     Floats x
-    const Kernels* table
-    Py_ssize_t m, k, group, block, parts, row_bytes
+    const int8_t* given
+    const PackedWeights* w
+    Py_ssize_t m, k, block, parts, row_bytes
     const float* factors
-    bint divide
+    bint divide, symmetric
     float* prepared
     float* scales
     int8_t* codes
@@ -64,39 +73,26 @@ cdef bint quantize_part_range(void* context, Py_ssize_t first, Py_ssize_t end) n
     return True
 
 
-# Returns whether the row is finite.
+# Returns whether the row is finite, and no code of it -128 if it is given in codes.
 cdef bint quantize_activation_row(const ActivationRows* rows, Py_ssize_t r, float* prepared,
                                   int8_t* codes) noexcept nogil:
-    cdef Floats row = floats_at(&rows.x, r * rows.k, rows.k)
+    cdef uint8_t* a = rows.a + r * rows.row_bytes
+    cdef Floats row
     cdef QuantRow q
+    if rows.given != NULL:
+        return load_row(rows.w, rows.given + r * rows.k, codes, a)
+    row = floats_at(&rows.x, r * rows.k, rows.k)
     row = prepared_row(row, rows.factors, rows.divide, rows.block, prepared)
+    if rows.coded == NULL and rows.w.int8_groups:
+        return quantize_group_row(rows.w.table, &row, rows.w.group, rows.symmetric, &rows.scales[r], codes, a)
     if not scale_of(&row, 127, -1, &rows.scales[r]):
         return False
     if rows.coded == NULL:
-        quantize_activation(rows.table, &row, rows.scales[r], rows.group, codes, rows.a + r * rows.row_bytes)
+        quantize_activation(rows.w.table, &row, rows.scales[r], rows.w.group, codes, a)
         return True
     q.codes, q.scales, q.zero_points = rows.coded + r * rows.k, &rows.scales[r], NULL
     q.group, q.packed, q.in_range = rows.k, False, True
     quantize_row(&row, &q, 127)
-    return True
-
-
-# Rows of codes, each with a scale, that become activations.
-cdef struct CodedRows:
-    const int8_t* codes
-    const Kernels* table
-    Py_ssize_t k, group, row_bytes
-    uint8_t* a
-
-
-# Returns whether no code is -128, which has no opposite in int8.
-cdef bint load_codes_range(void* context, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    cdef const CodedRows* rows = <const CodedRows*> context
-    cdef Py_ssize_t r
-    for r in range(first, end):
-        if memchr(rows.codes + r * rows.k, 0x80, rows.k) != NULL:
-            return False
-        pack_codes(rows.table, rows.codes + r * rows.k, rows.k, rows.group, rows.a + r * rows.row_bytes)
     return True
 
 
@@ -154,7 +150,8 @@ cdef class PackedLinear:
     """A linear layer, n outputs of k > 0 inputs, for the kernels that were in use when it was made.
 
     With group 0 the weights are int8 with one scale for each output, otherwise 4-bit with a scale and a zero
-    point for each group. Inputs are divided, or with `divide` False multiplied, by `factors`, unless None,
+    point for each group, or with int8_groups int8 with a scale for each group. Only these take activations
+    that are not symmetric. Inputs are divided, or with `divide` False multiplied, by `factors`, unless None,
     and then rotated in spans of `block`, unless 0.
     """
     cdef PackedWeights w
@@ -164,11 +161,12 @@ cdef class PackedLinear:
     cdef const float* input_factors
     cdef readonly Py_ssize_t n, panel_count, weight_bytes
     cdef readonly object factors
-    cdef readonly bint divide
+    cdef readonly bint divide, symmetric
 
     def __cinit__(self, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group, const float[::1] bias,
-                  factors, bint divide, Py_ssize_t block):
-        cdef Py_ssize_t panels, scales = n, zero_points = 0
+                  factors, bint divide, Py_ssize_t block, bint int8_groups=False, bint symmetric=True):
+        cdef Py_ssize_t panels, scales = n, zero_points = 0, sums = 0
+        self.w.int8_groups, self.symmetric = int8_groups, symmetric
         self.w.table, self.w.n, self.w.k, self.w.group = packing_kernels(), n, k, group
         self.n, self.bias, self.factors, self.divide, self.block = n, bias, factors, divide, block
         self.factors_view, self.input_factors = factors, NULL
@@ -176,15 +174,24 @@ cdef class PackedLinear:
             check_size(self.factors_view.shape[0], k)
             self.input_factors = &self.factors_view[0]
         self.panel_count = panels_of(self.w.table, n)
-        panels = self.panel_count * panel_bytes(self.w.table, k, group)
-        if group:
-            scales = zero_points = self.panel_count * panel_scales(self.w.table, k, group)
+        if int8_groups:
+            panels = self.panel_count * self.w.table.s8_group_panel_bytes(k, group)
+            scales = self.panel_count * panel_scales(self.w.table, k, group)
+            if not symmetric:
+                sums = self.w.table.panel_outputs * self.w.table.s8_group_segments(k, group)
+                sums *= self.panel_count
+        else:
+            panels = self.panel_count * panel_bytes(self.w.table, k, group)
+            if group:
+                scales = zero_points = self.panel_count * panel_scales(self.w.table, k, group)
         scales *= sizeof(float)
-        self.weight_bytes = panels + scales + zero_points
+        sums *= sizeof(int32_t)
+        self.weight_bytes = panels + scales + sums + zero_points
         self.memory = aligned_memory(self.weight_bytes)
         self.w.panels = self.memory.data
         self.w.scales = <float*> (self.w.panels + panels)
-        self.w.zero_points = self.w.panels + panels + scales
+        self.w.w_sums = NULL if symmetric else <int32_t*> (self.w.panels + panels + scales)
+        self.w.zero_points = self.w.panels + panels + scales + sums
         self.w.bias = NULL
         if bias is not None:
             self.w.bias = &bias[0]
@@ -194,28 +201,34 @@ cdef class PackedLinear:
 
     cpdef Py_ssize_t activation_bytes(self):
         """Bytes of one row of quantized activations."""
-        return activation_bytes(self.w.table, self.w.k, self.w.group)
+        return activation_row_bytes(&self.w)
 
     def pack(self, CodeMatrix q not None):
         """Fill in the weights."""
         self.check(q)
         with nogil:
-            if self.w.group == 0:
-                memcpy(self.w.scales, q.scales.buf, self.w.n * sizeof(float))
-            pack_weights(&self.w, <const uint8_t*> q.codes.buf, <const float*> q.scales.buf,
-                         <const uint8_t*> q.zero_points.buf)
+            if self.w.int8_groups:
+                pack_int8_groups(&self.w, <const int8_t*> q.codes.buf, <const float*> q.scales.buf)
+            else:
+                if self.w.group == 0:
+                    memcpy(self.w.scales, q.scales.buf, self.w.n * sizeof(float))
+                pack_weights(&self.w, <const uint8_t*> q.codes.buf, <const float*> q.scales.buf,
+                             <const uint8_t*> q.zero_points.buf)
 
     def unpack(self, CodeMatrix q not None):
         """The inverse of pack."""
         self.check(q)
         with nogil:
-            if self.w.group == 0:
-                memcpy(q.scales.buf, self.w.scales, self.w.n * sizeof(float))
-            unpack_weights(&self.w, <uint8_t*> q.codes.buf, <float*> q.scales.buf,
-                           <uint8_t*> q.zero_points.buf)
+            if self.w.int8_groups:
+                unpack_int8_groups(&self.w, <int8_t*> q.codes.buf, <float*> q.scales.buf)
+            else:
+                if self.w.group == 0:
+                    memcpy(q.scales.buf, self.w.scales, self.w.n * sizeof(float))
+                unpack_weights(&self.w, <uint8_t*> q.codes.buf, <float*> q.scales.buf,
+                               <uint8_t*> q.zero_points.buf)
 
     cdef int check(self, CodeMatrix q) except -1:
-        if q.m != self.w.n or q.k != self.w.k or q.packed != (self.w.group > 0):
+        if q.m != self.w.n or q.k != self.w.k or q.packed != (self.w.group > 0 and not self.w.int8_groups):
             raise SystemError("weights of another layer")
         return 0
 
@@ -231,7 +244,7 @@ cdef class PackedLinear:
         cdef ActivationRows rows
         cdef Floats flat = x.flat()
         rows.x = floats_at(&flat, first * x.k, m * x.k)
-        rows.table, rows.m, rows.k, rows.group = self.w.table, m, x.k, self.w.group
+        rows.given, rows.w, rows.m, rows.k, rows.symmetric = NULL, &self.w, m, x.k, self.symmetric
         rows.block, rows.factors, rows.divide = self.block, self.input_factors, self.divide
         rows.row_bytes = self.activation_bytes()
         return rows
@@ -250,14 +263,14 @@ cdef class PackedLinear:
     def load_codes(self, CodeMatrix q not None, Activations a not None, Py_ssize_t first, Py_ssize_t end,
                    int num_threads=1):
         """Bring rows first .. end of int8 codes and scales into `a`; returns whether no code is -128."""
-        cdef CodedRows rows
+        cdef ActivationRows rows
         check_size(q.k, self.w.k)
         a.begin(first, end, q.m)
         memcpy(a.scales, <float*> q.scales.buf + first, a.m * sizeof(float))
-        rows.codes, rows.table = <int8_t*> q.codes.buf + first * q.k, self.w.table
-        rows.k, rows.group, rows.row_bytes = q.k, self.w.group, self.activation_bytes()
-        rows.a = a.memory.data
-        return parallel_ranges(load_codes_range, &rows, a.m, self.quantize_ns(a.m), num_threads)
+        rows.given, rows.w, rows.m, rows.k = <int8_t*> q.codes.buf + first * q.k, &self.w, a.m, q.k
+        rows.parts, rows.prepared, rows.codes = min(a.parts, a.m), a.prepared, a.codes
+        rows.a, rows.row_bytes = a.memory.data, self.activation_bytes()
+        return parallel_ranges(quantize_part_range, &rows, rows.parts, self.quantize_ns(a.m), num_threads)
 
     def quantize_input(self, FloatMatrix x not None, CodeMatrix q not None, int num_threads=1):
         """The scales and codes that `quantize` has for the rows of x; returns whether they are finite."""

@@ -120,10 +120,17 @@ cdef inline Py_ssize_t outputs_together(Py_ssize_t m, Py_ssize_t k, Py_ssize_t l
     return left if m <= OUT_ROWS or left < max_outputs else max_outputs
 
 
+# activation_bytes for weights of any kind.
+cdef Py_ssize_t activation_row_bytes(const PackedWeights* w) noexcept nogil:
+    if w.int8_groups:
+        return w.table.s8_group_activation_bytes(w.k, w.group)
+    return activation_bytes(w.table, w.k, w.group)
+
+
 # out (m, n) = a . weights + bias for the outputs of panels first .. end.
 cdef void multiply_panels(const PackedWeights* w, const uint8_t* a, const float* a_scales, float* out,
                           Py_ssize_t m, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
-    cdef Py_ssize_t outputs = w.table.panel_outputs, stride = activation_bytes(w.table, w.k, w.group)
+    cdef Py_ssize_t outputs = w.table.panel_outputs, stride = activation_row_bytes(w)
     cdef Py_ssize_t rows = rows_together(m), c = first * outputs, cols, r
     cdef Py_ssize_t last = end * outputs if end < panels_of(w.table, w.n) else w.n
     while c < last:
@@ -140,6 +147,11 @@ cdef inline void multiply_part(const PackedWeights* w, Py_ssize_t c, Py_ssize_t 
     cdef Py_ssize_t p = c // w.table.panel_outputs, width = panel_bytes(w.table, w.k, w.group), scale_stride
     cdef Py_ssize_t prefetch_distance = 0
     cdef float* bias = NULL if w.bias == NULL else <float*> w.bias + c
+    if w.int8_groups:
+        width, scale_stride = w.table.s8_group_panel_bytes(w.k, w.group), panel_scales(w.table, w.k, w.group)
+        w.table.gemm_s8_groups_f32(w.panels + p * width, w.scales + p * scale_stride, sums_of_panel(w, p),
+                                   bias, a, a_scales, out + c, w.n, m, cols, w.k, w.group)
+        return
     if w.group == 0:
         w.table.gemm_s8s8_f32(w.panels + p * width, w.scales + c, bias, a, a_scales, out + c, w.n, m, cols,
                               w.k)

@@ -127,6 +127,7 @@ include "dot.pxi"
 include "matmul_s8.pxi"
 include "forms.pxi"
 include "matmul_u4.pxi"
+include "matmul_s8_groups.pxi"
 include "sums.pxi"
 include "metrics.pxi"
 include "weights.pxi"
@@ -178,6 +179,14 @@ kernels.pack_panel_u4 = pack_panel_u4
 kernels.unpack_panel_u4 = unpack_panel_u4
 kernels.pack_group_activation_s8 = pack_group_activation_s8
 kernels.gemm_u4s8_f32 = gemm_u4s8_f32
+kernels.s8_group_panel_bytes = s8_group_panel_bytes
+kernels.s8_group_segments = s8_group_segments
+kernels.s8_group_activation_bytes = s8_group_activation_bytes
+kernels.pack_panel_s8_groups = pack_panel_s8_groups
+kernels.unpack_panel_s8_groups = unpack_panel_s8_groups
+kernels.quantize_row_f32_u8_away = quantize_row_f32_u8_away
+kernels.pack_activation_groups = pack_activation_groups
+kernels.gemm_s8_groups_f32 = gemm_s8_groups_f32
 kernels.min_max_row_f32 = min_max_row_f32
 kernels.sum_row_f32_f64 = sum_row_f32_f64
 kernels.square_deviation_row_f32_f64 = square_deviation_row_f32_f64

@@ -220,6 +220,33 @@ def w4a8_matmul(codes, scales, zero_points, size, x, bias=None):
     return y if bias is None else y + floats(bias)
 
 
+def quantize_asymmetric(x):
+    """uint8 codes (m, k) of the rows of x, scales (m,) and zero points (m,)."""
+    x = floats(x)
+    low, high = (np.minimum(x.min(axis=1), F32(0)), np.maximum(x.max(axis=1), F32(0)))
+    with np.errstate(all="ignore"):
+        scales = (high - low) / F32(255)
+        zero_points = np.minimum(np.floor((-low / scales).astype(np.float64) + 0.5), 255)
+        zero_points = np.where(scales == 0, 0, zero_points)
+        ratio = (x / scales[:, None]).astype(np.float64)
+        rounded = np.copysign(np.floor(np.abs(ratio) + 0.5), ratio) + zero_points[:, None]
+    codes = np.where(scales[:, None] == 0, 0, np.clip(rounded, 0, 255))
+    return codes.astype(np.uint8), scales, zero_points.astype(np.uint8)
+
+
+def w8a8_asymmetric(weight, scales, size, x, bias=None):
+    """`weight` (N, K) of int8 codes with `scales` (N, groups); `x` (M, K) quantized with zero points."""
+    a, a_scales, zero_points = quantize_asymmetric(x)
+    centered = a.astype(np.float64) - zero_points[:, None]
+    total = np.zeros((len(x), len(weight)), F32)
+    for g, (w, part) in enumerate(zip(groups(weight, size), groups(centered, size), strict=True)):
+        with np.errstate(over="ignore", under="ignore"):
+            total = total + (part @ w.T.astype(np.float64)).astype(F32) * scales[:, g]
+    with np.errstate(over="ignore", under="ignore"):
+        y = total * a_scales[:, None]
+    return y if bias is None else y + floats(bias)
+
+
 def calib_stats(batches):
     """min, max, mean, std_dev, p99, suggested_scale."""
     x = np.concatenate([floats(batch).ravel() for batch in batches])
