@@ -58,7 +58,7 @@ def weights(rng, n, k):
 
 
 def check(layer, w, codes):
-    expected = (codes.astype(np.int64) @ w.astype(np.int64).T).astype(np.float32)
+    expected = (codes.astype(np.float64) @ w.astype(np.float64).T).astype(np.float32)  # exact: below 2**53
     np.testing.assert_array_equal(layer(codes.astype(np.float32)), expected)
 
 
