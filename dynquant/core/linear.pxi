@@ -26,22 +26,14 @@ cdef Floats prepared_row(Floats x, const float* factors, bint divide, Py_ssize_t
 # Symmetric codes (k,) in the form that the product with w takes; `scratch` (k,). Returns whether none is
 # -128, which has no opposite in int8.
 cdef bint load_row(const PackedWeights* w, const int8_t* codes, int8_t* scratch, uint8_t* a) noexcept nogil:
-    cdef int8_t block[BLOCK]  # a copy, which packing uses up
-    cdef Py_ssize_t start = 0, n
     if memchr(codes, 0x80, w.k) != NULL:
         return False
     if w.int8_groups:
         memcpy(scratch, codes, w.k)
         shift_codes(scratch, w.k)
         w.table.pack_activation_groups(<uint8_t*> scratch, 128, a, w.k, w.group)
-    elif w.group:
-        w.table.pack_group_activation_s8(codes, a, w.k, w.group)
     else:
-        while start < w.k:
-            n = block_len(start, w.k)
-            memcpy(block, codes + start, n)
-            w.table.pack_activation_s8(block, a, start, n, w.k)
-            start += n
+        pack_codes(w.table, codes, w.k, w.group, a)
     return True
 
 
@@ -258,7 +250,7 @@ cdef class PackedLinear:
         rows = self.rows_of(x, first, a.m)
         rows.parts, rows.prepared, rows.codes = min(a.parts, a.m), a.prepared, a.codes
         rows.scales, rows.a, rows.coded = a.scales, a.memory.data, NULL
-        return parallel_ranges(quantize_part_range, &rows, rows.parts, self.quantize_ns(a.m), num_threads)
+        return self.fill(a, &rows, num_threads)
 
     def load_codes(self, CodeMatrix q not None, Activations a not None, Py_ssize_t first, Py_ssize_t end,
                    int num_threads=1):
@@ -270,7 +262,17 @@ cdef class PackedLinear:
         rows.given, rows.w, rows.m, rows.k = <int8_t*> q.codes.buf + first * q.k, &self.w, a.m, q.k
         rows.parts, rows.prepared, rows.codes = min(a.parts, a.m), a.prepared, a.codes
         rows.a, rows.row_bytes = a.memory.data, self.activation_bytes()
-        return parallel_ranges(quantize_part_range, &rows, rows.parts, self.quantize_ns(a.m), num_threads)
+        return self.fill(a, &rows, num_threads)
+
+    # Packs all rows, and then arranges them together. Returns whether they can be.
+    cdef bint fill(self, Activations a, ActivationRows* rows, int num_threads) except -1:
+        cdef Py_ssize_t ns = self.quantize_ns(a.m)
+        if not parallel_ranges(quantize_part_range, rows, rows.parts, ns, num_threads):
+            return False
+        if self.w.group == 0:
+            with nogil:
+                self.w.table.arrange_activations_s8(a.memory.data, a.m, self.w.k)
+        return True
 
     def quantize_input(self, FloatMatrix x not None, CodeMatrix q not None, int num_threads=1):
         """The scales and codes that `quantize` has for the rows of x; returns whether they are finite."""

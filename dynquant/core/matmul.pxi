@@ -103,6 +103,21 @@ cdef void quantize_activation(const Kernels* table, const Floats* x, float scale
         start += n
 
 
+# Symmetric codes (k,) in the form that the matrix product of `table` takes.
+cdef void pack_codes(const Kernels* table, const int8_t* codes, Py_ssize_t k, Py_ssize_t group,
+                     uint8_t* a) noexcept nogil:
+    cdef int8_t block[BLOCK]  # a copy, which packing uses up
+    cdef Py_ssize_t start = 0, n
+    if group:
+        table.pack_group_activation_s8(codes, a, k, group)
+        return
+    while start < k:
+        n = block_len(start, k)
+        memcpy(block, codes + start, n)
+        table.pack_activation_s8(block, a, start, n, k)
+        start += n
+
+
 # How many of m rows a product takes together: all of them, or nearly equal parts of whole tiles of 16.
 #
 # The outputs that a panel gives for one row fill a line or two of the result, one whole row of it away from

@@ -56,6 +56,7 @@ cdef Py_ssize_t lay_out_part(const TopKSearch* s, uint8_t* base, TopKPart* part)
     if s.group:
         scales = panels * panel_scales(s.table, s.k, s.group)
     part.w.table, part.w.n, part.w.k, part.w.group, part.w.bias = s.table, s.block, s.k, s.group, NULL
+    part.w.int8_groups, part.w.w_sums = False, NULL
     part.w.panels = carve(base, &at, panels * panel_bytes(s.table, s.k, s.group))
     part.w.scales = <float*> carve(base, &at, scales * <Py_ssize_t> sizeof(float))
     part.w.zero_points = carve(base, &at, scales)
@@ -293,6 +294,8 @@ cdef void prepare_queries(const TopKSearch* s, const float* scales) noexcept nog
             s.norms[q] = norm_of_codes(s, codes, scales[q])
         if s.packs:
             pack_codes(s.table, codes, s.k, s.group, s.a + q * activation_bytes(s.table, s.k, s.group))
+    if s.packs and s.group == 0:
+        s.table.arrange_activations_s8(s.a, s.m, s.k)
 
 
 def top_k(CodeMatrix corpus not None, const int8_t[:, ::1] queries not None, const float[::1] scales not None,

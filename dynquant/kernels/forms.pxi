@@ -1,33 +1,34 @@
-# Forms of activations where VPMADDUBSW adds pairs of products in int16, and nothing adds more (DQ_FORMS is 1).
+# Forms of activations for VPMADDUBSW, which adds pairs of products in int16 (DQ_FORMS is 1).
 #
-# A product of pairs (split.pxi) takes three instructions for 32 products. The int16 results of four of them may be
-# added before they are widened to int32, which makes 9 for 128, where the sum of eight products fits int16. So
-# the 16 codes of four k-steps make two lanes of eight, the first and the second pair of each, and a form says
-# what a lane may hold. P is the sum of its positive codes, N that of the magnitudes of its negative ones; biased
-# weights are in [0, 255]:
+# A product of pairs (split.pxi) takes three instructions for 32 products. The int16 results of four of them
+# may be added before they are widened to int32, which makes 9 for 128, where the sum of eight products fits
+# int16. So the 16 codes of four k-steps make two lanes of eight, the first and the second pair of each, and a
+# form says what a lane may hold. P is the sum of its positive codes, N that of the magnitudes of its negative
+# ones; biased weights are in [0, 255]:
 #
 # DQ_PAIRS      what split.pxi says.
-# DQ_EIGHTS     P and N are at most DQ_EIGHTS_LIMIT = 128 each: 255 * 128 = 32,640 < 2**15. Pairs are then in range.
+# DQ_EIGHTS     P and N are at most DQ_EIGHTS_LIMIT = 128 each: 255 * 128 = 32,640 < 2**15. Pairs are then in
+#               range.
 # DQ_CENTERED   pairs are in range, and P + N is at most DQ_CENTERED_LIMIT = 257. The sum lies in [-255 * N,
-#               255 * P]; with floor(-127.5 * (P - N)) added to the lane, in [-32,768, 32,767]. It is added first,
-#               modulo 2**16 as everything in the lane, and to the compensation.
+#               255 * P]; with floor(-127.5 * (P - N)) added to the lane, in [-32,768, 32,767]. It is added
+#               first, modulo 2**16 as everything in the lane, and to the compensation.
 # DQ_WIDE       int16 codes and weights, VPMADDWD: 15 instructions for 64 products, whatever the codes are.
 #
-# What is over in a lane or a pair goes to residuals, as in split.pxi. Codes are scaled by the largest magnitude of
-# the row. Activations of real networks have a few large values and many small ones, so that few lanes are out of
-# range; where they are uniformly distributed nearly all are.
+# What is over in a lane or a pair goes to residuals, as in split.pxi. Codes are scaled by the largest
+# magnitude of the row. Activations of real networks have a few large values and many small ones, so that few
+# lanes are out of range; where they are uniformly distributed nearly all are.
 #
-# Codes take four bytes a k-step; in DQ_CENTERED 16 of them are followed by what starts their lanes, two int16; in
-# DQ_WIDE they are int16, the two even ones of a k-step first. Residuals have the rest of the 12 bytes a k-step that
-# segment_bytes counts.
+# Codes take four bytes a k-step; in DQ_CENTERED 16 of them are followed by what starts their lanes, two
+# int16; in DQ_WIDE they are int16, the two even ones of a k-step first. Residuals have the rest of the 12
+# bytes a k-step that segment_bytes counts.
 cdef enum:
     # Rows that share a form, and from how many on they may have another than DQ_PAIRS.
     BAND_ROWS = 32
     DEEP_FROM = 5
 
 
-# Times of the forms on Zen 3, in tenths of cycles for one row and 16 k of a panel, and for each residual. Another
-# form than DQ_PAIRS has to be faster by 3 %.
+# Times of the forms on Zen 3, in tenths of cycles for one row and 16 k of a panel, and for each residual.
+# Another form than DQ_PAIRS has to be faster by 3 %.
 cdef inline int fastest_form(Py_ssize_t blocks, Py_ssize_t steps, Py_ssize_t eights, Py_ssize_t centered,
                              Py_ssize_t rows) noexcept nogil:
     cdef Py_ssize_t best = 86 * blocks + 53 * steps, cost
@@ -150,7 +151,8 @@ cdef inline void arrange_row(uint8_t* a, int form, Py_ssize_t k) noexcept nogil:
         start += ACC32_K
     start = 0
     while start < k:
-        arrange_segment(<ActSegment*> (a + start // ACC32_K * segment_bytes(ACC32_K)), form, segment_k(start, k))
+        arrange_segment(<ActSegment*> (a + start // ACC32_K * segment_bytes(ACC32_K)), form,
+                        segment_k(start, k))
         start += ACC32_K
 
 

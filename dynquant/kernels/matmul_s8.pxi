@@ -336,7 +336,8 @@ cdef inline void microkernel_segments(const uint8_t* panel, Py_ssize_t panels, c
         start += n
 
 
-# How many of m rows are taken together where DQ_FORMS is 1: rows of one form, and nearly equal numbers of them.
+# How many of m rows are taken together where DQ_FORMS is 1: rows of one form, and nearly equal numbers of
+# them.
 cdef inline Py_ssize_t rows_of_form(const uint8_t* a, Py_ssize_t m) noexcept nogil:
     cdef const ActSegment* first = <const ActSegment*> a
     cdef Py_ssize_t n = min(m, <Py_ssize_t> first.rows), parts

@@ -12,8 +12,8 @@
 # center gives fewer of them depends on the row.
 #
 # A row of activations is: four bytes for each k-step, up to the end of a cache line; for each segment what
-# its sums begin with, DQ_LANES times, because a vector that has just been stored in parts is slow to load; for
-# each segment the end of its residuals; zero - center; the residuals.
+# its sums begin with, DQ_LANES times, because a vector that has just been stored in parts is slow to load;
+# for each segment the end of its residuals; zero - center; the residuals.
 #
 # A sum begins with what is to come off it, so that it ends as the exact one. With at most SEGMENT_K k nothing
 # wraps on the way: the start is at most 2 * 2**15 * 128 * 128 in magnitude, and what is added 2**15 * 128 *
@@ -116,14 +116,15 @@ cdef void unpack_panel_s8_groups(const uint8_t* panel, const float* panel_scales
                                  Py_ssize_t rows, Py_ssize_t k, Py_ssize_t group) noexcept nogil:
     cdef Py_ssize_t groups = groups_of(k, group), r, g, i, start, n
     cdef const uint8_t* part
+    cdef uint8_t code
     for g in range(groups):
         start = g * group
         n = group_len(start, k, group)
         part = panel + g * group_steps(group) * (PANEL * DQ_DEPTH)
         for r in range(rows):
             for i in range(n):
-                w[r * k + start + i] = <int8_t> (part[(i // DQ_DEPTH * PANEL + r) * DQ_DEPTH + i % DQ_DEPTH]
-                                                ^ <uint8_t> (DQ_BIAS >> 8 if i & 1 else DQ_BIAS))
+                code = part[(i // DQ_DEPTH * PANEL + r) * DQ_DEPTH + i % DQ_DEPTH]
+                w[r * k + start + i] = <int8_t> (code ^ <uint8_t> (DQ_BIAS >> 8 if i & 1 else DQ_BIAS))
             scales[r * groups + g] = panel_scales[g * PANEL + r]
 
 
