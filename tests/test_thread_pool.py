@@ -50,7 +50,7 @@ def entry_weights(x, threads):
     codes, scales = np.empty((m, -(-k // 2)), np.uint8), np.empty((m, -(-k // 48)), F32)
     zero_points, values = np.empty(scales.shape, np.uint8), np.empty((m, k), F32)
     q = _core.CodeMatrix(codes, scales, zero_points, m, k, 48, True, True)
-    _core.fit_rows(matrix(x), q, 15, x.size < 10_000, threads)
+    _core.fit_rows(matrix(x), q, 15, x.size < 10_000, None, threads)
     _core.quantize_rows(matrix(x), q, 7, False, threads)
     _core.dequantize_rows(q, values, threads)
     return codes, scales, zero_points, values
