@@ -90,11 +90,14 @@ def quantize_weights(
     Quantization for Generative Pre-trained Transformers" (ICLR 2023), columns in the order of their second
     moments. Weights that are zero stay zero. Damping comes from the data: of every four spans of eight rows
     one is held out, by a hash of their index, and the damping with the least error there is taken, or plain
-    rounding if nothing is better; of 24 rows and fewer none is held out, and the damping is the mean second
-    moment. Beside the weights that takes five float32 matrices of in_features by in_features, and about 32
-    MiB for outputs, which are worked on in blocks; time goes with in_features squared times the sum of
-    in_features, outputs and rows. The products are NumPy's, and their last bits are those of the BLAS that
-    NumPy uses: here alone codes may differ from one machine to another.
+    rounding if nothing is better; of 24 rows and fewer none is held out, and the damping is strong. Beside
+    the weights that takes about seven float32 matrices of in_features by in_features, and 32 MiB for outputs,
+    which are worked on in blocks; time goes with in_features squared times the sum of in_features, outputs
+    and rows. The products are NumPy's, and their last bits are those of the BLAS that NumPy uses: here alone
+    codes may differ from one machine to another.
+
+    `search` and `calibration` together choose ranges by the error that the rows weight, the diagonal of their
+    second moments, and go over the columns three times more, each rounded to what is best beside the others.
 
     Examples
     --------

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from helpers.common import assert_same_bits, real_layer
+from helpers.common import ISAS, assert_same_bits, real_layer, using
 
 from dynquant import (
     DTypeError,
@@ -87,6 +87,32 @@ def test_less_error_on_inputs_like_those_of_the_calibration(options, k):
     if not options.get("search") and plain.zero_points is not None:
         assert_same_bits(compensated.zero_points, plain.zero_points)
     assert output_error(w, compensated, x[300:]) <= output_error(w, plain, x[300:]) * (1 if k == 1 else 0.3)
+
+
+@pytest.mark.parametrize("hadamard", [False, True])
+@pytest.mark.parametrize("name", ["up", "down"])
+def test_a_search_finds_better_codes_and_ranges(name, hadamard):
+    weight, calibration, tokens = real_layer(name)
+    exact = tokens.astype(np.float64) @ weight.T.astype(np.float64)
+    options = {"bits": 4, "group_size": 32, "hadamard": hadamard, "calibration": calibration}
+    sqnr = [
+        error_metrics(exact, QuantLinear.from_float(weight, **options, search=search)(tokens)).sqnr_db
+        for search in (False, True)
+    ]
+    assert sqnr[1] > sqnr[0] + 0.3
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_same_codes_on_every_instruction_set_and_number_of_threads(options, num_threads, isa):
+    w, x = weights(300, 65), correlated(300, 65)
+    with using("baseline"):
+        expected = quantize_weights(w, **options, calibration=x)
+    with using(isa):
+        tensor = quantize_weights(w, **options, calibration=x, num_threads=num_threads)
+    assert_same_bits(tensor.data, expected.data)
+    assert_same_bits(tensor.scales, expected.scales)
 
 
 def test_more_columns_than_a_block_are_compensated_across_it():
