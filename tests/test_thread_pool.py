@@ -1,4 +1,4 @@
-"""The pool of threads: the same bits as one thread, forks, exits, interrupts; and how many threads there are."""
+"""The pool of threads: the same bits as one thread, forks, exits, interrupts; how many threads there are."""
 
 import functools
 import os
@@ -155,9 +155,6 @@ PROGRAM = """if True:
 
     warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of forks beside threads
 
-    def threads_alive():
-        return len(os.listdir("/proc/self/task"))
-
     x = np.random.default_rng(0).standard_normal((300, 4000)).astype(np.float32)
     expected = dq.dynamic_quantize_int8_per_row(x).data.tobytes()
     _core.set_sharing(True, False)
@@ -183,19 +180,26 @@ def test_number_of_workers(tmp_path):
     """As many as helped one call at most; none for small work, or where there is one processor."""
     run_program(
         """
-    before = threads_alive()
+    def workers():
+        tasks = os.listdir("/proc/self/task")
+        return [open(f"/proc/self/task/{task}/comm").read() for task in tasks].count("dynquant\\n")
+
     quantize(1)
     _core.set_sharing(False, False)
     dq.dynamic_quantize_int8_per_row(x[:4], num_threads=8)
     usable = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(usable)})
     quantize(8)
-    assert threads_alive() == before
+    time.sleep(0.1)
+    assert workers() == 0
     os.sched_setaffinity(0, usable)
     _core.set_sharing(True, False)
-    for threads, workers in ((2, 1), (2, 1), (4, 3), (3, 3)):
+    for threads, expected_workers in ((2, 1), (2, 1), (4, 3), (3, 3)):
         quantize(threads)
-        assert threads_alive() - before == workers
+        time.sleep(0.1)
+        while workers() < expected_workers:  # a worker that has not begun has no name
+            time.sleep(0.01)
+        assert workers() == expected_workers
     """,
         tmp_path,
     )
