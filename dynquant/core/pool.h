@@ -168,6 +168,9 @@ static void dq_help(dq_job *job) {
 
 static void *dq_worker(void *unused) {
     (void)unused;
+#ifdef __linux__
+    pthread_setname_np(pthread_self(), "dynquant");
+#endif
     int helped = 0;
     pthread_mutex_lock(&dq_pool.lock);
     for (;;) {
