@@ -73,6 +73,10 @@ def w8a8_matvec(
     Each sum is the exact integer for every in_features: partial sums of 65,536 products, at most
     65,536 * 128 * 127 < 2**31 in magnitude, are added up in int64. Nothing saturates on any instruction set.
 
+    The order of the factors is fixed: a sum times its weight scale may be infinite where the product of both
+    scales would bring it back into float32, as with weights of 3e37 and activations of 1e-30. Divide such
+    weights by a power of two, and multiply the output by it.
+
     Examples
     --------
     >>> w8a8_matvec(np.array([[2, -128]], np.int8), [0.5], [127.0, 1.0]).tolist()
@@ -140,6 +144,10 @@ def w8a8_matmul(
     Each sum is the exact integer for every in_features. The weights are packed for the kernels anew in every
     call, which takes as long as multiplying 20 rows (baseline) to more than 100 (AMX): `QuantLinear` packs
     weights once.
+
+    The order of the factors is fixed: a sum times its weight scale may be infinite where the product of both
+    scales would bring it back into float32, as with weights of 3e37 and activations of 1e-30. Divide such
+    weights by a power of two, and multiply the output by it.
 
     Examples
     --------
@@ -242,6 +250,10 @@ def w4a8_matmul(
     magnitude, which float32 holds; longer groups are added up from such runs in int64. The weights are packed
     for the kernels anew in every call, which costs as much as multiplying several rows: `QuantLinear` packs
     once.
+
+    The order of the factors is fixed: a sum times its weight scale may be infinite where the product of both
+    scales would bring it back into float32, as with weights of 3e37 and activations of 1e-30. Divide such
+    weights by a power of two, and multiply the output by it.
 
     Examples
     --------

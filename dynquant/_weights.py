@@ -86,6 +86,10 @@ def quantize_weights(
     Halves are rounded away from zero, in float32. Zero is always represented exactly. Where the scale is 0,
     so are the codes and the zero point.
 
+    A convolution's weights (out, in, height, width) have one scale for each output channel as
+    ``quantize_weights(w.reshape(len(w), -1))``, which goes with inputs unfolded to rows in the same order; a
+    stack (experts, out, in) is ``[quantize_weights(expert) for expert in w]``.
+
     With `calibration` rounding is error-compensated: Frantar et al., "GPTQ: Accurate Post-Training
     Quantization for Generative Pre-trained Transformers" (ICLR 2023), columns in the order of their second
     moments. Weights that are zero stay zero. Damping comes from the data: of every four spans of eight rows
@@ -108,7 +112,7 @@ def quantize_weights(
     fmt, symmetric = weight_format(bits, group_size, symmetric)
     search = as_flag(search, "search")
     threads = as_thread_count(num_threads)
-    matrix = as_matrix(w, "w", "(out_features, in_features)")
+    matrix = as_matrix(w, "w", _MATRIX)
     check_finite(matrix, "w", threads)
     relative = as_flag(relative, "relative")
     moments = None
@@ -116,6 +120,13 @@ def quantize_weights(
         k = matrix.shape[1]
         moments = SecondMoments(row_batches(calibration, "calibration", k), k, relative)
     return quantize_matrix(matrix, fmt, symmetric, search, moments, threads, "w")
+
+
+# What `w` should be, and the way for what is often passed instead.
+_MATRIX = (
+    "(out_features, in_features); weights of a convolution as w.reshape(len(w), -1), "
+    "a stack of layers one at a time"
+)
 
 
 def weight_format(bits: Any, group_size: Any, symmetric: Any) -> tuple[DynQuantFormat, bool]:

@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 from dynquant import (
     DynQuantFormat,
     ParameterError,
+    ShapeMismatchError,
     dynamic_quantize,
     error_metrics,
     quantize_weights,
@@ -276,3 +277,22 @@ def test_real_weights(symmetric, group_size):
     )
     assert best > plain + 0.2
     assert 12 < plain < 30
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (16, 64), (17, 65), (100, 300)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_in_the_order_of_columns(shape, bits):
+    w = np.random.default_rng(0).standard_normal(shape).astype(F32)
+    expected = quantize_weights(w, bits=bits)
+    for same in (np.asfortranarray(w), np.ascontiguousarray(w.T).T, np.asfortranarray(w.astype(np.float64))):
+        q = quantize_weights(same, bits=bits)
+        assert_same_bits(q.data, expected.data)
+        assert_same_bits(q.scales, expected.scales)
+
+
+def test_weights_of_a_convolution_have_a_scale_for_each_output_channel():
+    w = np.random.default_rng(0).standard_normal((6, 3, 2, 2)).astype(F32)
+    with pytest.raises(ShapeMismatchError, match=r"w\.reshape\(len\(w\), -1\)"):
+        quantize_weights(w)
+    q = quantize_weights(w.reshape(len(w), -1))
+    assert_same_bits(q.scales, np.abs(w).max(axis=(1, 2, 3)) / F32(127))

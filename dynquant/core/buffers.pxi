@@ -251,3 +251,39 @@ cdef Aligned aligned_memory(Py_ssize_t n) except *:
     dq_prefer_large_pages(memory.block, n + 63)
     memory.data = <uint8_t*> memory.block + (-<Py_ssize_t> memory.block & 63)
     return memory
+
+
+# Memory in the order of columns is read a band of TILE_COLUMNS at a time, TILE_ROWS of it together: whole
+# cache lines of x, and whole ones of the result, which would evict each other before they are full where they
+# are a power of two apart.
+cdef enum:
+    TILE_ROWS = 16
+    TILE_COLUMNS = 64
+
+
+# out (n, m) = x (m, n) transposed.
+cdef void transpose_u32(const uint32_t* x, uint32_t* out, Py_ssize_t m, Py_ssize_t n) noexcept nogil:
+    cdef uint32_t tile[TILE_COLUMNS * TILE_ROWS]
+    cdef Py_ssize_t c0 = 0, r0, r, c, rows, columns
+    while c0 < n:
+        columns = TILE_COLUMNS if n - c0 > TILE_COLUMNS else n - c0
+        r0 = 0
+        while r0 < m:
+            rows = TILE_ROWS if m - r0 > TILE_ROWS else m - r0
+            for r in range(rows):
+                for c in range(columns):
+                    tile[c * TILE_ROWS + r] = x[(r0 + r) * n + c0 + c]
+            for c in range(columns):
+                memcpy(out + (c0 + c) * m + r0, tile + c * TILE_ROWS, rows * sizeof(uint32_t))
+            r0 += TILE_ROWS
+        c0 += TILE_COLUMNS
+
+
+def copy_transposed(x not None, out not None, Py_ssize_t m, Py_ssize_t n):
+    """out (n, m) = x (m, n) transposed; both C-contiguous, of elements of four bytes."""
+    cdef RawBuffer source = RawBuffer(x, PyBUF_SIMPLE)
+    cdef RawBuffer target = RawBuffer(out)
+    check_size(source.view.len, m * n * <Py_ssize_t> sizeof(uint32_t))
+    check_size(target.view.len, m * n * <Py_ssize_t> sizeof(uint32_t))
+    with nogil:
+        transpose_u32(<const uint32_t*> source.view.buf, <uint32_t*> target.view.buf, m, n)
