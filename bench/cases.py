@@ -336,6 +336,26 @@ def w8a8_matvec(n: int, k: int) -> Case:
     )
 
 
+def int8_inner(m: int, n: int, k: int) -> Case:
+    """Codes as they come from quantizing; NumPy has no BLAS for integers."""
+
+    def setup() -> Arrays:
+        codes = [dq.dynamic_quantize_int8_per_row(normal(rows, k, seed=rows)).data for rows in (m, n)]
+        return {"q": codes[0], "w": codes[1], "out": np.empty((m, n), np.int32)}
+
+    return Case(
+        name=f"int8_inner_{m}x{n}x{k}",
+        what=f"int8 inner products, {m} x {k} with {n} x {k}, into out",
+        operation="int8_inner",
+        setup=setup,
+        ours=lambda a: dq.int8_inner(a["q"], a["w"], out=a["out"]),
+        numpy=lambda a: np.matmul(a["q"], a["w"].T, out=a["out"], dtype=np.int32),
+        oracle=lambda a: oracle.integer_product(a["q"], a["w"]),
+        read=(m + n) * k,
+        written=4 * m * n,
+    )
+
+
 # Shapes (out_features, in_features) of layers, and how many rows they are given.
 LAYERS = ((384, 1536), (1024, 1024), (4096, 4096), (11008, 4096), (30522, 384))
 ROWS = (1, 4, 16, 128)
@@ -518,6 +538,8 @@ def operations() -> list[Case]:
         quantization_mae(2**20),
         w8a8_matvec(1024, 1024),
         w8a8_matvec(4096, 4096),
+        int8_inner(128, 1024, 1024),
+        int8_inner(128, 4096, 4096),
         calibration(64, 2**16),
     ]
 

@@ -319,6 +319,23 @@ def numkong_tensor(values: np.ndarray, dtype: str) -> Any:
     return numkong.from_pointer(values.ctypes.data, values.shape, dtype, owner=values)
 
 
+def numkong_inner(a: Arrays) -> Call:
+    """With the packing of one side in each call, as dynquant has it."""
+    q, w, out = numkong_tensor(a["q"], "int8"), numkong_tensor(a["w"], "int8"), a["out"]
+    sums = numkong.zeros(out.shape, dtype="int32")
+
+    def call() -> Any:
+        return numkong.dots_packed(q, numkong.dots_pack(w, dtype="int8"), out=sums)
+
+    np.testing.assert_array_equal(np.asarray(call()), oracle.integer_product(a["q"], a["w"]))
+    return call
+
+
+def numkong_inner_packed(a: Arrays) -> Call:
+    """With a side that was packed before."""
+    return numkong_dots(a["q"], a["w"], "int8", oracle.integer_product(a["q"], a["w"]))
+
+
 def numkong_int8(a: Arrays) -> Call:
     codes, _ = oracle.quantized(a["x"], 127, axis=1)
     return numkong_dots(codes, a["w"], "int8", oracle.integer_product(codes, a["w"]))
@@ -372,6 +389,7 @@ PEERS: dict[str, dict[str, Sequence[Callable[[Arrays], Call]]]] = {
     "smooth_activations": {"torch": [torch_smooth("div")]},
     "smooth_weights": {"torch": [torch_smooth("mul")]},
     "column_maxima": {"torch": [torch_column_maxima, torch_column_norms, torch_column_aminmax]},
+    "int8_inner": {"numkong": [numkong_inner], "numkong_packed": [numkong_inner_packed]},
     "w8a8_matvec": INT8_LINEAR,
     "w8a8_linear": {**INT8_LINEAR, "torch_f32": [torch_float_linear], "numkong": [numkong_int8]},
     "w4a8_linear": {

@@ -40,7 +40,7 @@ WAYS = {
     "PyTorch": ("torch", "torch_fbgemm"),
     "PyTorch float32": ("torch_f32",),
     "ONNX Runtime": ("ort", "ort_bound"),
-    "NumKong (integers only)": ("numkong", "numkong_int4"),
+    "NumKong (integers only)": ("numkong", "numkong_int4", "numkong_packed"),
     "dynquant on one thread": ("one_thread",),
 }
 

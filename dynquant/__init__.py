@@ -5,6 +5,7 @@ arrays             dynamic_quantize, dynamic_quantize_int8, dynamic_quantize_int
                    compute_scale, MaxAbs, Percentile
 the result         DynQuantTensor: dequantize, rows, files; DynQuantFormat
 linear layers      QuantLinear.from_float(weight)(x); w8a8_matmul, w8a8_matvec, w4a8_matmul, w4a8_matvec
+integers           int8_inner: exact products of int8 matrices
 weights            quantize_weights: int8 or 4 bits, groups, searched ranges, error compensation
 outliers           hadamard_transform; compute_smooth_factors, search_alpha, smooth_activations,
                    smooth_weights, fold_smooth_factors, SmoothQuantConfig
@@ -27,6 +28,7 @@ from ._calibrate import Calibrator, CalibStats
 from ._embed import get_include
 from ._format import DynamicScaleMode, DynQuantFormat, MaxAbs, Percentile
 from ._hadamard import hadamard_transform
+from ._inner import int8_inner
 from ._isa import simd_info
 from ._linear import QuantLinear
 from ._matmul import w4a8_matmul, w4a8_matvec, w8a8_matmul, w8a8_matvec
@@ -101,6 +103,7 @@ __all__ = [
     "fold_smooth_factors",
     "get_include",
     "hadamard_transform",
+    "int8_inner",
     "quantization_mae",
     "quantize",
     "quantize_weights",

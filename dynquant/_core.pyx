@@ -36,7 +36,7 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_RawCalloc, PyMem_RawFre
 from cpython.object cimport PyObject, PyObject_GenericSetAttr
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport INFINITY, ceil, pow, sqrt
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcpy, memset
 
 from dynquant._table cimport CHANNEL_BINS, NON_FINITE, Kernels, groups_of
@@ -62,6 +62,7 @@ cdef extern from "Python.h":
 
 
 cdef extern from "kernels/simd/simd.h" nogil:
+    void dq_prefetch(const void* bytes, size_t n)
     float dq_float(int32_t b)
     float DQ_BELOW_HALF
 
@@ -140,6 +141,7 @@ include "core/smooth.pxi"
 include "core/hadamard.pxi"
 include "core/matmul_groups.pxi"
 include "core/matmul.pxi"
+include "core/inner.pxi"
 include "core/linear.pxi"
 include "core/calibrate.pxi"
 include "core/top_k.pxi"

@@ -67,7 +67,8 @@ ctypedef struct Kernels:
     Py_ssize_t panel_outputs
     Py_ssize_t (*panel_bytes)(Py_ssize_t k) noexcept nogil
     Py_ssize_t (*activation_bytes)(Py_ssize_t k) noexcept nogil
-    void (*pack_panel_s8)(const int8_t* w, Py_ssize_t rows, uint8_t* panel, Py_ssize_t k) noexcept nogil
+    void (*pack_panel_s8)(const int8_t* w, Py_ssize_t stride, Py_ssize_t rows, uint8_t* panel,
+                          Py_ssize_t k) noexcept nogil
     void (*unpack_panel_s8)(const uint8_t* panel, int8_t* w, Py_ssize_t rows, Py_ssize_t k) noexcept nogil
     void (*pack_activation_s8)(int8_t* codes, uint8_t* a, Py_ssize_t start, Py_ssize_t n,
                                Py_ssize_t k) noexcept nogil

@@ -209,13 +209,13 @@ def _is_matrix(item: Any, name: str) -> bool:
     return not isinstance(item, (list, tuple, int, float)) and as_array(item, name).ndim > 1
 
 
-def as_int8_matrix(x: Any, name: str) -> NDArray[np.int8]:
-    """`x` as a C-contiguous int8 array with two axes."""
+def as_int8_matrix(x: Any, name: str, shape: str = "(out_features, in_features)") -> NDArray[np.int8]:
+    """`x` as a C-contiguous int8 array with two axes, `shape` in an error."""
     matrix = as_array(x, name)
     if matrix.dtype != I8:
         raise DTypeError(f"{name}: expected dtype int8, got {matrix.dtype}")
     if matrix.ndim != 2:
-        raise ShapeMismatchError("(out_features, in_features)", matrix.shape, name)
+        raise ShapeMismatchError(shape, matrix.shape, name)
     return np.ascontiguousarray(matrix)
 
 

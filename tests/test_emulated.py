@@ -27,6 +27,7 @@ from dynquant import (
     _isa,
     dynamic_quantize,
     hadamard_transform,
+    int8_inner,
     simd_info,
     smooth_activations,
     w4a8_matmul,
@@ -132,6 +133,15 @@ def test_int8(k):
             assert_same_bits(w8a8_matmul(weight, scales, x[:m]), rows[:m])
         layer = QuantLinear.from_arrays({"weight_i8": weight, "weight_scales": scales})
         assert_same_bits(layer.to_arrays()["weight_i8"], weight)
+
+
+@pytest.mark.parametrize("k", [1, 5, 65, 1001, 2050])
+def test_int8_inner(k):
+    rng = np.random.default_rng(0)
+    for m, n in ((2, 40), (38, 67), (67, 38)):
+        a, b = rng.integers(-128, 128, (m, k), dtype=np.int8), rng.integers(-128, 128, (n, k), dtype=np.int8)
+        a[0] = b[0] = -128
+        assert_same_bits(int8_inner(a, b, dtype=np.int64), a.astype(np.int64) @ b.astype(np.int64).T)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -43,6 +43,7 @@ from dynquant import (
     dynamic_quantize_int8,
     dynamic_quantize_int8_per_row,
     fold_smooth_factors,
+    int8_inner,
     quantization_mae,
     quantize_weights,
     search_alpha,
@@ -625,6 +626,7 @@ def test_keyword_only():
         lambda: w4a8_matvec(INT4, ROW, Y),
         lambda: w4a8_matmul(INT4, X, SCALES, PRODUCT),
         lambda: QuantLinear.from_float(X, SCALES, 4),
+        lambda: int8_inner(WEIGHT, WEIGHT, np.int64),
         lambda: LAYER(X, PRODUCT),
     ):
         with pytest.raises(TypeError, match="positional"):

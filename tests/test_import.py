@@ -279,6 +279,7 @@ def test_signatures():
         "top_k": "queries, corpus, k, *, metric='dot', allowed=None, rescore=None, oversample=4, "
         "num_threads=1",
         "w8a8_matvec": "weight_i8, weight_scales, activation, *, out=None",
+        "int8_inner": "a, b, *, dtype=<class 'numpy.int32'>, out=None, num_threads=1",
         "w8a8_matmul": "weight_i8, weight_scales, activations, bias=None, *, out=None, num_threads=1",
         "dynamic_quantize_linear": "x",
         "error_metrics": "original, quantized, *, per_row=False",

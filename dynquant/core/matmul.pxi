@@ -62,7 +62,7 @@ cdef void pack_weights(const PackedWeights* w, const uint8_t* codes, const float
                                   w.panels + p * width, w.scales + p * scale_stride,
                                   w.zero_points + p * scale_stride, w.k, w.group)
         else:
-            w.table.pack_panel_s8(<const int8_t*> codes + c * w.k, rows, w.panels + p * width, w.k)
+            w.table.pack_panel_s8(<const int8_t*> codes + c * w.k, w.k, rows, w.panels + p * width, w.k)
 
 
 # The inverse of pack_weights.

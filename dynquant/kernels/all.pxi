@@ -51,6 +51,7 @@ cdef extern from "kernels/simd/simd.h" nogil:
     dq_acc dq_acc_load(const int32_t* s)
     void dq_acc_store(int32_t* out, dq_acc s)
     dq_broadcast_act dq_broadcast(const uint8_t* a)
+    void dq_transpose_16(const int8_t* w, Py_ssize_t stride, uint8_t* out, Py_ssize_t out_stride)
     dq_weights dq_weights_load(const uint8_t* w)
     dq_acc dq_acc_step(dq_acc acc, dq_weights w, dq_broadcast_act a)
     uint32_t dq_bias_step(int8_t* a, int32_t* compensation)

@@ -13,6 +13,8 @@ cdef enum:
     ROWS = 4
     TILE = DQ_TILE_ROWS // 2
     MICROKERNEL_ROWS = DQ_TILE_ROWS + DQ_KEPT_ROWS
+    MOVE_STEPS = 256  # 16 KiB of a panel, or 32 KiB
+    MOVE_ROWS = 8  # rows that are fetched ahead
 
 
 # As long as a cache line, so that codes begin at one.
@@ -61,20 +63,42 @@ cdef inline Py_ssize_t segment_k(Py_ssize_t start, Py_ssize_t k) noexcept nogil:
     return k - start if k - start < ACC32_K else ACC32_K
 
 
-# A panel from w (rows, k), or with `back` the other way round: its whole steps, and then the last.
-# A run of steps is taken row by row, so that a line of w is read once while the run's part of the panel
-# stays in L1.
-cdef inline void move_panel(int8_t* w, Py_ssize_t k, Py_ssize_t rows, uint8_t* panel,
+# A panel from w (rows, k), rows `stride` apart, or with `back` the other way round: its whole steps, and then
+# the last. A span of steps is taken row by row, or four rows at once: long enough for the prefetchers to follow
+# a row, while the span's part of the panel stays in L1. Rows lie too far apart for them to find the next.
+cdef inline void move_panel(int8_t* w, Py_ssize_t stride, Py_ssize_t k, Py_ssize_t rows, uint8_t* panel,
                             bint back) noexcept nogil:
-    cdef Py_ssize_t r, i, span = 0, end, whole = k // DQ_DEPTH, last = k % DQ_DEPTH
+    cdef Py_ssize_t r, span = 0, end, whole = k // DQ_DEPTH, last = k % DQ_DEPTH
     while span < whole:
-        end = span + 16 if span + 16 < whole else whole
-        for r in range(rows):
-            for i in range(span, end):
-                move_bytes(w + r * k + i * DQ_DEPTH, panel + (i * PANEL + r) * DQ_DEPTH, DQ_DEPTH, back)
+        end = span + MOVE_STEPS if span + MOVE_STEPS < whole else whole
+        r = 0
+        while r < rows:
+            dq_prefetch(w + (r + MOVE_ROWS) * stride + span * DQ_DEPTH, (end - span) * DQ_DEPTH)
+            if not back and DQ_DEPTH == 4 and r % 4 == 0 and r + 4 <= rows:
+                transpose_rows(w + r * stride, stride, panel + r * DQ_DEPTH, span, end)
+            elif back or DQ_DEPTH != 4 or r >= rows // 4 * 4:
+                move_row(w + r * stride, panel + r * DQ_DEPTH, span, end, back)
+            r += 1
         span = end
     for r in range(rows):
-        move_bytes(w + r * k + whole * DQ_DEPTH, panel + (whole * PANEL + r) * DQ_DEPTH, last, back)
+        move_bytes(w + r * stride + whole * DQ_DEPTH, panel + (whole * PANEL + r) * DQ_DEPTH, last, back)
+
+
+cdef inline void move_row(int8_t* w, uint8_t* panel, Py_ssize_t first, Py_ssize_t end, bint back) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(first, end):
+        move_bytes(w + i * DQ_DEPTH, panel + i * (PANEL * DQ_DEPTH), DQ_DEPTH, back)
+
+
+# move_row for four rows, not back.
+cdef inline void transpose_rows(int8_t* w, Py_ssize_t stride, uint8_t* panel, Py_ssize_t first,
+                                Py_ssize_t end) noexcept nogil:
+    cdef Py_ssize_t i = first, r
+    while i + 4 <= end:
+        dq_transpose_16(w + i * DQ_DEPTH, stride, panel + i * (PANEL * DQ_DEPTH), PANEL * DQ_DEPTH)
+        i += 4
+    for r in range(4):
+        move_row(w + r * stride, panel + r * DQ_DEPTH, i, end, False)
 
 
 cdef inline void move_bytes(int8_t* w, uint8_t* packed, Py_ssize_t n, bint back) noexcept nogil:
@@ -84,17 +108,19 @@ cdef inline void move_bytes(int8_t* w, uint8_t* packed, Py_ssize_t n, bint back)
         memcpy(packed, w, n)
 
 
-# w (rows, k) in [-128, 127], rows <= PANEL -> panel, panel_bytes(k). What is past the last output or k is 0.
-cdef void pack_panel_s8(const int8_t* w, Py_ssize_t rows, uint8_t* panel, Py_ssize_t k) noexcept nogil:
+# w (rows, k) in [-128, 127], rows <= PANEL, `stride` apart -> panel, panel_bytes(k). What is past the last
+# output or k is 0.
+cdef void pack_panel_s8(const int8_t* w, Py_ssize_t stride, Py_ssize_t rows, uint8_t* panel,
+                        Py_ssize_t k) noexcept nogil:
     memset(panel, 0, panel_bytes(k))
-    move_panel(<int8_t*> w, k, rows, panel, False)
+    move_panel(<int8_t*> w, stride, k, rows, panel, False)
     bias_weights(panel, panel_bytes(k))
 
 
 # panel -> w (rows, k): the inverse of pack_panel_s8.
 cdef void unpack_panel_s8(const uint8_t* panel, int8_t* w, Py_ssize_t rows, Py_ssize_t k) noexcept nogil:
     cdef Py_ssize_t r
-    move_panel(w, k, rows, <uint8_t*> panel, True)
+    move_panel(w, k, k, rows, <uint8_t*> panel, True)
     for r in range(rows):
         bias_weights(<uint8_t*> w + r * k, k)
 

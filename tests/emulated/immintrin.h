@@ -44,6 +44,22 @@ static inline __m512 _mm512_loadu_ps(const void* x) { __m512 v; memcpy(&v, x, 64
 static inline void _mm512_storeu_ps(void* out, __m512 v) { memcpy(out, &v, 64); }
 static inline void _mm512_stream_ps(void* out, __m512 v) { memcpy(out, &v, 64); }
 
+/* Words of four and eight bytes of the lower and the upper halves in turns. */
+#define EMULATED_UNPACK(name, type, first) \
+    static inline __m128i name(__m128i a, __m128i b) { \
+        enum { HALF = 8 / sizeof(type) }; \
+        type x[2 * HALF], y[2 * HALF], out[2 * HALF]; \
+        memcpy(x, &a, 16); \
+        memcpy(y, &b, 16); \
+        for (int i = 0; i < HALF; i++) out[2 * i] = x[first * HALF + i], out[2 * i + 1] = y[first * HALF + i]; \
+        memcpy(&a, out, 16); \
+        return a; \
+    }
+EMULATED_UNPACK(_mm_unpacklo_epi32, uint32_t, 0)
+EMULATED_UNPACK(_mm_unpackhi_epi32, uint32_t, 1)
+EMULATED_UNPACK(_mm_unpacklo_epi64, uint64_t, 0)
+EMULATED_UNPACK(_mm_unpackhi_epi64, uint64_t, 1)
+
 static inline __m512i _mm512_setzero_si512(void) { return (__m512i){0}; }
 static inline __m512i _mm512_set1_epi32(int32_t x) { return (__m512i){0} + x; }
 static inline __m512i _mm512_set1_epi16(short x) { return (__m512i)((emulated_s16){0} + (int16_t)x); }

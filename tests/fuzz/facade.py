@@ -43,6 +43,7 @@ from dynquant import (
     error_metrics,
     fold_smooth_factors,
     hadamard_transform,
+    int8_inner,
     quantization_mae,
     quantize_weights,
     search_alpha,
@@ -355,6 +356,20 @@ def weights(data, isa, num_threads):
         assert_equal(q.scales.reshape(scales.shape), scales, "scales")
         if q.zero_points is not None:
             assert_equal(q.zero_points.reshape(zeros.shape).astype(np.int64), zeros, "zero points")
+
+
+@drawn(st.data(), isas, threads)
+def inner_products(data, isa, num_threads):
+    m, n, k = data.draw(lengths), data.draw(lengths), data.draw(lengths)
+    seed, low = data.draw(st.integers(0, 2**32)), data.draw(st.sampled_from([-128, -127, 126]))
+    rng = np.random.default_rng(seed)
+    a, b = rng.integers(low, 128, (m, k), dtype=np.int8), rng.integers(-128, 128, (n, k), dtype=np.int8)
+    if m and n:
+        a[m // 2], b[n // 2] = -128, rng.choice(np.array([-128, 127], np.int8), k)
+    with using(isa), unchanged(a, b):
+        y = int8_inner(a, b, dtype=np.int64, num_threads=num_threads)
+        assert_equal(y, a.astype(np.int64) @ b.astype(np.int64).T, "int8_inner")
+        assert_equal(int8_inner(b, a, num_threads=num_threads), y.T.astype(np.int32), "int8_inner, int32")
 
 
 @drawn(st.data(), isas, threads)
@@ -753,6 +768,12 @@ ANY = {
         [matrix],
         {**WEIGHT_OPTIONS, "search": flags, "calibration": calibrations, "num_threads": counts},
         None,
+    ),
+    "int8_inner": (
+        int8_inner,
+        [int8_weights, int8_weights],
+        {"dtype": mostly(st.just(np.int32)), "num_threads": counts},
+        ((N, N), np.int32),
     ),
     "w8a8_matvec": (w8a8_matvec, [int8_weights, outputs, row], {}, ((N,), F32)),
     "w8a8_matmul": (

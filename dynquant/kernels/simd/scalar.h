@@ -103,6 +103,13 @@ static inline dq_acc dq_acc_step(dq_acc acc, dq_weights w, dq_broadcast_act a) {
 }
 #endif
 
+#ifndef DQ_TRANSPOSES
+static inline void dq_transpose_16(const int8_t* w, ptrdiff_t stride, uint8_t* out, ptrdiff_t out_stride) {
+    for (int i = 0; i < 4; i++)
+        for (int r = 0; r < 4; r++) memcpy(out + i * out_stride + 4 * r, w + r * stride + 4 * i, 4);
+}
+#endif
+
 #ifndef DQ_BIASES
 #define DQ_BIASES
 static inline uint32_t dq_pairs_out_of_range(const int8_t* a) {

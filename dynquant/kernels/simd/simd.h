@@ -185,6 +185,10 @@ static inline float dq_widen(uint16_t h) {
 
    Which pairs of DQ_BIAS_STEP biased codes are out of the range of DQ_PAIR, bit j for pair j. */
 
+/* void dq_transpose_16(const int8_t* w, ptrdiff_t stride, uint8_t* out, ptrdiff_t out_stride)
+
+   16 bytes of each of four rows, `stride` apart: their words of four bytes, as a matrix, transposed. */
+
 /* uint32_t dq_bias_step(int8_t* a, int32_t* compensation)
 
    Prepares DQ_BIAS_STEP codes for dq_acc_step or dq_dot_biased_step, all but the split: negates the odd ones,

@@ -99,3 +99,16 @@ static inline dq_floats dq_group_add(dq_floats acc, dq_acc s, dq_floats zero_poi
     return _mm_add_ps(acc, _mm_mul_ps(sum, scales));
 }
 #endif
+
+#define DQ_TRANSPOSES
+static inline void dq_transpose_16(const int8_t* w, ptrdiff_t stride, uint8_t* out, ptrdiff_t out_stride) {
+    const __m128i a = _mm_loadu_si128((const __m128i*)w), b = _mm_loadu_si128((const __m128i*)(w + stride));
+    const __m128i c = _mm_loadu_si128((const __m128i*)(w + 2 * stride));
+    const __m128i d = _mm_loadu_si128((const __m128i*)(w + 3 * stride));
+    const __m128i ab = _mm_unpacklo_epi32(a, b), cd = _mm_unpacklo_epi32(c, d);
+    const __m128i ab_high = _mm_unpackhi_epi32(a, b), cd_high = _mm_unpackhi_epi32(c, d);
+    _mm_storeu_si128((__m128i*)out, _mm_unpacklo_epi64(ab, cd));
+    _mm_storeu_si128((__m128i*)(out + out_stride), _mm_unpackhi_epi64(ab, cd));
+    _mm_storeu_si128((__m128i*)(out + 2 * out_stride), _mm_unpacklo_epi64(ab_high, cd_high));
+    _mm_storeu_si128((__m128i*)(out + 3 * out_stride), _mm_unpackhi_epi64(ab_high, cd_high));
+}
