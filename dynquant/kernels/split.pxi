@@ -17,11 +17,14 @@
 # in memory, and would cost every row.
 
 
-# Biases n weights to u8, or turns them back.
+# Biases n weights to u8, or turns them back. In pairs, which vectorizes: by the parity of i it would not.
 cdef inline void bias_weights(uint8_t* bytes, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
-    for i in range(n):
-        bytes[i] ^= <uint8_t> (DQ_BIAS >> 8 if i & 1 else DQ_BIAS)
+    for i in range(n // 2):
+        bytes[2 * i] ^= <uint8_t> DQ_BIAS
+        bytes[2 * i + 1] ^= <uint8_t> (DQ_BIAS >> 8)
+    if n % 2:
+        bytes[n - 1] ^= <uint8_t> DQ_BIAS
 
 
 # Splits a pair that is out of the range of DQ_PAIR: what is over goes to `residual`, which is 0 before. It is
