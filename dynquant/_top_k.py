@@ -118,8 +118,8 @@ def top_k(
     With `rescore` sums are taken in float64, in one order, and rounded once.
 
     Memory grows with ``q * k``, not with n: scores are compared with the k-th best so far while they are in
-    the cache. Up to two queries read int8 codes as they lie. Otherwise a block of vectors at a time is packed
-    for the matrix product, which pays from three queries on.
+    the cache. A few queries read int8 codes as they lie. Otherwise a block of vectors at a time is packed for
+    the matrix product.
 
     Examples
     --------

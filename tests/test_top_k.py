@@ -79,7 +79,7 @@ def all_scores(queries, corpus, metric):
     x = dynamic_quantize(queries)
     codes = x.data.astype(np.int64)
     if corpus.format.bits == 8:
-        sums = (codes @ signed_codes(corpus)[0].T).astype(F32)
+        sums = (codes.astype(float) @ corpus.data.astype(float).T).astype(F32)
         dots = w8a8_matmul(corpus.data, corpus.scales, queries)
     else:
         dots = w4a8_matmul(corpus, queries)
@@ -90,9 +90,7 @@ def all_scores(queries, corpus, metric):
         squares = (corpus.data.astype(np.int64) ** 2).sum(1)
         return sums * reciprocal(squares) * reciprocal(q_square)[:, None]
     if metric == "cosine":
-        unit = DynQuantTensor(corpus.data, corpus.scales, corpus.zero_points, corpus.shape, corpus.format)
-        totals = np.stack([totals_of(unit, row) for row in codes])
-        return totals * reciprocal(q_square)[:, None] * reciprocal(square_norms(corpus))
+        return totals_of(corpus, codes) * reciprocal(q_square)[:, None] * reciprocal(square_norms(corpus))
     if corpus.format.bits == 8:
         squares = (corpus.data.astype(np.int64) ** 2).sum(1).astype(F32) * corpus.scales * corpus.scales
     else:
@@ -103,13 +101,14 @@ def all_scores(queries, corpus, metric):
 
 
 def totals_of(corpus, query_codes):
-    """float32 (n,): float32(sum) * group_scale, added up over the groups in ascending order."""
-    codes, scales = signed_codes(corpus)
+    """float32 (q, n): float32(sum) * group_scale, added up over the groups in ascending order."""
+    codes, scales = (a.astype(float) for a in signed_codes(corpus))  # sums below 2**53 are exact
     group = corpus.format.group_of(corpus.shape[1])
-    total = np.zeros(len(corpus), F32)
+    total = np.zeros((len(query_codes), len(corpus)), F32)
     for start in range(0, corpus.shape[1], group):
         part = slice(start, start + group)
-        total += (codes[:, part] @ query_codes[part]).astype(F32) * scales[:, start]
+        sums = query_codes[:, part].astype(float) @ codes[:, part].T
+        total += sums.astype(F32) * scales[:, start].astype(F32)
     return total
 
 
@@ -146,7 +145,7 @@ def vectors(rng, n, d):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("q", [1, 2, 3, 5, 70])
+@pytest.mark.parametrize("q", [1, 5, 6, 70])
 def test_finds_what_a_sort_of_all_scores_does(isa, kind, metric, q):
     rng = np.random.default_rng(q)
     for n, d, k in ((1, 1, 1), (700, 40, 10), (33, 7, 33), (300, 130, 1), (1000, 64, 500)):
@@ -165,7 +164,7 @@ def test_threads_and_batches_change_nothing(isa, shared, kind, metric):
     for threads in (2, 3, 8, 64, 256):
         result = top_k(queries, corpus, 25, metric=metric, num_threads=threads)
         assert_found(result, (whole.scores, whole.indices))
-    for rows in (1, 2, 17):
+    for rows in (1, 5, 17):
         parts = [top_k(queries[i : i + rows], corpus, 25, metric=metric) for i in range(0, 90, rows)]
         scores, indices = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         assert_found(whole, (scores, indices))
@@ -185,7 +184,7 @@ def test_reservoirs(data):
     n = data.draw(st.integers(0, 900))
     order = data.draw(st.sampled_from(["random", "ascending", "descending", "equal"]))
     k = data.draw(st.one_of(st.integers(1, 12), st.integers(1, 1000)))
-    q = data.draw(st.sampled_from([1, 2, 3, 4, 9]))
+    q = data.draw(st.sampled_from([1, 2, 5, 6, 9]))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     levels = data.draw(st.sampled_from([2, 10, 127]))
     values = rng.integers(-levels, levels + 1, n)
@@ -215,7 +214,7 @@ def test_reservoirs(data):
 def test_masks(isa, kind, metric, share):
     rng = np.random.default_rng(7)
     corpus = corpus_of(kind, vectors(rng, 1500, 32))
-    for q in (1, 4):
+    for q in (1, 7):
         queries = vectors(rng, q, 32)
         scores = all_scores(queries, corpus, metric)
         for shape in ((1500,), (q, 1500)):
@@ -235,7 +234,7 @@ def test_codes_of_minus_128_and_long_vectors():
         codes = rng.integers(-128, 128, (n, d)).astype(np.int8)
         codes[0] = -128
         corpus = DynQuantTensor(codes, rng.random(n, dtype=F32), None, (n, d), DynQuantFormat.INT8_PER_ROW)
-        for q in (1, 4):
+        for q in (1, 7):
             queries = vectors(rng, q, d)
             for metric in METRICS:
                 expected = best_of(all_scores(queries, corpus, metric), 11)

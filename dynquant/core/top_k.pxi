@@ -1,7 +1,7 @@
 # Search: for each query the vectors of a corpus with the highest scores.
 #
-# A block of vectors is scored for a tile of queries at a time: for one or two queries by the products of
-# vectors, on the codes as they lie; for more, panels of it are packed into scratch first. The scores, which a
+# A block of vectors is scored for a tile of queries at a time: for a few queries by the products of vectors,
+# on int8 codes as they lie; for more, panels of it are packed into scratch first. The scores, which a
 # core's own cache holds, are compared with what each query's k-th best is so far. Those above it go to the
 # query's reservoir, which is cut back to the best k when it is full. So memory grows with queries times k,
 # never with the corpus.
@@ -13,7 +13,7 @@ cdef enum:
     BLOCK_VECTORS = 256  # vectors of a block at most: 1 KiB of scores for each query
     BLOCK_BYTES = 1 << 17  # of a block's codes, which stay in a core's own cache while all queries use them
     TILE_QUERIES = 64  # queries of a tile: with the scores and one panel they fill little more than L1
-    PACK_FROM = 3  # queries from which packing a block pays
+    PACK_FROM = 6  # queries from which packing a block pays
 
     METRIC_DOT = 0
     METRIC_COSINE = 1
@@ -157,9 +157,11 @@ cdef void pack_block(const TopKSearch* s, TopKPart* part, Py_ssize_t first, Py_s
 cdef void score_tile(const TopKSearch* s, const TopKPart* part, Py_ssize_t q, Py_ssize_t count,
                      Py_ssize_t first, Py_ssize_t n) noexcept nogil:
     cdef const float* scales = s.corpus.scales + first
-    cdef const float* bias = NULL if s.bias == NULL else s.bias + first
+    cdef const float* bias = NULL
     cdef const uint8_t* a = s.a + q * activation_bytes(s.table, s.k, s.group)
     cdef Py_ssize_t r
+    if s.bias != NULL:
+        bias = s.bias + first
     if s.metric == METRIC_COSINE:
         scales = part.vector_norms
     if s.group:
