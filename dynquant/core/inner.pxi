@@ -1,9 +1,9 @@
 # Exact integer products of the rows of two int8 matrices, by the kernels of matmul_s8.pxi.
 #
 # The matrix with fewer rows is taken as activations are, the other as weights, 64 rows at a time, a k-block
-# of which is packed into panels just before it is multiplied by the rows of a chunk. Each k-block is a product
-# of its own with scales of 1. Its sums are at most 2**10 * 2**14 = 2**24 in magnitude, and float32 holds every
-# integer up to there: so what the kernels give is exact, and is added up as integers.
+# of which is packed into panels just before it is multiplied by the rows of a chunk. Each k-block is a
+# product of its own with scales of 1. Its sums are at most 2**10 * 2**14 = 2**24 in magnitude, and float32
+# holds every integer up to there: so what the kernels give is exact, and is added up as integers.
 #
 # Activations have no -128, but these rows may. Where it stands -127 is multiplied instead, and the residual
 # -1 comes after: a few of them by additions of single weights, more of them as a row of their own.

@@ -64,8 +64,9 @@ cdef inline Py_ssize_t segment_k(Py_ssize_t start, Py_ssize_t k) noexcept nogil:
 
 
 # A panel from w (rows, k), rows `stride` apart, or with `back` the other way round: its whole steps, and then
-# the last. A span of steps is taken row by row, or four rows at once: long enough for the prefetchers to follow
-# a row, while the span's part of the panel stays in L1. Rows lie too far apart for them to find the next.
+# the last. A span of steps is taken row by row, or four rows at once: long enough for the prefetchers to
+# follow a row, while the span's part of the panel stays in L1. Rows lie too far apart for them to find the
+# next.
 cdef inline void move_panel(int8_t* w, Py_ssize_t stride, Py_ssize_t k, Py_ssize_t rows, uint8_t* panel,
                             bint back) noexcept nogil:
     cdef Py_ssize_t r, span = 0, end, whole = k // DQ_DEPTH, last = k % DQ_DEPTH
@@ -84,7 +85,8 @@ cdef inline void move_panel(int8_t* w, Py_ssize_t stride, Py_ssize_t k, Py_ssize
         move_bytes(w + r * stride + whole * DQ_DEPTH, panel + (whole * PANEL + r) * DQ_DEPTH, last, back)
 
 
-cdef inline void move_row(int8_t* w, uint8_t* panel, Py_ssize_t first, Py_ssize_t end, bint back) noexcept nogil:
+cdef inline void move_row(int8_t* w, uint8_t* panel, Py_ssize_t first, Py_ssize_t end,
+                          bint back) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(first, end):
         move_bytes(w + i * DQ_DEPTH, panel + i * (PANEL * DQ_DEPTH), DQ_DEPTH, back)
