@@ -89,7 +89,7 @@ def int8_inner(
 def _as_sums(dtype: Any, k: int) -> np.dtype[Any]:
     """`dtype` if it holds every sum over k."""
     try:
-        sums = np.dtype(dtype)
+        sums: np.dtype[Any] = np.dtype(dtype)
     except TypeError as error:
         raise ParameterError(f"dtype: expected np.int32 or np.int64, got {shown(dtype)}") from error
     if dtype is None or not sums.isnative or sums not in _DTYPES:
