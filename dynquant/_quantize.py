@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -91,9 +92,10 @@ def compute_scale(
     rows, threads = float_matrix(array, 1, array.size), as_thread_count(num_threads)
     if not _core.scale_rows(rows, scale, clip, rank, rank, array.size or 1, threads):
         raise_non_finite(array, "x")
-    if not np.isfinite(scale[0]):
-        raise ParameterError(f"clip_val: expected a scale within float32, got {scale[0]} with {clip}")
-    return float(scale[0])
+    value = float(scale[0])
+    if not math.isfinite(value):
+        raise ParameterError(f"clip_val: expected a scale within float32, got {value} with {clip}")
+    return value
 
 
 def dynamic_quantize_int8(

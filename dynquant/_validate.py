@@ -348,6 +348,8 @@ def as_path(value: Any) -> str:
 
 def as_clip(value: Any) -> float:
     """`value` as the code that the largest magnitude maps to: finite, above zero, in float32."""
+    if type(value) is int and 0 < value <= 1 << 24:
+        return float(value)  # as nearly always; what follows takes as long as the rest of compute_scale
     with np.errstate(all="ignore"):
         clip = float(np.float32(as_number(value, "clip_val")))
     if not (clip > 0 and math.isfinite(clip)):

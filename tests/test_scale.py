@@ -68,14 +68,21 @@ def test_percentile_at_segment_lengths(n, isa):
             assert compute_scale(x, 1, Percentile(p)) == magnitudes[reference.rank(p, n)], (name, p)
 
 
-# From this many floats on, a sample of 2,048 gives bounds between which the percentile is searched.
-SAMPLED = 1 << 16
+# From this many floats on, a sample gives bounds between which the percentile is searched.
+SAMPLED = 1280
+# Lengths from which on samples are larger, and their sizes.
+SAMPLES = {2**17: 2048, 2**15: 1024, 2**13: 512, 0: 256}
+
+
+def sample_stride(n):
+    size = next(size for start, size in SAMPLES.items() if n >= start)
+    return (n // size - 1) | 1
 
 
 def sampled_inputs(n, rng):
     """Inputs whose percentile the sample bounds well, and inputs whose sample misleads."""
     x = rng.standard_normal(n).astype(F32)
-    stride = n // 2048
+    stride = sample_stride(n)
     large = np.where(np.arange(n) % stride, x, 1e6 + x).astype(F32)
     small = np.where(np.arange(n) % stride, x, 1e-6 * x).astype(F32)
     return {
@@ -97,7 +104,10 @@ def sampled_inputs(n, rng):
     }
 
 
-@pytest.mark.parametrize("n", [SAMPLED - 1, SAMPLED, SAMPLED + 37, 10 * SAMPLED + 1])
+@pytest.mark.parametrize(
+    "n",
+    [SAMPLED - 1, SAMPLED, SAMPLED + 37, 4096, *(n + i for n in list(SAMPLES)[:3] for i in (-1, 0)), 655_361],
+)
 def test_percentile_with_sampling(n, isa):
     for name, x in sampled_inputs(n, np.random.default_rng(n)).items():
         magnitudes = np.sort(np.abs(x))
@@ -106,7 +116,7 @@ def test_percentile_with_sampling(n, isa):
 
 
 def test_percentile_with_sampling_of_float16(isa):
-    x = np.random.default_rng(0).standard_normal(3 * SAMPLED).astype(np.float16)
+    x = np.random.default_rng(0).standard_normal(200_000).astype(np.float16)
     magnitudes = np.sort(np.abs(x.astype(F32)))
     for p in (0.001, 0.5, 0.999):
         assert compute_scale(x, 1, Percentile(p)) == magnitudes[reference.rank(p, x.size)]

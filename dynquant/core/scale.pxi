@@ -2,8 +2,8 @@
 cdef enum:
     MAX_STEPS = 8  # ranks so close to the top are reached from the largest magnitude downward
     CANDIDATES = 8192  # candidates that one pass keeps
-    SAMPLE = 2048  # magnitudes in a sample; divides CANDIDATES
-    SAMPLED = 1 << 16  # from so many floats on, a sample and one pass beat the radix selection's three
+    SAMPLE = 2048  # magnitudes in the largest sample; divides CANDIDATES
+    SAMPLED = 1280  # from so many floats on, a sample and one pass beat passes for each bit
 
 
 cdef int32_t amax_bits(const Floats* x) noexcept nogil:
@@ -129,16 +129,26 @@ cdef void count_parts(const Floats* parts, Py_ssize_t n_parts, int32_t prefix, i
 cdef int32_t ranked_bits_of_block(const Floats* x, Py_ssize_t rank) noexcept nogil:
     cdef float scratch[BLOCK]
     cdef const float* block = block_of(x, 0, x.n, scratch)
-    cdef int32_t bits = kernels.amax_bits_f32(block, x.n), bit = 1 << 30
+    cdef int32_t bits = kernels.amax_bits_f32(block, x.n)
     if bits >= NON_FINITE or rank == x.n - 1:
         return bits
     if x.n - rank <= MAX_STEPS:
         while kernels.count_below_f32(block, bits, x.n) > rank:
             bits = kernels.amax_bits_below_f32(block, bits, x.n)
         return bits
-    bits = 0
+    return ranked_between(block, x.n, rank, 0, bits)
+
+
+# The bits at `rank` among n magnitudes, where they are known to be in [low, high]: those that the bounds have
+# in common need not be searched for.
+cdef inline int32_t ranked_between(const float* x, Py_ssize_t n, Py_ssize_t rank, int32_t low,
+                                   int32_t high) noexcept nogil:
+    cdef int32_t bits, bit = 1 << 30
+    while bit and not (low ^ high) & bit:
+        bit >>= 1
+    bits = high & ~(2 * bit - 1) if bit else high
     while bit:
-        if kernels.count_below_f32(block, bits | bit, x.n) <= rank:
+        if kernels.count_below_f32(x, bits | bit, n) <= rank:
             bits |= bit
         bit >>= 1
     return bits
@@ -157,12 +167,12 @@ cdef int32_t ranked_bits_by_sample(const Floats* x, Py_ssize_t rank) noexcept no
     cdef int32_t low = -1, high = NON_FINITE - 1, equal
     cdef int64_t below = 0
     cdef int finite = 1
-    cdef Py_ssize_t found = x.n, i
-    for i in range(SAMPLE):
-        sample[i] = bits_at(x, i * (x.n // SAMPLE))
+    cdef Py_ssize_t size = sample_size(x.n), stride = (x.n // size - 1) | 1, found = x.n, i
+    for i in range(size):
+        sample[i] = bits_at(x, i * stride)
     for _ in range(4):
         equal = low
-        bracket(sample, <double> (rank - below) / found, &low, &high)
+        bracket(sample, size, <double> (rank - below) / found, &low, &high)
         low += low == equal
         found = collect_between(x, low, high, candidates, &below, &finite)
         if not finite:
@@ -174,10 +184,17 @@ cdef int32_t ranked_bits_by_sample(const Floats* x, Py_ssize_t rank) noexcept no
         if low == high:
             return low
         if found <= CANDIDATES:
-            return ranked_of(candidates, found, rank - below)
+            return ranked_between(<const float*> candidates, found, rank - below, low, high)
+        size = SAMPLE
         for i in range(SAMPLE):
             sample[i] = candidates[i * (CANDIDATES // SAMPLE)]
     return -1
+
+
+# A larger sample costs more, but leaves fewer candidates. Its elements lie an odd stride apart, so that it
+# does not see the same few channels of rows again and again.
+cdef inline Py_ssize_t sample_size(Py_ssize_t n) noexcept nogil:
+    return 256 if n < 1 << 13 else 512 if n < 1 << 15 else 1024 if n < 1 << 17 else SAMPLE
 
 
 # Magnitude bits of element i.
@@ -191,23 +208,19 @@ cdef inline int32_t bits_at(const Floats* x, Py_ssize_t i) noexcept nogil:
     return amax_bits(&one)
 
 
-# Bits of the magnitude at `rank` among n <= CANDIDATES.
-cdef inline int32_t ranked_of(const int32_t* bits, Py_ssize_t n, Py_ssize_t rank) noexcept nogil:
-    cdef Floats x
-    x.data, x.kind, x.n = <const char*> bits, F32, n
-    return ranked_bits_of_block(&x, rank)
-
-
 # Narrows the bounds to where the magnitude at `quantile`, from 0 to 1, of what was sampled should be:
 # four standard deviations and a bit to either side.
-cdef void bracket(const int32_t* sample, double quantile, int32_t* low, int32_t* high) noexcept nogil:
-    cdef double middle = quantile * SAMPLE
+cdef void bracket(const int32_t* sample, Py_ssize_t size, double quantile, int32_t* low,
+                  int32_t* high) noexcept nogil:
+    cdef double middle = quantile * size
     cdef Py_ssize_t margin = <Py_ssize_t> (4 * sqrt(middle * (1 - quantile if quantile < 1 else 0))) + 4
     cdef Py_ssize_t first = <Py_ssize_t> middle - margin, last = <Py_ssize_t> middle + margin
+    cdef const float* x = <const float*> sample
+    cdef int32_t amax = kernels.amax_bits_f32(x, size)
     if first > 0:
-        low[0] = max(low[0], ranked_of(sample, SAMPLE, first))
-    if last < SAMPLE:
-        high[0] = min(high[0], ranked_of(sample, SAMPLE, last))
+        low[0] = max(low[0], ranked_between(x, size, first, 0, amax))
+    if last < size:
+        high[0] = min(high[0], ranked_between(x, size, last, 0, amax))
 
 
 cdef Py_ssize_t collect_between(const Floats* x, int32_t low, int32_t high, int32_t* candidates,
@@ -242,10 +255,8 @@ cdef bint scale_of(const Floats* x, float clip, Py_ssize_t rank, float* scale) n
     cdef int32_t bits
     if rank < 0 or rank == x.n - 1:
         bits = amax_bits(x)
-    elif x.n <= BLOCK:
-        bits = ranked_bits_of_block(x, rank)
     elif x.n < SAMPLED:
-        bits = ranked_bits(x, 1, rank)
+        bits = ranked_bits_of_block(x, rank)
     else:
         bits = ranked_bits_by_sample(x, rank)
         if bits < 0:
