@@ -10,7 +10,8 @@ weights            quantize_weights: int8 or 4 bits, groups, searched ranges, er
 outliers           hadamard_transform; compute_smooth_factors, search_alpha, smooth_activations,
                    smooth_weights, fold_smooth_factors, SmoothQuantConfig
 calibration        Calibrator: streams, merges, saves; CalibStats.collect
-search             top_k: the best of a corpus of embeddings, exactly
+search             top_k, EmbeddingIndex: the best of a corpus of embeddings, exactly; recall_report;
+                   quantize_array: files larger than memory
 measuring          error_metrics, quantization_mae
 errors             all derive from DynQuantError and from the built-in exception that fits
 C, Cython, CPU     get_include, from dynquant.capi cimport ..., simd_info
@@ -24,10 +25,12 @@ except ImportError as error:
         "Python in another folder to import what is installed, or run `python setup.py build_ext --inplace`"
     ) from error
 
+from ._array_file import quantize_array
 from ._calibrate import Calibrator, CalibStats
 from ._embed import get_include
 from ._format import DynamicScaleMode, DynQuantFormat, MaxAbs, Percentile
 from ._hadamard import hadamard_transform
+from ._index import EmbeddingIndex
 from ._inner import int8_inner
 from ._isa import simd_info
 from ._linear import QuantLinear
@@ -42,6 +45,7 @@ from ._quantize import (
     dynamic_quantize_linear,
     quantize,
 )
+from ._recall import RecallReport, RecallRow, recall_report
 from ._search import AlphaSearch, search_alpha
 from ._smooth import (
     SmoothQuantConfig,
@@ -78,6 +82,7 @@ __all__ = [
     "DynQuantFormat",
     "DynQuantTensor",
     "DynamicScaleMode",
+    "EmbeddingIndex",
     "EmptyInputError",
     "ErrorMetrics",
     "FeatureDimMismatchError",
@@ -90,6 +95,8 @@ __all__ = [
     "ParameterError",
     "Percentile",
     "QuantLinear",
+    "RecallReport",
+    "RecallRow",
     "ShapeMismatchError",
     "SmoothQuantConfig",
     "compute_scale",
@@ -106,7 +113,9 @@ __all__ = [
     "int8_inner",
     "quantization_mae",
     "quantize",
+    "quantize_array",
     "quantize_weights",
+    "recall_report",
     "search_alpha",
     "simd_info",
     "smooth_activations",

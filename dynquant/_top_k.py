@@ -171,11 +171,11 @@ def check_corpus(corpus: Any) -> None:
     check_finite(as_floats(corpus.scales, "corpus.scales"), "corpus.scales")
 
 
-def as_queries(queries: Any, d: int) -> NDArray[Any]:
+def as_queries(queries: Any, d: int, name: str = "queries") -> NDArray[Any]:
     """`queries` as floats (q, d); whether they are finite is not looked at."""
-    x = as_floats(queries, "queries")
+    x = as_floats(queries, name)
     if x.ndim != 2 or x.shape[1] != d:
-        raise ShapeMismatchError(("q", d), x.shape, "queries")
+        raise ShapeMismatchError(("q" if name == "queries" else "n", d), x.shape, name)
     return x
 
 

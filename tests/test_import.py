@@ -278,6 +278,9 @@ def test_signatures():
         "smooth_weights": "weights, factors, *, out=None",
         "top_k": "queries, corpus, k, *, metric='dot', allowed=None, rescore=None, oversample=4, "
         "num_threads=1",
+        "quantize_array": "source, target, *, bits=8, group_size=None, rows_per_block=None, num_threads=1, "
+        "progress=None",
+        "recall_report": "vectors, queries, k=10, *, recipes=None, metric='dot', num_threads=1",
         "w8a8_matvec": "weight_i8, weight_scales, activation, *, out=None",
         "int8_inner": "a, b, *, dtype=<class 'numpy.int32'>, out=None, num_threads=1",
         "w8a8_matmul": "weight_i8, weight_scales, activations, bias=None, *, out=None, num_threads=1",

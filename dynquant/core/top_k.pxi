@@ -389,3 +389,22 @@ def score_rows(FloatMatrix query not None, FloatMatrix x not None, int metric, f
         for r in range(x.m):
             row = floats_at(&rows, r * x.k, x.k)
             scores[r] = <float> score_of_floats(&q, &row, metric)
+
+
+def row_norms(FloatMatrix x not None, float[::1] norms not None):
+    """Euclidean norms of the rows, from sums in float64 in one order."""
+    cdef float scratch[BLOCK]
+    cdef Floats rows = x.flat()
+    cdef Py_ssize_t r, start, n
+    cdef double square
+    cdef const float* y
+    check_size(norms.shape[0], x.m)
+    with nogil:
+        for r in range(x.m):
+            start, square = 0, 0
+            while start < x.k:
+                n = block_len(start, x.k)
+                y = block_of(&rows, r * x.k + start, n, scratch)
+                square += kernels.dot_row_f32_f64(y, y, n)
+                start += n
+            norms[r] = <float> sqrt(square)

@@ -6,6 +6,7 @@
 
 import os
 import pickle
+import shutil
 import tempfile
 
 import numpy as np
@@ -15,6 +16,7 @@ from dynquant import (
     CalibStats,
     DynQuantFormat,
     DynQuantTensor,
+    EmbeddingIndex,
     MaxAbs,
     Percentile,
     QuantLinear,
@@ -33,7 +35,9 @@ from dynquant import (
     int8_inner,
     quantization_mae,
     quantize,
+    quantize_array,
     quantize_weights,
+    recall_report,
     search_alpha,
     simd_info,
     smooth_activations,
@@ -67,7 +71,8 @@ INT4_ROWS = quantize_weights(FLOAT_WEIGHT, bits=4, symmetric=True)
 LAYER = QuantLinear.from_float(FLOAT_WEIGHT, BIAS)
 LAYER4 = QuantLinear.from_float(FLOAT_WEIGHT, BIAS, bits=4, group_size=3, smooth=FACTORS, hadamard=True)
 CALIBRATOR = calibrator_of([A], K)
-SAVED = os.path.join(tempfile.mkdtemp(prefix="dynquant"), "calibrator.npz")
+FOLDER = tempfile.mkdtemp(prefix="dynquant")
+SAVED = os.path.join(FOLDER, "calibrator.npz")
 # More rows than one chunk.
 MANY = np.random.default_rng(2).standard_normal((20, 30_000)).astype(F32)
 WIDE = QuantLinear.from_float(MANY[:2])
@@ -76,6 +81,20 @@ WIDE = QuantLinear.from_float(MANY[:2])
 def new_layer(**options):
     """A small layer with a bias, so that the slow options are quick too."""
     return QuantLinear.from_float(FLOAT_WEIGHT[:4, :12], BIAS[:4], smooth=FACTORS[:12], **options)
+
+
+def new_index():
+    index = EmbeddingIndex(K, metric="cosine", bits=4, group_size=3, hadamard=True, center="mean")
+    index.add(A)
+    index.remove([0])
+    index.search(A, 2, rescore=A, allowed=[1, 2])
+    index.save(os.path.join(FOLDER, "index"))
+    return EmbeddingIndex.open(os.path.join(FOLDER, "index")).memory_bytes
+
+
+def new_folder():
+    shutil.rmtree(os.path.join(FOLDER, "array"), ignore_errors=True)
+    return quantize_array(A, os.path.join(FOLDER, "array"), bits=4, rows_per_block=4)
 
 
 CALLS = {
@@ -104,6 +123,9 @@ CALLS = {
     "a layer, int8 groups": lambda: QuantLinear.from_float(FLOAT_WEIGHT, group_size=3)(A),
     "a layer's inputs": lambda: LAYER(LAYER.quantize_input(A)),
     "top_k": lambda: top_k(A, Q_ROWS, 2, rescore=A),
+    "an index": new_index,
+    "a report of recall": lambda: recall_report(A, A[:2], 1, recipes={"int8": {}}).to_html(os.devnull),
+    "an array to a folder": new_folder,
     "scales given": lambda: quantize(A, Q_ROWS.scales),
     "scales given, zero points": lambda: quantize(A, 0.5, PACKED_GROUPS, zero_points=3),
     "codes and scales out": lambda: dynamic_quantize(
