@@ -109,8 +109,8 @@ ctypedef struct Kernels:
                                const float* bias, const uint8_t* a, const float* a_scales, float* out,
                                Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
                                Py_ssize_t group) noexcept nogil
-    # stats.pxi
-    void (*min_max_row_f32)(const float* x, float* least, float* most, Py_ssize_t n) noexcept nogil
+    # scale.pxi, calibrate.pxi, metrics.pxi
+    void (*min_max_row_f32)(const float* x, float* x_min, float* x_max, Py_ssize_t n) noexcept nogil
     double (*sum_row_f32_f64)(const float* x, Py_ssize_t n) noexcept nogil
     double (*square_deviation_row_f32_f64)(const float* x, double mean, Py_ssize_t n) noexcept nogil
     double (*abs_error_row_f32_f64)(const float* x, const float* value, Py_ssize_t n) noexcept nogil

@@ -37,9 +37,9 @@ cdef bint load_row(const PackedWeights* w, const int8_t* codes, int8_t* scratch,
     return True
 
 
-# What the rows of x, or unless NULL of `given`, become: activations in the form of the kernels, or, unless
-# `coded` is NULL, the codes and scales of an array. Each of `parts` parts of them, nearly equal, has scratch
-# of its own.
+# Rows to quantize for a layer: those of x, or the codes `given`, unless NULL. The result is `a`, activations
+# in the form of the kernels; or the codes `coded` and their scales, unless NULL. Each of `parts` nearly equal
+# parts of the rows has scratch of its own.
 cdef struct ActivationRows:
     Floats x
     const int8_t* given
@@ -88,7 +88,7 @@ cdef bint quantize_activation_row(const ActivationRows* rows, Py_ssize_t r, floa
     return True
 
 
-# out (a_rows, n) = a . weights + bias. Units are panels.
+# out (m, n) = a . weights + bias. Units are panels.
 cdef struct Product:
     const PackedWeights* w
     const uint8_t* a

@@ -10,8 +10,8 @@
 # DQ_EIGHTS     P and N are at most DQ_EIGHTS_LIMIT = 128 each: 255 * 128 = 32,640 < 2**15. Pairs are then in
 #               range.
 # DQ_CENTERED   pairs are in range, and P + N is at most DQ_CENTERED_LIMIT = 257. The sum lies in [-255 * N,
-#               255 * P]; with floor(-127.5 * (P - N)) added to the lane, in [-32,768, 32,767]. It is added
-#               first, modulo 2**16 as everything in the lane, and to the compensation.
+#               255 * P]; with floor(-127.5 * (P - N)) added to the lane, in [-32,768, 32,767]. The lane
+#               starts with that number, modulo 2**16 like all sums in it, and so does the compensation.
 # DQ_WIDE       int16 codes and weights, VPMADDWD: 15 instructions for 64 products, whatever the codes are.
 #
 # What is over in a lane or a pair goes to residuals, as in split.pxi. Codes are scaled by the largest
@@ -60,8 +60,8 @@ cdef inline int form_of_band(const uint8_t* a, Py_ssize_t rows, Py_ssize_t k) no
     return fastest_form(rows * ((k + 15) // 16), steps, eights, centered, rows)
 
 
-# Whether a segment has room for its residuals in a form. Two codes of a lane at least stay, so that it leaves
-# residuals in at most four k-steps, and a pair that is out of range itself leaves two.
+# Whether a segment has space for its residuals in a form. A lane that is out of range leaves residuals in at
+# most four k-steps, and a pair that is out of range by itself in two.
 cdef inline bint residuals_fit(const ActSegment* segment, int form, Py_ssize_t k_steps) noexcept nogil:
     cdef Py_ssize_t lanes = segment.eights_out_of_range
     if form == DQ_CENTERED:

@@ -1,12 +1,13 @@
 # The exact integer product of int8 weights and int8 activations, on weights packed into panels.
 #
-# A panel holds the weights of PANEL = 2 * DQ_LANES outputs, as bytes without a sign, in blocks of at most
-# GEMM_BLOCK k: for each DQ_DEPTH k the weights of all the outputs, in the order of simd.h. A matrix
-# product reads the panels one after the other, each from start to end: so does one with a single row, at the
-# speed of memory.
+# A panel holds the weights of PANEL = 2 * DQ_LANES outputs, biased to u8 (split.pxi), k-step after k-step. A
+# k-step is DQ_DEPTH consecutive k of all the outputs, in the order of simd.h. Long rows are cut into segments
+# of at most ACC32_K k, whose sums fit int32. A matrix product reads the panels one after the other, each from
+# start to end, and so does a product with a single row, at the speed of memory.
 #
-# Activations lie row by row, each in activation_bytes(k), in blocks as the weights: a CodedBlock, four bytes
-# for each DQ_DEPTH k, and where DQ_TRIMMED is 1 the rests, each in a step of its own: trim.pxi says why.
+# Activations lie row by row, each in activation_bytes(k), in the same segments: an ActSegment, then four
+# bytes for each k-step, then, where DQ_SPLIT is 1, the residuals, each with a k-step of its own (split.pxi,
+# forms.pxi).
 cdef enum:
     ACC32_K = 1 << 16
     PANEL = 2 * DQ_LANES
@@ -19,7 +20,7 @@ cdef enum:
 
 # As long as a cache line, so that codes begin at one.
 cdef struct ActSegment:
-    int32_t compensation  # to be taken off each sum
+    int32_t compensation  # subtracted from every sum
     int32_t residuals
     int32_t form  # one of DQ_FORMS, for all segments of a row
     int32_t steps_out_of_range  # k-steps with a pair out of range
@@ -29,13 +30,13 @@ cdef struct ActSegment:
     int32_t unused[9]
 
 
-# Four bytes of activations that are to be multiplied with the weights of one step once more.
+# Four bytes of activations that are multiplied by the weights of one k-step once more.
 cdef struct Residual:
     int32_t step
     int8_t codes[4]
 
 
-# A multiple of DQ_STEPS, an even number: tile_1 takes two at a time.
+# k-steps of k: a multiple of DQ_TILE_K_STEPS, which is even, because gemv takes two at a time.
 cdef inline Py_ssize_t k_steps_of(Py_ssize_t k) noexcept nogil:
     return (k + DQ_TILE_K_STEPS * DQ_DEPTH - 1) // (DQ_TILE_K_STEPS * DQ_DEPTH) * DQ_TILE_K_STEPS
 
@@ -44,14 +45,14 @@ cdef Py_ssize_t panel_bytes(Py_ssize_t k) noexcept nogil:
     return PANEL * DQ_DEPTH * k_steps_of(k)
 
 
-# Bytes of one block of a row of activations.
+# Bytes of one segment of a row of activations.
 cdef inline Py_ssize_t segment_bytes(Py_ssize_t k) noexcept nogil:
     return (<Py_ssize_t> sizeof(ActSegment)
             + k_steps_of(k) * (4 + (<Py_ssize_t> sizeof(Residual) if DQ_SPLIT else 0)))
 
 
-# An odd number of cache lines: rows a multiple of 4 KiB apart would fall into the same few places of the
-# cache, and a tile reads ROWS of them side by side.
+# An odd number of cache lines: rows at multiples of 4 KiB would fall into the same few sets of the cache, and
+# a microkernel reads ROWS of them side by side.
 cdef Py_ssize_t activation_bytes(Py_ssize_t k) noexcept nogil:
     cdef Py_ssize_t n = k // ACC32_K * segment_bytes(ACC32_K)
     if k % ACC32_K:
@@ -110,8 +111,8 @@ cdef inline void move_bytes(int8_t* w, uint8_t* packed, Py_ssize_t n, bint back)
         memcpy(packed, w, n)
 
 
-# w (rows, k) in [-128, 127], rows <= PANEL, `stride` apart -> panel, panel_bytes(k). What is past the last
-# output or k is 0.
+# w (rows, k) in [-128, 127], rows <= PANEL, `stride` apart -> panel, panel_bytes(k). Padding outputs and
+# padding k are zero before they are biased.
 cdef void pack_panel_s8(const int8_t* w, Py_ssize_t stride, Py_ssize_t rows, uint8_t* panel,
                         Py_ssize_t k) noexcept nogil:
     memset(panel, 0, panel_bytes(k))
@@ -137,8 +138,8 @@ cdef inline Residual* residuals_of(ActSegment* segment, Py_ssize_t k_steps) noex
     return <Residual*> (codes_of(segment) + (5 if DQ_FORMS and segment.form else 4) * k_steps)
 
 
-# Trims the pairs in `beyond` of DQ_ACTIVATIONS_STEP codes, the first of which is at `start` of a block of k.
-# The block takes the rests.
+# Splits those of DQ_BIAS_STEP codes whose pairs are marked in `out_of_range`. The first code is at `start` of
+# a segment of k, which takes the residuals.
 cdef inline void split_pairs(int8_t* codes, uint32_t out_of_range, ActSegment* segment, Py_ssize_t start,
                              Py_ssize_t k) noexcept nogil:
     cdef Residual* residuals = residuals_of(segment, k_steps_of(k))
@@ -155,8 +156,8 @@ cdef inline void split_pairs(int8_t* codes, uint32_t out_of_range, ActSegment* s
 
 
 # codes (n,) in [-127, 127], at `start` of a row of k -> their part of the row a. Parts come one after the
-# other; each but the last is a multiple of DQ_ACTIVATIONS_STEP long, and none goes beyond a block. The codes
-# are used up: changed, trimmed, and filled up with zeros to a multiple of DQ_ACTIVATIONS_STEP.
+# other; each but the last has a multiple of DQ_BIAS_STEP codes, and none crosses the end of a segment. The
+# codes are overwritten, and padded with zeros to a multiple of DQ_BIAS_STEP.
 cdef void pack_activation_s8(int8_t* codes, uint8_t* a, Py_ssize_t start, Py_ssize_t n,
                              Py_ssize_t k) noexcept nogil:
     cdef ActSegment* segment = <ActSegment*> (a + start // ACC32_K * segment_bytes(ACC32_K))
@@ -188,8 +189,8 @@ cdef void pack_activation_s8(int8_t* codes, uint8_t* a, Py_ssize_t start, Py_ssi
             wide[i] = codes[i]
 
 
-# sums (PANEL,) = one block of a panel times one row of activations. No int32 wraps: a sum is at most
-# 2**16 * 127 * 255 = 2,122,383,360 < 2**31 in magnitude before the excess comes off.
+# acc (PANEL,) = one segment of a panel times one row of activations. No int32 wraps: a sum is at most
+# 2**16 * 127 * 255 = 2,122,383,360 < 2**31 in magnitude before the compensation is subtracted.
 cdef inline void gemv(const uint8_t* segment, const uint8_t* a, int32_t* acc,
                       Py_ssize_t k_steps) noexcept nogil:
     cdef dq_acc s0 = dq_acc_zero(), s1 = s0
@@ -207,7 +208,7 @@ cdef inline void gemv(const uint8_t* segment, const uint8_t* a, int32_t* acc,
     dq_acc_store(acc + DQ_LANES, s1)
 
 
-# sums (4, PANEL) = the same for one row and four panels, `apart` bytes from each other: DQ_STREAMS.
+# acc (4, PANEL) = the same for one row and four panels, `panel_stride` bytes from each other.
 cdef inline void gemv_4_panels(const uint8_t* segment, Py_ssize_t panel_stride, const uint8_t* a,
                                int32_t* acc, Py_ssize_t k_steps) noexcept nogil:
     cdef dq_acc s00 = dq_acc_zero(), s01 = s00, s10 = s00, s11 = s00, s20 = s00, s21 = s00, s30 = s00
@@ -243,12 +244,11 @@ cdef inline void store_tile(int32_t* acc, dq_acc s00, dq_acc s01, dq_acc s10, dq
     dq_acc_store(acc + 7 * DQ_LANES, s31)
 
 
-# sums (4, PANEL) = the same for four rows and one panel. They share the loads of the weights, and have the
-# next panel fetched meanwhile: with weights in the last cache or in memory that is worth a fifth. All lines
-# of it, or the hardware's prefetcher loses its way. Products with one row gain nothing by it.
-# Eight accumulators hide the latency of the multiply-adds, and fit the registers of every instruction set.
-# They have names because in an array, indexed by an unrolled loop, gcc writes them back to memory at every
-# step.
+# acc (4, PANEL) = the same for four rows and one panel. The rows share the loads of the weights. The next
+# panel is prefetched meanwhile, which gains a fifth where weights come from the last cache or from memory;
+# all its lines are, or the hardware's prefetcher loses track. Products with one row gain nothing by it. Eight
+# accumulators hide the latency of the multiply-adds, and fit the registers of every instruction set. They
+# have names because gcc writes an array, indexed by an unrolled loop, back to memory at every step.
 cdef inline void microkernel_4(const uint8_t* segment, const uint8_t* a0, const uint8_t* a1,
                                const uint8_t* a2, const uint8_t* a3, int32_t* acc,
                                Py_ssize_t k_steps) noexcept nogil:
@@ -277,7 +277,7 @@ cdef inline void microkernel_4(const uint8_t* segment, const uint8_t* a0, const 
     store_tile(acc, s00, s01, s10, s11, s20, s21, s30, s31)
 
 
-# Adds the rests of one row to its sums (PANEL,).
+# Adds the residuals of one row to acc (PANEL,).
 cdef inline void add_residuals(const uint8_t* segment, const ActSegment* a, int32_t* acc,
                                Py_ssize_t k_steps) noexcept nogil:
     cdef const Residual* residuals = residuals_of(<ActSegment*> a, k_steps)
@@ -294,9 +294,9 @@ cdef inline void add_residuals(const uint8_t* segment, const ActSegment* a, int3
     dq_acc_store(acc + DQ_LANES, s1)
 
 
-# sums (rows, PANEL) for one panel and rows <= DQ_TILE_ROWS rows of a, `stride` bytes apart; or for one row
-# (panels, PANEL), panels being 1 or DQ_STREAMS, `apart` bytes apart. Two and three rows take the tile of
-# four, with the last row repeated.
+# acc (rows, PANEL) for one panel and at most MICROKERNEL_ROWS rows of a, `stride` bytes from each other; or
+# (panels, PANEL) for one row and 1 or DQ_CONCURRENT_PANELS panels, `panel_stride` bytes from each other.
+# Where the microkernel of four rows is all there is, two and three rows take it with the last row repeated.
 cdef inline void microkernel(const uint8_t* segment, Py_ssize_t panel_stride, Py_ssize_t panels,
                              const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows, int32_t* acc,
                              Py_ssize_t k_steps) noexcept nogil:
@@ -331,8 +331,8 @@ cdef inline void finish_row(const int64_t* acc, const float* w_scales, float a_s
             out[c] += bias[c]
 
 
-# finish_row for sums that fit int32 with the excess taken off, which is nearly always; cols <= ROWS * PANEL.
-# It vectorizes: values, which overlap nothing, need no look at where out lies.
+# finish_row for sums of a single segment, which fit int32 with the compensation subtracted; cols <= ROWS *
+# PANEL. It vectorizes, because `values` cannot overlap anything.
 cdef inline void finish_row_s32(const int32_t* acc, int32_t compensation, const float* w_scales,
                                 float a_scale, const float* bias, float* out, Py_ssize_t cols) noexcept nogil:
     cdef float values[ROWS * PANEL]
@@ -345,7 +345,7 @@ cdef inline void finish_row_s32(const int32_t* acc, int32_t compensation, const 
     memcpy(out, values, cols * sizeof(float))
 
 
-# totals (panels or rows, PANEL) = tile over all blocks of k, each summed in int32 and added up in int64.
+# totals (panels or rows, PANEL) = all segments, each summed in int32 and added up in int64.
 cdef inline void microkernel_segments(const uint8_t* panel, Py_ssize_t panels, const uint8_t* a,
                                       Py_ssize_t stride, Py_ssize_t rows, int64_t* totals,
                                       Py_ssize_t k) noexcept nogil:
@@ -374,8 +374,8 @@ cdef inline Py_ssize_t rows_of_form(const uint8_t* a, Py_ssize_t m) noexcept nog
     return (n + parts - 1) // parts
 
 
-# How many of m rows are taken together when so many are done: more than are left where those are too few for
-# the tiles of the product, which are TILE rows high; some rows are then computed again.
+# How many of m rows are taken together when `done` are done. Where fewer than TILE are left, too few for a
+# tile, some rows before them are computed again.
 cdef inline Py_ssize_t rows_at_once(Py_ssize_t done, Py_ssize_t m) noexcept nogil:
     cdef Py_ssize_t left = m - done
     if DQ_TILES_FROM <= left < TILE <= m:
@@ -385,7 +385,7 @@ cdef inline Py_ssize_t rows_at_once(Py_ssize_t done, Py_ssize_t m) noexcept nogi
 
 # Panels times m rows of activations: out[r][c] = float32(exact sum) * w_scales[c] * a_scales[r] + bias[c]
 # for c < cols, rows of out `out_stride` apart. There is one panel, and cols <= PANEL; or one row and
-# DQ_STREAMS panels.
+# DQ_CONCURRENT_PANELS panels.
 cdef inline void gemm_panels(const uint8_t* panel, Py_ssize_t panels, const float* w_scales,
                              const float* bias, const uint8_t* a, const float* a_scales, float* out,
                              Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t cols,

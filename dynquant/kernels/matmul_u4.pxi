@@ -1,16 +1,16 @@
-# The exact integer product of 4-bit weights, a scale and a zero point for each group of k, and int8
+# The exact integer product of 4-bit weights, with a scale and a zero point for each group of k, and int8
 # activations.
 #
-# A panel holds the codes 0..15 of PANEL = 2 * DQ_LANES outputs, in units of DQ_CODES = 8 k: four bytes for
-# each output, the even k in the low nibbles. A group starts a unit. What lies past the last output or the end
-# of a group is zero. Scales and zero points of a panel stand apart, PANEL next to each other for each group.
-# So a product with a single row reads three streams, each from the start of its array to the end, at the
-# speed of memory; with the scales at the end of each panel it took half as long again, for the prefetcher
-# then has to find each of them anew.
+# A panel holds the codes 0..15 of PANEL = 2 * DQ_LANES outputs, k-block after k-block. A k-block is
+# DQ_K_BLOCK = 8 k: four bytes for each output, the even k in the low nibbles. Each group starts a k-block.
+# Padding outputs and the padding at the end of a group are zero. Scales and zero points lie outside the
+# panel, those of PANEL outputs next to each other for each group. So a product with a single row reads three
+# streams, each from start to end, at the speed of memory; with scales at the end of each panel it took half
+# as long again, because the prefetcher had to find each of them anew.
 #
-# Activations lie row by row, each in group_activation_bytes: the codes in the same units, the four even k
-# first; then their float32 sums, one for each block of at most EXACT k of a group. A zero point then costs a
-# product with that sum, once for each group.
+# Activations lie row by row, each in group_activation_bytes: the codes in the same k-blocks, the four even k
+# first; then their float32 sums, one for each chunk of at most EXACT_K k of a group. A zero point then costs
+# one product with such a sum for each group.
 cdef enum:
     EXACT_K = 1 << 13
     BATCH = 2
@@ -19,7 +19,7 @@ cdef enum:
     GROUP_ROWS = BATCH_ROWS + DQ_KEPT_ROWS
 
 
-# Units that n k take.
+# k-blocks of n k.
 cdef inline Py_ssize_t k_blocks_of(Py_ssize_t n) noexcept nogil:
     return (n + DQ_K_BLOCK - 1) // DQ_K_BLOCK
 
@@ -29,17 +29,17 @@ cdef inline Py_ssize_t group_len(Py_ssize_t start, Py_ssize_t k, Py_ssize_t grou
     return group if group < k - start else k - start
 
 
-# Units of a whole row, each group filled up.
+# k-blocks of a whole row, with each group padded.
 cdef inline Py_ssize_t k_blocks_of_row(Py_ssize_t k, Py_ssize_t group) noexcept nogil:
     return k // group * k_blocks_of(group) + k_blocks_of(k % group)
 
 
-# Blocks of at most EXACT k in a group of n.
+# Chunks of at most EXACT_K k in a group of n.
 cdef inline Py_ssize_t blocks_of(Py_ssize_t n) noexcept nogil:
     return (n + EXACT_K - 1) // EXACT_K
 
 
-# Elements of block b of a group of n.
+# Elements of chunk b of a group of n.
 cdef inline Py_ssize_t exact_len(Py_ssize_t b, Py_ssize_t n) noexcept nogil:
     return EXACT_K if n - b * EXACT_K > EXACT_K else n - b * EXACT_K
 
@@ -55,12 +55,13 @@ cdef Py_ssize_t group_activation_bytes(Py_ssize_t k, Py_ssize_t group) noexcept 
     return ((n + 63) // 64 | 1) * 64
 
 
-# Nibble i of a run of them.
+# Nibble i.
 cdef inline uint8_t nibble(const uint8_t* packed, Py_ssize_t i) noexcept nogil:
     return packed[i // 2] >> (4 * (i & 1)) & 0x0F
 
 
-# n k of one output, from a row of nibbles at k = start, to units of their own; flip is XORed to every byte.
+# n k of one output, from a row of nibbles at k = start, to k-blocks of their own; flip is XORed to every
+# byte.
 cdef inline void pack_group(const uint8_t* w, Py_ssize_t start, Py_ssize_t n, uint8_t flip,
                             uint8_t* k_block) noexcept nogil:
     cdef Py_ssize_t u, j
@@ -87,8 +88,8 @@ cdef void pack_panel_u4(const uint8_t* w, const float* scales, const uint8_t* ze
                         uint8_t* panel, float* panel_scales, uint8_t* panel_zero_points, Py_ssize_t k,
                         Py_ssize_t group) noexcept nogil:
     cdef Py_ssize_t groups = groups_of(k, group), r, g, start = 0, n
-    # Where no group ends within a unit the row is one run of units, and is moved in parts that keep the lines
-    # of the panel which they touch in L1.
+    # Where no group ends inside a k-block, the row is one sequence of k-blocks. It is moved in parts, so that
+    # the lines of the panel which they touch stay in L1.
     cdef Py_ssize_t span = group if group % DQ_K_BLOCK else 64 * DQ_K_BLOCK
     memset(panel, 0, group_panel_bytes(k, group))
     memset(panel_scales, 0, groups * PANEL * sizeof(float))
@@ -163,9 +164,9 @@ cdef inline int32_t sum_codes(const int8_t* codes, Py_ssize_t n) noexcept nogil:
     return sum
 
 
-# s0 and s1 = the sums of one group of one row: `units` units of codes times activations. Four units at a
-# time, a whole group of 32 k: no branch between them, and two chains of multiply-adds for each sum, for one
-# would be slower than memory. Unless it is 0, codes are fetched from `ahead` bytes on.
+# s0 and s1 = the sums of one group of one row, codes times activations. Four k-blocks at a time, a whole
+# group of 32 k: there is no branch between them, and two chains of multiply-adds for each sum, since one
+# would be slower than memory. Codes are prefetched `prefetch_distance` bytes ahead, unless that is 0.
 cdef inline void group_gemv(const uint8_t* w, const uint8_t* a, dq_acc* s0, dq_acc* s1, Py_ssize_t k_blocks,
                             Py_ssize_t prefetch_distance) noexcept nogil:
     cdef dq_acc16 p0, p1, q0, q1
@@ -206,8 +207,9 @@ cdef inline void add_group(float* acc, dq_acc s0, dq_acc s1, dq_floats z0, dq_fl
                                                  dq_floats_load(scales + DQ_LANES)))
 
 
-# acc (4, PANEL) += one group of four rows, each with the sum at a_sums, as dq_group_add has it; the codes of
-# the next panel, `ahead` bytes on, are fetched meanwhile. As tile_4, and with names for its reason.
+# acc (4, PANEL) += one group of four rows, whose sums of activations are a_sums, as dq_group_add does it. The
+# codes of the next panel, `prefetch_distance` bytes ahead, are prefetched. Accumulators have names as in
+# microkernel_4.
 cdef inline void group_microkernel_4(const uint8_t* w, const float* scales, const uint8_t* zero_points,
                                      const uint8_t* a0, const uint8_t* a1, const uint8_t* a2,
                                      const uint8_t* a3, const float* a_sums, float* acc, Py_ssize_t k_blocks,
@@ -250,7 +252,7 @@ cdef inline void group_microkernel_4(const uint8_t* w, const float* scales, cons
     add_group(acc + 3 * PANEL, s30, s31, z0, z1, a_sums[3], scales)
 
 
-# acc (PANEL,) = all groups of at most EXACT k of one row, added up in ascending order.
+# acc (PANEL,) = all groups, of at most EXACT_K k, of one row, added up in ascending order.
 cdef inline void short_groups_gemv(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
                                    const uint8_t* a, float* acc, Py_ssize_t k, Py_ssize_t group,
                                    Py_ssize_t prefetch_distance) noexcept nogil:
@@ -276,8 +278,8 @@ cdef inline void short_groups_gemv(const uint8_t* panel, const float* scales, co
     dq_floats_store(acc + DQ_LANES, acc1)
 
 
-# acc (rows, PANEL) = the same for 2 <= rows <= 4 rows of a. Two and three rows take the tile of four, with
-# the last row repeated.
+# acc (rows, PANEL) = the same for 2 to 4 rows of a. Two and three rows take the microkernel of four, with the
+# last row repeated.
 cdef inline void short_groups_4_rows(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
                                      const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows, float* acc,
                                      Py_ssize_t k, Py_ssize_t group) noexcept nogil:
@@ -332,7 +334,7 @@ cdef inline Py_ssize_t equal_part(Py_ssize_t m, Py_ssize_t max_rows) noexcept no
     return m // ((m + max_rows - 1) // max_rows)
 
 
-# How many steps the tiles of a product have, all of which its groups fill; 0 for a product without tiles.
+# k-steps of the tiles of a product, which its groups fill completely; 0 for a product without tiles.
 cdef inline int tile_k_steps_of(Py_ssize_t m, Py_ssize_t k, Py_ssize_t group) noexcept nogil:
     if DQ_GROUP_TILES_FROM == 0 or m < DQ_GROUP_TILES_FROM or group > EXACT_K:
         return 0
@@ -341,7 +343,7 @@ cdef inline int tile_k_steps_of(Py_ssize_t m, Py_ssize_t k, Py_ssize_t group) no
     return 8 if (k | group) % (8 * 4) == 0 else 0
 
 
-# Rows are shared out to tiles evenly, so that none gets fewer than it has: the first row of part i.
+# Tiles get nearly equal parts of the rows, so that none has too few. The first row of part i.
 cdef inline Py_ssize_t part_start(Py_ssize_t rows, Py_ssize_t i) noexcept nogil:
     return rows * i // parts_of(rows)
 
@@ -350,7 +352,7 @@ cdef inline Py_ssize_t parts_of(Py_ssize_t rows) noexcept nogil:
     return (rows + DQ_TILE_ROWS - 1) // DQ_TILE_ROWS
 
 
-# acc (PANEL,) += `count` groups of one row, in ascending order; sums are those of add_group_tiles.
+# acc (PANEL,) += `count` groups of one row, in ascending order; sums as add_group_tiles has them.
 cdef inline void add_groups(float* acc, const int32_t* sums, const float* scales, const float* zero_points,
                             const float* a_sums, Py_ssize_t count) noexcept nogil:
     cdef dq_floats acc0 = dq_floats_load(acc), acc1 = dq_floats_load(acc + DQ_LANES)
@@ -367,7 +369,7 @@ cdef inline void add_groups(float* acc, const int32_t* sums, const float* scales
     dq_floats_store(acc + DQ_LANES, acc1)
 
 
-# acc (rows, PANEL) += `count` groups of `units` units each, at most UNITS together.
+# acc (rows, PANEL) += `count` groups of `k_blocks` k-blocks each, together at most TILE_K_BLOCKS.
 cdef inline void add_group_tiles(const uint8_t* panel, const float* scales, const float* zero_points,
                                  const uint8_t* a, const uint8_t* a_sums, Py_ssize_t stride, Py_ssize_t rows,
                                  float* acc, Py_ssize_t k_blocks, Py_ssize_t count,
@@ -386,7 +388,7 @@ cdef inline void add_group_tiles(const uint8_t* panel, const float* scales, cons
                        <const float*> (a_sums + r * stride), count)
 
 
-# The same for one group of more than UNITS units.
+# The same for one group of more than TILE_K_BLOCKS k-blocks.
 cdef inline void add_long_group_tiles(const uint8_t* panel, const float* scales, const float* zero_points,
                                       const uint8_t* a, const uint8_t* a_sums, Py_ssize_t stride,
                                       Py_ssize_t rows, float* acc, Py_ssize_t k_blocks,
@@ -408,8 +410,8 @@ cdef inline void add_long_group_tiles(const uint8_t* panel, const float* scales,
 
 
 # acc (rows, PANEL) = the same by tiles, for DQ_GROUP_TILES_FROM <= rows <= BATCH_ROWS rows of a. Codes are
-# unpacked once for all of them, and BATCH short groups together: what was just written is slow to load as a
-# tile. More of them would not leave room in L1 for the rest.
+# unpacked once for all rows, and of BATCH short groups together: what was just written is slow to load as a
+# tile. More groups would not fit L1 beside everything else.
 cdef inline void short_groups_tiles(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
                                     const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows, float* acc,
                                     Py_ssize_t k, Py_ssize_t group, int tile_k_steps) noexcept nogil:
@@ -434,8 +436,8 @@ cdef inline void short_groups_tiles(const uint8_t* panel, const float* scales, c
         start += group * count
 
 
-# The same for groups of more than EXACT k, one row at a time. A sum over EXACT k is exact as a float: it is
-# taken as an integer from there, and its group's sum is rounded to a float once.
+# The same for groups of more than EXACT_K k, one row at a time. A sum over EXACT_K k is exact as a float. It
+# is converted to an integer, and the sum of its group is rounded to a float once.
 cdef inline void long_groups(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
                              const uint8_t* a, float* acc, Py_ssize_t k, Py_ssize_t group) noexcept nogil:
     cdef const float* a_sums = <const float*> (a + DQ_K_BLOCK * k_blocks_of_row(k, group))
@@ -480,7 +482,7 @@ cdef inline void finish_rows(const float* acc, const float* a_scales, const floa
                 out[r * out_stride + c] += bias[c]
 
 
-# One panel times m rows of activations, cols <= PANEL; by tiles of `deep` steps, unless that is 0.
+# One panel times m rows of activations, cols <= PANEL; by tiles of `tile_k_steps` k-steps, unless that is 0.
 cdef inline void gemm_group_panel(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
                                   const float* bias, const uint8_t* a, const float* a_scales, float* out,
                                   Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t cols, Py_ssize_t k,
@@ -510,10 +512,10 @@ cdef inline void gemm_group_panel(const uint8_t* panel, const float* scales, con
         m -= rows
 
 
-# The panels of n outputs times m rows of activations: out[r][c] = acc * a_scales[r] + bias[c], rows of out
-# `out_stride` apart, where acc is the float32 sum over the groups, in ascending order and from 0, of
-# float32(exact sum of (code - zero_point) * a) * scale. No bias where it is NULL. A single row has codes
-# fetched from `ahead` bytes on, unless that is 0.
+# The panels of n outputs times m rows of activations: out[r][c] = acc * a_scales[r] + bias[c], rows of out at
+# a distance of `out_stride`, where acc is the float32 sum over the groups, in ascending order and from 0, of
+# float32(exact sum of (code - zero_point) * a) * scale. No bias where it is NULL. Codes for a single row are
+# prefetched `prefetch_distance` bytes ahead, unless that is 0.
 cdef void gemm_u4s8_f32(const uint8_t* panels, const float* scales, const uint8_t* zero_points,
                         const float* bias, const uint8_t* a, const float* a_scales, float* out,
                         Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group,
