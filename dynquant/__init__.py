@@ -27,9 +27,9 @@ except ImportError as error:
 
 from ._array_file import quantize_array
 from ._calibrate import Calibrator, CalibStats
-from ._embed import get_include
 from ._format import DynamicScaleMode, DynQuantFormat, MaxAbs, Percentile
 from ._hadamard import hadamard_transform
+from ._include import get_include
 from ._index import EmbeddingIndex
 from ._inner import int8_inner
 from ._isa import simd_info

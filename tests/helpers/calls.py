@@ -89,7 +89,8 @@ def new_index():
     index.remove([0])
     index.search(A, 2, rescore=A, allowed=[1, 2])
     index.save(os.path.join(FOLDER, "index"))
-    return EmbeddingIndex.open(os.path.join(FOLDER, "index")).memory_bytes
+    opened = EmbeddingIndex.open(os.path.join(FOLDER, "index"))
+    return opened.memory_bytes, opened.dim, opened.ids, repr(opened)
 
 
 def new_folder():
