@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -249,7 +250,7 @@ def _unit(x: NDArray[Any], metric: str) -> NDArray[np.float32]:
 
 
 # The plot, in pixels: the area of the axes, and what stands around it.
-_LEFT, _TOP, _WIDTH, _HEIGHT = 70, 20, 560, 320
+_LEFT, _TOP, _WIDTH, _HEIGHT, _NAMES = 70, 20, 480, 300, 220
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 52rem; padding: 0 1rem; }
@@ -279,55 +280,68 @@ def _page(report: RecallReport) -> str:
         f"the {report.k} best by float32 scores that are among the {report.k} found.</p>\n"
         f"<table><thead><tr><th>Recipe</th><th>Recall@{report.k}</th><th>Bytes per vector</th>"
         f"<th>Times smaller</th><th>Queries per second</th></tr></thead><tbody>{cells}</tbody></table>\n"
-        f"{_plot(report)}\n</body></html>\n"
+        f"{_plot(report)}\n"
+        "<p>A circle is hollow where the best hits are scored again from the float vectors.</p>\n"
+        "</body></html>\n"
     )
 
 
 def _plot(report: RecallReport) -> str:
-    """Recall over bytes per vector as SVG: a dot for each recipe, hollow where it rescores."""
+    """Recall over bytes per vector as SVG: a dot for each recipe, its name at the side."""
     import html
 
     sizes = [row.memory_bytes / report.n for row in report.rows]
-    top = max(sizes) * 1.35  # room for the name of the largest
-    low = max(0.0, min(min(row.recall for row in report.rows) - 0.02, 0.95))
-    span = max(1.0 - low, 1e-6)
+    x_ticks = _ticks(0.0, max(sizes))
+    y_ticks = _ticks(min(0.98, *(row.recall for row in report.rows)), 1.0)
+    low, right = y_ticks[0], _LEFT + _WIDTH
 
     def at(size: float, recall: float) -> tuple[float, float]:
-        return _LEFT + _WIDTH * size / top, _TOP + 14 + (_HEIGHT - 14) * (1 - recall) / span
+        return _LEFT + _WIDTH * size / x_ticks[-1], _TOP + _HEIGHT * (1 - recall) / (1 - low)
 
+    points = [at(size, row.recall) for size, row in zip(sizes, report.rows, strict=True)]
+    heights = _label_heights(points)
+    bottom = max(_TOP + _HEIGHT + 50, math.ceil(max(heights)) + 20)
     parts = [
-        f'<svg viewBox="0 0 {_LEFT + _WIDTH + 20} {_TOP + _HEIGHT + 50}" role="img" '
-        f'aria-label="Recall over bytes per vector" width="{_LEFT + _WIDTH + 20}">',
-        f'<path d="M{_LEFT} {_TOP}V{_TOP + _HEIGHT}H{_LEFT + _WIDTH}" fill="none" stroke="#888"/>',
+        f'<svg viewBox="0 0 {right + _NAMES} {bottom}" width="{right + _NAMES}" role="img" '
+        'aria-label="Recall over bytes per vector">'
     ]
-    for i in range(6):
-        recall, size = low + span * i / 5, top * i / 5
+    for recall in y_ticks:
         _, y = at(0, recall)
+        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{recall:.3g}</text>')
+        parts.append(f'<path d="M{_LEFT} {y:.1f}H{right}" stroke="#e5e5e5"/>')
+    for size in x_ticks:
         x, _ = at(size, 1)
-        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{recall:.3f}</text>')
-        parts.append(f'<path d="M{_LEFT} {y:.1f}H{_LEFT + _WIDTH}" stroke="#eee"/>')
         parts.append(f'<text x="{x:.1f}" y="{_TOP + _HEIGHT + 18}" text-anchor="middle">{size:.0f}</text>')
     parts.append(
+        f'<path d="M{_LEFT} {_TOP}V{_TOP + _HEIGHT}H{right}" fill="none" stroke="#888"/>'
         f'<text x="{_LEFT + _WIDTH / 2}" y="{_TOP + _HEIGHT + 40}" text-anchor="middle">'
         "bytes per vector</text>"
         f'<text transform="translate(16 {_TOP + _HEIGHT / 2}) rotate(-90)" text-anchor="middle">'
         f"recall@{report.k}</text>"
     )
-    points = [at(size, row.recall) for size, row in zip(sizes, report.rows, strict=True)]
-    for row, (x, y), label in zip(report.rows, points, _label_heights(points), strict=True):
+    for (x, y), height in zip(points, heights, strict=True):
+        parts.append(f'<path d="M{x:.1f} {y:.1f}L{right + 12} {height:.1f}" stroke="#ccc"/>')
+    for row, (x, y), height in zip(report.rows, points, heights, strict=True):
         fill = "white" if row.rescored else "#1f6feb"
-        parts.append(f'<path d="M{x:.1f} {y:.1f}L{x + 12:.1f} {label:.1f}" stroke="#bbb"/>')
         parts.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{fill}" stroke="#1f6feb" stroke-width="2"/>'
+            f'<text x="{right + 16}" y="{height + 4:.1f}">{html.escape(row.name)}</text>'
         )
-        parts.append(f'<text x="{x + 14:.1f}" y="{label + 4:.1f}">{html.escape(row.name)}</text>')
     return "\n".join([*parts, "</svg>"])
 
 
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to seven round numbers, the first at most `low`, the last at least `high`."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step = next(factor * power for factor in (1, 2, 5, 10) if (high - low) / (factor * power) <= 5)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
 def _label_heights(points: list[tuple[float, float]]) -> list[float]:
-    """Where labels stand, so that none covers another: each at least a line below the one above it."""
+    """Where names stand, in the order of the points: each at least a line below the one above it."""
     heights = [0.0] * len(points)
-    taken = -1e9
-    for i in sorted(range(len(points)), key=lambda i: (points[i][1], points[i][0])):
-        taken = heights[i] = max(points[i][1], taken + 15)
+    taken = -math.inf
+    for i in sorted(range(len(points)), key=lambda i: (points[i][1], -points[i][0])):
+        taken = heights[i] = max(points[i][1], taken + 16)
     return heights
