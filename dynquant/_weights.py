@@ -47,7 +47,7 @@ def quantize_weights(
         nothing.
     search : bool
         Choose each range by the least squared error among the whole one and its 31/32 ... 10/32, instead of
-        the whole one. Takes 25 to 110 times as long, the most for short groups.
+        the whole one. Takes some 25 times as long.
     calibration : array_like of floats, (..., in_features), or an iterable of such arrays, optional
         Inputs that the layer has had: one array with any number of leading axes, such as (batch, tokens,
         in_features), or a list, generator, data loader or other iterable of such arrays, which are read once,
