@@ -30,6 +30,7 @@ from dynquant import (
     int8_inner,
     simd_info,
     smooth_activations,
+    top_k,
     w4a8_matmul,
     w8a8_matmul,
     w8a8_matvec,
@@ -142,6 +143,20 @@ def test_int8_inner(k):
         a, b = rng.integers(-128, 128, (m, k), dtype=np.int8), rng.integers(-128, 128, (n, k), dtype=np.int8)
         a[0] = b[0] = -128
         assert_same_bits(int8_inner(a, b, dtype=np.int64), a.astype(np.int64) @ b.astype(np.int64).T)
+
+
+@pytest.mark.parametrize("d", [3, 64, 387])
+def test_top_k(d):
+    rng = np.random.default_rng(d)
+    x, queries = rng.standard_normal((700, d)).astype(F32), rng.standard_normal((70, d)).astype(F32)
+    corpus, q = dynamic_quantize(x), dynamic_quantize(queries)
+    sums = q.data.astype(np.int64) @ corpus.data.astype(np.int64).T
+    scores = sums.astype(F32) * corpus.scales * q.scales[:, None]
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :20]
+    for rows in (1, 5, 6, 17, 70):
+        found = top_k(queries[:rows], corpus, 20)
+        np.testing.assert_array_equal(found.indices, best[:rows])
+        assert_same_bits(found.scores, np.take_along_axis(scores, best, 1)[:rows])
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
