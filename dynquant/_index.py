@@ -226,8 +226,8 @@ class EmbeddingIndex:
             return x
         norms = np.empty(len(x), F32)
         _core.row_norms(float_matrix(x, *x.shape), norms)
-        norms[norms == 0] = 1
-        return x.astype(F32, copy=False) / norms[:, None]
+        np.copyto(norms, 1, where=norms == 0)
+        return x.astype(F32, copy=False) / norms.reshape(-1, 1)
 
     def _centered(
         self, x: NDArray[Any], center: NDArray[np.float32] | None

@@ -114,7 +114,7 @@ def search_alpha(
     Channels that were never active have factor 1 in either mode.
 
     The maxima that the factors come from are those of the very rows that are measured, so the error is an
-    optimiztic one, and with few tokens the best alpha a little too large; see `relative`.
+    optimistic one, and with few tokens the best alpha a little too large; see `relative`.
 
     Examples
     --------

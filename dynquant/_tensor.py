@@ -253,7 +253,9 @@ def _as_index(rows: Any) -> Any:
     index = None if isinstance(rows, (tuple, str, bytes)) or rows is None else as_array(rows, "rows")
     if index is not None and index.size == 0 and index.ndim == 1 and isinstance(rows, list):
         return index.astype(np.intp)
-    if index is None or index.ndim == 0 or index.dtype.kind not in "iub":
+    ints = index is not None and index.ndim > 0 and index.dtype.kind in "iu"
+    mask = index is not None and index.ndim == 1 and index.dtype.kind == "b"
+    if not (ints or mask):
         raise ParameterError(f"rows: expected an int, a slice, an array of ints or a mask, got {shown(rows)}")
     return index
 

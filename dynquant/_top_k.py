@@ -130,6 +130,8 @@ def top_k(
     [[0, 1]]
     """
     number, k = checked_metric(metric), as_count(k, "k")
+    if k > _MOST_VECTORS:
+        raise ParameterError(f"k: expected at most {_MOST_VECTORS:,}, got {shown(k)}")
     factor, threads = as_count(oversample, "oversample"), as_thread_count(num_threads)
     check_corpus(corpus)
     x = as_queries(queries, corpus.shape[1])

@@ -260,7 +260,7 @@ def _has_plain_rows(out: NDArray[Any]) -> bool:
         return False
     extent = 0
     for stride, n in sorted((abs(s), n) for s, n in zip(out.strides, out.shape, strict=True) if n > 1):
-        if stride < extent:
+        if stride == 0 or stride < extent:
             return False
         extent = stride * n
     return True

@@ -371,6 +371,8 @@ def wrong_layout(target, out):
     # Rows of codes may lie apart; elements of a row may not.
     yield strided(out)
     yield out[..., ::-1]
+    if out.ndim > 1:
+        yield np.lib.stride_tricks.as_strided(out, out.shape, (*(0,) * (out.ndim - 1), out.itemsize))
     if out.itemsize > 1 or out.ndim == 1:
         yield np.repeat(out, 2, axis=0)[::2]
         yield out[::-1]

@@ -611,7 +611,7 @@ static void panels(void) {
     float *out = sentinel(4 * ((m - 1) * stride + n), 4);
     for (int64_t c = 0; c < n; c += each) {
         const int64_t rows = n - c < each ? n - c : each;
-        kernels->pack_panel_s8(w + c * k, rows, packed + c / each * panel_bytes, k);
+        kernels->pack_panel_s8(w + c * k, k, rows, packed + c / each * panel_bytes, k);
         kernels->unpack_panel_s8(packed + c / each * panel_bytes, back + c * k, rows, k);
     }
     same("weights", back, w, n * k);

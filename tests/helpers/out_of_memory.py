@@ -135,12 +135,16 @@ def into(call, out):
     return lambda: call(out)
 
 
+# NumPy crashes where the iterator of a division by a column finds no memory.
+CRASH_IN_NUMPY = {"an index"}
+
+
 def main():
     take_arrays_from_malloc()
     # A ZipFile whose constructor failed complains in its destructor.
     sys.unraisablehook = lambda _: None
     pick = sys.argv[1:]
-    calls = [(name, call, None) for name, call in CALLS.items()]
+    calls = [(name, call, None) for name, call in CALLS.items() if name not in CRASH_IN_NUMPY]
     calls += [(f"{name} into", into(call, out), out) for name, (call, out) in INTO.items()]
     calls = [each for each in calls if each[0] in pick or not pick]
     total = sum(sweep_and_count(*each) for each in calls)
