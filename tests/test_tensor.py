@@ -385,7 +385,9 @@ def test_a_tensor_of_rows_is_a_sequence_of_them():
     assert np.array_equal([row.dequantize() for row in table], table.dequantize())
 
 
-@pytest.mark.parametrize("rows", [np.ones((3, 5), bool), 1.0, (0, 1), "0", None, True, [1.5], np.zeros(2, complex), ...])
+@pytest.mark.parametrize(
+    "rows", [np.ones((3, 5), bool), 1.0, (0, 1), "0", None, True, [1.5], np.zeros(2, complex), ...]
+)
 def test_what_is_no_index_of_rows(rows):
     with pytest.raises(ParameterError, match=r"rows: expected an int, a slice, an array of ints or a mask"):
         tensor()[rows]

@@ -545,13 +545,15 @@ def layers(data, isa, num_threads):
         if factors is not None:
             a, turned = smooth_activations(a, factors), smooth_weights(w, factors)
         if rotated:
-            block = min(k & -k, 128)
-            a, turned = (hadamard_transform(each, block_size=block) for each in (a, turned))
+            block, signs = min(k & -k, 128), F32(1) if layer.signs is None else layer.signs
+            a, turned = (
+                hadamard_transform(np.asarray(each, F32) * signs, block_size=block) for each in (a, turned)
+            )
         if calibration is None:
             q = quantize_weights(turned, **options)
             assert_equal(layer(x), QuantLinear(q)(a), "layer of quantized weights")
         given_arrays = layer.to_arrays()
-        for name in ("smooth", "hadamard"):
+        for name in ("smooth", "signs", "hadamard"):
             given_arrays.pop(name, None)
         y = layer(x, num_threads=num_threads)
         assert_equal(y, QuantLinear.from_arrays(given_arrays)(a), "layer after the functions")
