@@ -155,7 +155,7 @@ def test_weights_and_layers(x):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", leaks.EVERY)
+@pytest.mark.parametrize("name", [name for name in leaks.EVERY if name not in leaks.TOO_SLOW])
 def test_no_leak(name):
     """`make leaks` makes 50 times as many calls. Tried twice: caches fill up once, a leak repeats."""
     assert not all(leaks.is_leak(*leaks.growth(leaks.EVERY[name], 2000)) for _ in range(2))
