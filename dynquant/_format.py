@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from . import _core
-from ._validate import I8, U8, as_count, as_flag, as_number
+from ._validate import I8, U8, as_count, as_flag, as_number, is_integer
 from .errors import InvalidPercentileError, ParameterError, shown
 
 if TYPE_CHECKING:
@@ -102,8 +101,7 @@ class DynQuantFormat:
     INT4_PER_ROW_PACKED: ClassVar[DynQuantFormat]
 
     def __post_init__(self) -> None:
-        integral = isinstance(self.bits, numbers.Integral) and not isinstance(self.bits, bool)
-        if not integral or self.bits not in (4, 8):
+        if not is_integer(self.bits) or self.bits not in (4, 8):
             raise ParameterError(f"bits: expected 4 or 8, got {shown(self.bits)}")
         object.__setattr__(self, "bits", int(self.bits))
         object.__setattr__(self, "packed", as_flag(self.packed, "packed"))

@@ -44,6 +44,7 @@ from ._validate import (
     check_names,
     checked_out,
     float_matrix,
+    is_integer,
 )
 from ._weights import quantize_matrix, weight_format
 from .errors import (
@@ -287,7 +288,7 @@ class QuantLinear:
         All of these are exact and the same bits everywhere, as those of `w8a8_matmul` are. With
         ``activation_bits=None`` outputs are those of NumPy's BLAS, close to ``x @
         layer.weight_dequantized().T + bias`` and to each other, but not the same bits on every machine or in
-        every batch.
+        every batch. Where partial sums leave float32, BLAS may give NaN for infinity minus infinity.
         """
         fmt, symmetric = weight_format(bits, group_size, symmetric)
         activations = _as_activations(activation_bits, activation_symmetric, fmt.bits)
@@ -340,7 +341,7 @@ class QuantLinear:
             hadamard,
             signs=arrays.get("signs"),
             activation_symmetric=as_scalar(arrays.get("activation_symmetric", True)),
-            activation_bits=None if type(bits) in _INTEGERS and bits == 0 else bits,
+            activation_bits=None if is_integer(bits) and bits == 0 else bits,
         )
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
@@ -369,7 +370,7 @@ class QuantLinear:
             if weight.zero_points is not None:
                 arrays["weight_zero_points"] = weight.zero_points
         if self._format.group_size is not None:
-            arrays["group_size"] = np.array(self._format.group_of(self._k))
+            arrays["group_size"] = np.array(self._format.group_size)
         if self._bias is not None:
             arrays["bias"] = self._bias.copy()
         if self._transform.smooth is not None:
@@ -586,7 +587,7 @@ def _moments(calibration: Any, k: int, relative: bool, transform: InputTransform
 def _as_activations(bits: Any, symmetric: Any, weight_bits: int) -> tuple[int | None, bool]:
     """The options `activation_bits` and `activation_symmetric`, checked."""
     symmetric = as_flag(symmetric, "activation_symmetric")
-    if bits is not None and (type(bits) not in _INTEGERS or bits != 8):
+    if bits is not None and (not is_integer(bits) or bits != 8):
         raise ParameterError(f"activation_bits: expected 8 or None, got {shown(bits)}")
     if not symmetric and (weight_bits != 8 or bits is None):
         raise ParameterError(
@@ -618,7 +619,7 @@ def _as_signs(x: Any, k: int) -> NDArray[np.float32]:
     if signs.size != k:
         raise FeatureDimMismatchError(k, signs.size, "signs")
     if not (np.abs(signs) == 1).all():
-        raise ParameterError(f"signs: expected 1 and -1, got {shown(signs[np.abs(signs) != 1][0])}")
+        raise ParameterError(f"signs: expected 1 and -1, got {signs[np.abs(signs) != 1][0]}")
     return signs.astype(F32)
 
 
@@ -626,9 +627,6 @@ def _as_signs(x: Any, k: int) -> NDArray[np.float32]:
 _OPTIONAL = {"group_size", "bias", "smooth", "hadamard", "signs", "activation_symmetric", "activation_bits"}
 _INT8_NAMES = {"weight_i8", "weight_scales"}, _OPTIONAL
 _INT4_NAMES = {"weight_i4", "weight_scales", "in_features"}, {"weight_zero_points", *_OPTIONAL}
-
-# Types of an integer option: Python's, and those that files give back.
-_INTEGERS = (int, np.int64, np.int32)
 
 
 def _weight_of(arrays: Mapping[str, Any]) -> DynQuantTensor:

@@ -321,8 +321,9 @@ def _given_zero_points(
         raise DTypeError(f"zero_points: expected integers, got dtype {array.dtype}")
     if array.ndim and array.shape != shape:
         raise ShapeMismatchError(shape, array.shape, "zero_points")
-    if array.size and not (array.min() >= 0 and array.max() <= 15):
-        raise ParameterError(f"zero_points: expected numbers in 0..15, got {array.min()} to {array.max()}")
+    wrong = array[(array < 0) | (array > 15)]
+    if wrong.size:
+        raise ParameterError(f"zero_points: expected numbers in 0..15, got {wrong[0]}")
     return np.broadcast_to(array, shape).astype(U8)
 
 

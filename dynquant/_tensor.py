@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 
 from . import _core
 from ._format import GRANULARITIES, DynQuantFormat
-from ._validate import F32, U8, as_array, as_scalar, as_thread_count, check_names, checked_out
+from ._validate import F32, U8, as_array, as_scalar, as_thread_count, check_names, checked_out, is_integer
 from .errors import DTypeError, ParameterError, ShapeMismatchError, shown
 
 if TYPE_CHECKING:
@@ -180,7 +179,7 @@ class DynQuantTensor:
         """
         if self.format.granularity == "per_tensor" or len(self.shape) < 2:
             raise ParameterError(f"rows: expected a tensor of rows with scales of their own, got {self!r}")
-        index = rows if isinstance(rows, slice) else _as_index(rows)
+        index = _as_index(rows)
         data, scales = np.asarray(self.data[index]), np.asarray(self.scales[index])
         zero_points = None if self.zero_points is None else np.asarray(self.zero_points[index])
         leading = data.shape[: data.ndim - self.data.ndim + 1]
@@ -247,8 +246,16 @@ class DynQuantTensor:
 
 
 def _as_index(rows: Any) -> Any:
-    """`rows` as an int, or an array of ints or bools."""
-    if isinstance(rows, numbers.Integral) and not isinstance(rows, (bool, np.bool_)):
+    """`rows` as an int, a slice, or an array of ints or bools."""
+    if isinstance(rows, slice):
+        try:
+            rows.indices(0)
+        except (TypeError, ValueError) as error:
+            raise ParameterError(f"rows: expected a slice of ints, got {rows} ({error})") from error
+        return rows
+    if is_integer(rows):
+        if abs(int(rows)) > np.iinfo(np.intp).max:
+            raise IndexError(f"rows: expected an index of a row, got {rows}")
         return int(rows)
     index = None if isinstance(rows, (tuple, str, bytes)) or rows is None else as_array(rows, "rows")
     if index is not None and index.size == 0 and index.ndim == 1 and isinstance(rows, list):

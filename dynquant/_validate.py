@@ -108,7 +108,7 @@ def as_floats(x: Any, name: str) -> NDArray[Any]:
         return array.astype(dtype.newbyteorder("="), "C")
     if not (_is_float(dtype) or (dtype.kind in "iu" and _is_literal(x))):
         source = "" if isinstance(x, ndarray) else f" from {type(x).__name__}"
-        hint = _HINTS.get(dtype.kind, "")
+        hint = _OBJECT_HINT if dtype.kind == "O" and array.ndim == 0 else _HINTS.get(dtype.kind, "")
         raise DTypeError(f"{name}: expected a float array, got dtype {dtype}{source}{hint}")
     try:
         with np.errstate(all="ignore", over="raise"):
@@ -133,6 +133,8 @@ _HINTS = {
     "b": "; convert it with .astype(np.float32)",
     "O": "; convert a frame or column with .to_numpy(np.float32), a column of arrays with np.stack",
 }
+
+_OBJECT_HINT = "; make an array or a list of numbers of it"
 
 
 def _is_literal(x: Any) -> bool:
@@ -246,7 +248,8 @@ def checked_out(
     if out.shape != shape:
         raise ShapeMismatchError(shape, out.shape, "out")
     if not (out.flags.carray or (rows_may_be_apart and _has_plain_rows(out))):
-        _raise_layout(out)
+        expected = "an array contiguous along its last axis" if rows_may_be_apart else "a C-contiguous array"
+        _raise_layout(out, expected)
     if not all(disjoint(out, x) for x in inputs if isinstance(x, ndarray)):
         raise LayoutError("out: expected memory disjoint from every input, got memory that overlaps one")
     if isinstance(in_place, ndarray) and not _disjoint_or_same(out, in_place):
@@ -256,7 +259,9 @@ def checked_out(
 
 def _has_plain_rows(out: NDArray[Any]) -> bool:
     """Whether `out` is writable, contiguous along its last axis, and has no element twice."""
-    if not (out.flags.writeable and out.flags.aligned and out.ndim and out.strides[-1] == out.itemsize):
+    if not (out.flags.writeable and out.flags.aligned and out.ndim):
+        return False
+    if out.shape[-1] > 1 and out.strides[-1] != out.itemsize:
         return False
     extent = 0
     for stride, n in sorted((abs(s), n) for s, n in zip(out.strides, out.shape, strict=True) if n > 1):
@@ -266,14 +271,14 @@ def _has_plain_rows(out: NDArray[Any]) -> bool:
     return True
 
 
-def _raise_layout(out: NDArray[Any]) -> NoReturn:
+def _raise_layout(out: NDArray[Any], expected: str) -> NoReturn:
     if not out.flags.writeable:
         raise LayoutError("out: expected a writable array, got a read-only one")
     if not out.flags.aligned:
         raise LayoutError(
             f"out: expected alignment to {out.itemsize} bytes, got address {out.ctypes.data:#x}"
         )
-    raise LayoutError(f"out: expected a C-contiguous array, got strides {out.strides}")
+    raise LayoutError(f"out: expected {expected}, got shape {out.shape}, strides {out.strides}")
 
 
 def _disjoint_or_same(out: NDArray[Any], x: NDArray[Any]) -> bool:
@@ -296,7 +301,7 @@ def as_thread_count(value: Any) -> int:
     """`value` as the most threads that a call uses, at least 1; -1 stands for `default_threads`."""
     if type(value) is int and 1 <= value <= MOST_THREADS:
         return value
-    if isinstance(value, numbers.Integral) and value == -1:
+    if is_integer(value) and value == -1:
         return default_threads()
     return min(as_count(value, "num_threads", " or -1"), MOST_THREADS)
 
@@ -308,9 +313,14 @@ def as_flag(value: Any, name: str) -> bool:
     return bool(value)
 
 
+def is_integer(value: Any) -> bool:
+    """Whether `value` is an integer of any type, which a bool is not here."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_))
+
+
 def as_count(value: Any, name: str, besides: str = "") -> int:
     """`value` as an int, at least 1; `besides` is what an error says could be given too."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+    if not is_integer(value) or value < 1:
         raise ParameterError(f"{name}: expected an int >= 1{besides}, got {shown(value)}")
     return int(value)
 

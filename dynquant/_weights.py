@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from ._batches import row_batches
 from ._compensate import SecondMoments, compensate
 from ._format import DynQuantFormat
 from ._tensor import DynQuantTensor, tensor_of_checked
-from ._validate import F32, U8, as_flag, as_matrix, as_thread_count, check_finite, float_matrix
+from ._validate import F32, U8, as_flag, as_matrix, as_thread_count, check_finite, float_matrix, is_integer
 from .errors import ParameterError, shown
 
 if TYPE_CHECKING:
@@ -131,7 +130,7 @@ _MATRIX = (
 
 def weight_format(bits: Any, group_size: Any, symmetric: Any) -> tuple[DynQuantFormat, bool]:
     """The format that `quantize_weights` gives for these options, and whether it is symmetric."""
-    packed = isinstance(bits, numbers.Integral) and bits == 4
+    packed = is_integer(bits) and bits == 4
     fmt = DynQuantFormat(bits, "per_row" if group_size is None else "per_group", group_size, packed)
     if symmetric is None:
         symmetric = fmt.bits == 8

@@ -759,6 +759,8 @@ def test_small_floats_go_through_float32(name):
         (np.ones(3, int), r"\.astype\(np.float32\)"),
         (np.ones(3, bool), r"\.astype\(np.float32\)"),
         (np.array([np.ones(2), np.ones(2), None], object), r"\.to_numpy\(np.float32\).*np\.stack"),
+        ({1.0, 2.0}, "from set; make an array or a list"),
+        (iter([1.0, 2.0]), "from list_iterator; make an array or a list"),
     ],
 )
 def test_what_is_no_float_array_is_told_the_way(x, way):

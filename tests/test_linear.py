@@ -267,6 +267,14 @@ def test_int8_groups(n, k, size, isa):
     assert_same_bits(QuantLinear.from_arrays(arrays)(x), expected)
 
 
+def test_a_group_larger_than_the_row_is_kept():
+    w = np.ones((3, 40), F32)
+    for bits in (8, 4):
+        layer = QuantLinear.from_float(w, bits=bits, group_size=np.int16(128), activation_bits=np.int16(8))
+        again = QuantLinear.from_arrays(layer.to_arrays())
+        assert again.group_size == layer.group_size == 128 and again.activation_bits == 8
+
+
 @pytest.mark.parametrize("k", [1, 3, 31, 64, 70, 257, 1000])
 @pytest.mark.parametrize("n", [1, 16, 37, 133])
 @pytest.mark.parametrize("size", [None, 32])
@@ -352,6 +360,7 @@ def test_a_range_beyond_float32():
     [
         ({"activation_bits": 4}, "activation_bits: expected 8 or None, got 4"),
         ({"activation_bits": 8.0}, "activation_bits"),
+        ({"activation_bits": True}, "activation_bits"),
         ({"activation_symmetric": 0}, "activation_symmetric: expected a bool"),
         ({"activation_symmetric": False, "bits": 4}, "activation_symmetric: expected True unless"),
         (

@@ -20,6 +20,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from dynquant import (
     DynQuantFormat,
+    LayoutError,
     NonFiniteError,
     dynamic_quantize,
     dynamic_quantize_int4,
@@ -288,6 +289,18 @@ def test_zero_points_as_those_of_weights(isa):
 
 
 # Into a part of a larger array
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_rows_of_one_code_may_lie_anywhere(step):
+    x = np.linspace(-1, 1, 5, dtype=F32)[:, None]
+    wide = np.full((5, 8 * step), 99, np.int8)
+    dynamic_quantize(x, DynQuantFormat.INT8_PER_ROW, out=wide[:, ::step][:, 3:4])
+    expected = np.full_like(wide, 99)
+    expected[:, 3 * step] = [-127, -127, 0, 127, 127]
+    assert_same_bits(wide, expected)
+    with pytest.raises(LayoutError, match="out: expected an array contiguous along its last axis"):
+        dynamic_quantize(np.ones((5, 2), F32), DynQuantFormat.INT8_PER_ROW, out=wide[:, :4:2])
 
 
 @pytest.mark.parametrize("fmt", [DynQuantFormat.INT8_PER_ROW, DynQuantFormat.INT4_PER_ROW_PACKED])

@@ -393,7 +393,13 @@ def test_what_is_no_index_of_rows(rows):
         tensor()[rows]
 
 
-@pytest.mark.parametrize("rows", [3, -4, [0, 3], np.ones(4, bool)])
+@pytest.mark.parametrize("rows", [slice("a", 3), slice(None, None, 0), slice(0.5)])
+def test_slices_that_are_none(rows):
+    with pytest.raises(ParameterError, match=r"rows: expected a slice of ints"):
+        tensor()[rows]
+
+
+@pytest.mark.parametrize("rows", [3, -4, 10**30, -(10**30), [0, 3], np.ones(4, bool)])
 def test_rows_that_do_not_exist(rows):
     with pytest.raises(IndexError):
         tensor(shape=(3, 5))[rows]
