@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 VARIABLE = "DYNQUANT_NUM_THREADS"
 
 # As many as the kernels take; more would be slower on the largest machines.
-MOST_THREADS = 256
+MAX_THREADS = 256
 
 # More than starting and joining a thread take.
 _FRAMES = 32
@@ -40,10 +40,10 @@ def default_threads() -> int:
     """
     given = os.environ.get(VARIABLE, "").strip()
     if not given:
-        return max(1, min(_cpus(), math.ceil(_cpu_quota()), MOST_THREADS))
+        return max(1, min(_cpus(), math.ceil(_cpu_quota()), MAX_THREADS))
     if not (given.isascii() and given.isdigit() and int(given)):
         raise ParameterError(f"{VARIABLE}: expected an int >= 1, got {given!r}")
-    return min(int(given), MOST_THREADS)
+    return min(int(given), MAX_THREADS)
 
 
 def _cpus() -> int:
@@ -56,12 +56,12 @@ def _cpus() -> int:
 
 
 def _cpu_quota(root: str = "/sys/fs/cgroup", groups: str = "/proc/self/cgroup") -> float:
-    """CPUs whose time the control groups of this process have, version 1 or 2; MOST_THREADS without a limit.
+    """CPUs whose time the control groups of this process have, version 1 or 2; MAX_THREADS without a limit.
 
     A group's limit holds for the groups inside it, so the least limit on the way counts. In a container the
     path of the group is often that outside, while `root` is the group itself.
     """
-    quota = float(MOST_THREADS)
+    quota = float(MAX_THREADS)
     for line in _text(groups).splitlines():
         _, _, named = line.partition(":")
         controllers, _, path = named.partition(":")
@@ -82,8 +82,8 @@ def _quota_of(folder: str) -> float:
     try:
         quota, period = map(int, numbers)
     except ValueError:  # "max", or no such files
-        return MOST_THREADS
-    return quota / period if quota > 0 and period > 0 else MOST_THREADS
+        return MAX_THREADS
+    return quota / period if quota > 0 and period > 0 else MAX_THREADS
 
 
 def _text(path: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy import ndarray
 
 from ._core import FloatMatrix, all_finite, copy_transposed, disjoint, is_plain_out
-from ._threads import MOST_THREADS, default_threads
+from ._threads import MAX_THREADS, default_threads
 from .errors import (
     DTypeError,
     EmptyInputError,
@@ -299,11 +299,11 @@ def as_number(value: Any, name: str) -> float:
 
 def as_thread_count(value: Any) -> int:
     """`value` as the most threads that a call uses, at least 1; -1 stands for `default_threads`."""
-    if type(value) is int and 1 <= value <= MOST_THREADS:
+    if type(value) is int and 1 <= value <= MAX_THREADS:
         return value
     if is_integer(value) and value == -1:
         return default_threads()
-    return min(as_count(value, "num_threads", " or -1"), MOST_THREADS)
+    return min(as_count(value, "num_threads", " or -1"), MAX_THREADS)
 
 
 def as_flag(value: Any, name: str) -> bool:

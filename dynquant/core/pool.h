@@ -8,7 +8,7 @@
 
    The caller works too and waits for nobody but the threads that are in the middle of a piece when none is
    left to be taken. Jobs of several callers are open side by side; a worker without work joins the first
-   with a place left.
+   that can take one more.
 
    A worker that finds no job spins for DQ_SPIN_NS, which spares the next call a system call on both sides,
    and then sleeps. Workers are started when more are asked for at one time than there are. They are never
@@ -33,8 +33,8 @@
    any thread, several times at once. */
 typedef int (*dq_work)(void *context, ptrdiff_t first, ptrdiff_t end);
 
-/* Shares of a job at most, and so threads. Their counters are on the caller's stack, a cache line each. */
-enum { DQ_MOST_THREADS = 256 };
+/* Upper bound of the shares of a job, and so of its threads. Their counters are on the caller's stack, a cache line each. */
+enum { DQ_MAX_THREADS = 256 };
 
 #if DQ_HAS_POOL
 
@@ -64,16 +64,16 @@ typedef struct dq_job {
     atomic_int inside;    /* workers that have not left it; changed under the lock only */
     atomic_int wanted;    /* 0 after a piece has returned 0 */
     struct dq_job *other; /* the next in the list, under the lock */
-    dq_share shares[DQ_MOST_THREADS];
+    dq_share shares[DQ_MAX_THREADS];
 } dq_job;
 
-/* All but `places` and `spinning` is read and written under the lock. */
+/* All but `vacancies` and `spinning` is read and written under the lock. */
 typedef struct {
     pthread_mutex_t lock;
     pthread_cond_t opened, left;
-    dq_job *jobs;        /* those whose callers look for help, the oldest first */
-    atomic_int places;   /* for workers in these; those that spin look at it */
-    atomic_int spinning; /* workers that would begin at once */
+    dq_job *jobs;         /* those whose callers look for help, the oldest first */
+    atomic_int vacancies; /* threads that these jobs could still take; spinning workers watch it */
+    atomic_int spinning;  /* workers that would begin at once */
     int workers, busy;
 } dq_pool_state;
 
@@ -128,15 +128,15 @@ static void dq_do_pieces(dq_job *job, int own) {
 
 /* Nobody can join the job any more. With the lock. */
 static void dq_close(dq_job *job) {
-    atomic_fetch_sub_explicit(&dq_pool.places, job->threads - job->joined, memory_order_relaxed);
+    atomic_fetch_sub_explicit(&dq_pool.vacancies, job->threads - job->joined, memory_order_relaxed);
     job->joined = job->threads;
 }
 
-/* How many sleepers to wake so that all places are taken; each of them wakes more, so that waking many
+/* How many sleepers to wake to fill all vacancies; each of them wakes more, so that waking many
    does not keep the caller from its work. With the lock. */
 static int dq_to_wake(void) {
     const int spinning = atomic_load_explicit(&dq_pool.spinning, memory_order_relaxed);
-    const int missing = atomic_load_explicit(&dq_pool.places, memory_order_relaxed) - spinning;
+    const int missing = atomic_load_explicit(&dq_pool.vacancies, memory_order_relaxed) - spinning;
     const int asleep = dq_pool.workers - dq_pool.busy - spinning;
     const int wake = missing < asleep ? missing : asleep;
     return wake < 2 ? wake : 2;
@@ -150,7 +150,7 @@ static void dq_wake(int n) {
 /* Join a job, work on it, leave it. The lock is held on entry and on return. */
 static void dq_help(dq_job *job) {
     const int own = job->joined++;
-    atomic_fetch_sub_explicit(&dq_pool.places, 1, memory_order_relaxed);
+    atomic_fetch_sub_explicit(&dq_pool.vacancies, 1, memory_order_relaxed);
     atomic_fetch_add_explicit(&job->inside, 1, memory_order_relaxed);
     dq_pool.busy++;
     const int wake = dq_to_wake();
@@ -183,7 +183,7 @@ static void *dq_worker(void *unused) {
             helped = 0;
             atomic_fetch_add_explicit(&dq_pool.spinning, 1, memory_order_relaxed);
             pthread_mutex_unlock(&dq_pool.lock);
-            dq_spin_until(&dq_pool.places, 0);
+            dq_spin_until(&dq_pool.vacancies, 0);
             pthread_mutex_lock(&dq_pool.lock);
             atomic_fetch_sub_explicit(&dq_pool.spinning, 1, memory_order_relaxed);
         } else {
@@ -208,7 +208,7 @@ static void dq_start_workers(int wanted) {
     sigdelset(&signals, SIGFPE);
     sigdelset(&signals, SIGILL);
     pthread_sigmask(SIG_SETMASK, &signals, &before);
-    while (dq_pool.workers - dq_pool.busy < wanted && dq_pool.workers < DQ_MOST_THREADS - 1) {
+    while (dq_pool.workers - dq_pool.busy < wanted && dq_pool.workers < DQ_MAX_THREADS - 1) {
         if (pthread_create(&thread, &attributes, dq_worker, NULL)) break;
         dq_pool.workers++;
     }
@@ -236,7 +236,7 @@ static void dq_open(dq_job *job) {
     dq_start_workers(job->threads - 1);
     while (*end != NULL) end = &(*end)->other;
     *end = job;
-    atomic_fetch_add_explicit(&dq_pool.places, job->threads - 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&dq_pool.vacancies, job->threads - 1, memory_order_relaxed);
     const int wake = dq_to_wake();
     pthread_mutex_unlock(&dq_pool.lock);
     dq_wake(wake);
@@ -244,10 +244,10 @@ static void dq_open(dq_job *job) {
 
 /* Take the job out of the list, and wait until nobody works on it. */
 static void dq_finish(dq_job *job) {
-    dq_job **place = &dq_pool.jobs;
+    dq_job **link = &dq_pool.jobs;
     pthread_mutex_lock(&dq_pool.lock);
-    while (*place != job) place = &(*place)->other;
-    *place = job->other;
+    while (*link != job) link = &(*link)->other;
+    *link = job->other;
     dq_close(job);
     pthread_mutex_unlock(&dq_pool.lock);
     dq_spin_until(&job->inside, 1);
@@ -266,7 +266,7 @@ static inline int dq_pool_run(dq_work work, void *context, ptrdiff_t n, ptrdiff_
     dq_job job;
     job.work = work, job.context = context, job.n = n, job.piece = piece;
     job.pieces = n / piece + (n % piece != 0);
-    job.threads = threads < DQ_MOST_THREADS ? threads : DQ_MOST_THREADS;
+    job.threads = threads < DQ_MAX_THREADS ? threads : DQ_MAX_THREADS;
     if (job.threads > job.pieces) job.threads = (int)job.pieces;
     job.joined = 1, job.waiting = 0, job.other = NULL;
     atomic_init(&job.inside, 0);

@@ -13,7 +13,7 @@ cdef extern from "core/pool.h" nogil:
     bint dq_pool_is_awake()
     int dq_usable_cpus()
     enum: DQ_HAS_POOL
-    enum: DQ_MOST_THREADS
+    enum: DQ_MAX_THREADS
 
 
 cdef enum:

@@ -69,8 +69,8 @@ static inline dq_dot_acc dq_dot_step(dq_dot_acc acc, const int8_t* w, const int8
     return acc;
 }
 static inline dq_dot_acc dq_dot_biased_step(dq_dot_acc acc, const int8_t* w, const int8_t* a) {
-    const __m512i raised = _mm512_xor_si512(_mm512_loadu_si512(w), _mm512_set1_epi16(DQ_BIAS));
-    acc.shifted = _mm512_dpbusd_epi32(acc.shifted, raised, _mm512_loadu_si512(a));
+    const __m512i biased = _mm512_xor_si512(_mm512_loadu_si512(w), _mm512_set1_epi16(DQ_BIAS));
+    acc.shifted = _mm512_dpbusd_epi32(acc.shifted, biased, _mm512_loadu_si512(a));
     return acc;
 }
 static inline int32_t dq_dot_sum(dq_dot_acc acc) {
