@@ -16,7 +16,7 @@ from ._validate import F32, U8, as_array, as_scalar, as_thread_count, check_name
 from .errors import DTypeError, ParameterError, ShapeMismatchError, shown
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from numpy.typing import DTypeLike, NDArray
 
 
 # What `DynQuantTensor.from_arrays` cannot do without.
@@ -140,6 +140,102 @@ class DynQuantTensor:
         if isinstance(scales, np.ndarray) and not scales.dtype.isnative:
             scales = scales.astype(scales.dtype.newbyteorder("="))
         return cls(arrays["data"], scales, arrays.get("zero_points"), arrays["shape"], fmt)
+
+    def to_layout(self, name: str, *, scale_dtype: DTypeLike | None = None) -> dict[str, NDArray[Any]]:
+        """Quantized weights in the arrays of another library: the same codes and scales, for its files.
+
+        Parameters
+        ----------
+        name : str
+            "compressed-tensors", "gptq", "gptq_v2", "awq", "gguf" or "matmulnbits"; see the notes.
+        scale_dtype : dtype, optional
+            float32, float16 or, of ml_dtypes, bfloat16: scales are rounded to it. By default nothing is
+            rounded: scales are float32, and for "gguf", which has float16 alone, an error unless they are
+            float16 values.
+
+        Returns
+        -------
+        dict of str to ndarray
+            New arrays, or the tensor's own where the layout is the same.
+
+        Raises
+        ------
+        ParameterError
+            If `name` is unknown, the layout cannot hold the tensor, or a scale leaves `scale_dtype`.
+        ShapeMismatchError, EmptyInputError, DTypeError, NonFiniteError
+            If the tensor is not as `quantize_weights` gives it.
+
+        Notes
+        -----
+        With n out_features, k in_features, and g groups a row:
+
+        ==================== ===============================================================================
+        compressed-tensors   8 bits, int-quantized: ``weight`` int8 (n, k), ``weight_scale`` (n, g). 4 bits,
+                             pack-quantized: ``weight_packed`` int32 (n, ceil(k / 8)), ``weight_scale``,
+                             ``weight_shape`` int64 (2,), and ``weight_zero_point`` int32 (ceil(n / 8), g)
+                             unless all zero points are 8. Groups of equal size.
+        gptq, gptq_v2        4 bits: ``qweight`` int32 (k / 8, n), ``qzeros`` int32 (g, n / 8), ``scales``
+                             (g, n), ``g_idx`` int32 (k,). "gptq", which most files have, stores zero points
+                             less 1.
+        awq                  4 bits: ``qweight`` int32 (k, n / 8), ``qzeros`` int32 (g, n / 8), ``scales``
+                             (g, n), for the GEMM kernels of AutoAWQ.
+        gguf                 groups of 32: ``data`` uint8, rows of blocks, and ``type``, ggml's number of the
+                             type: Q8_0, or Q4_0 for 4 bits with zero points of 8.
+        matmulnbits          groups of 16, 32, 64, 128 or 256: ``B`` uint8 (n, g, group_size * bits / 8),
+                             ``scales`` (n, g), ``zero_points`` uint8 (n, ceil(g / 2)) unless all are 8, and
+                             the attributes ``K`` and ``bits``.
+        ==================== ===============================================================================
+
+        Sources: the packing functions of compressed-tensors, GPTQModel and AutoAWQ, ggml's block types, and
+        the operator MatMulNBits of ONNX Runtime.
+
+        Examples
+        --------
+        >>> from dynquant import quantize_weights
+        >>> arrays = quantize_weights([[1.0, -0.5], [0.25, 1.0]], bits=4).to_layout("compressed-tensors")
+        >>> {key: array.shape for key, array in arrays.items()}
+        {'weight_packed': (2, 1), 'weight_scale': (2, 1), 'weight_shape': (2,), 'weight_zero_point': (1, 1)}
+        """
+        from ._layouts import to_layout  # here, because most programs never need it
+
+        return to_layout(self, name, scale_dtype)
+
+    @classmethod
+    def from_layout(cls, name: str, arrays: Mapping[str, Any]) -> DynQuantTensor:
+        """Quantized weights from the arrays of another library.
+
+        Parameters
+        ----------
+        name : str
+            As for `to_layout`.
+        arrays : mapping of str to ndarray
+            As `to_layout` gives them, with scales of float32, float16 or bfloat16. Arrays are kept as they
+            are where their layout is the same, memory-mapped ones too.
+
+        Returns
+        -------
+        DynQuantTensor
+            With the very codes, scales and zero points. 4-bit codes are 0..15 with a zero point for each
+            scale, 8 where the file has none, for files have codes of -8 too.
+
+        Raises
+        ------
+        ParameterError
+            If `name` is unknown, `arrays` is no mapping, or an array is missing or unknown; if values are not
+            those of the layout, or cannot be held, as groups in another order than that of the inputs.
+        DTypeError, ShapeMismatchError, EmptyInputError, NonFiniteError
+            If an array is not as described.
+
+        Examples
+        --------
+        >>> from dynquant import quantize_weights
+        >>> w = quantize_weights([[1.0, -0.5], [0.25, 1.0]])
+        >>> DynQuantTensor.from_layout("compressed-tensors", w.to_layout("compressed-tensors"))
+        DynQuantTensor(shape=(2, 2), int8 per_row, 12 bytes)
+        """
+        from ._layouts import from_layout
+
+        return from_layout(name, arrays)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.data, self.scales, self.zero_points, self.shape, self.format)
