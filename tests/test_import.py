@@ -1,7 +1,7 @@
 """Side effects of the import, selection of the instruction set, public names and docstring examples."""
 
 import doctest
-import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -216,10 +216,17 @@ def test_supported_agrees_with_proc_cpuinfo():
 # Names and documentation
 
 
+# Modules that need the package of the same name, which comes with an extra.
+EXTRAS = {"dask"}
+
+
 def modules():
     for info in pkgutil.iter_modules(dynquant.__path__):
-        if not info.name.startswith("_isa_"):
-            yield importlib.import_module(f"dynquant.{info.name}")
+        if info.name.startswith("_isa_"):
+            continue
+        if info.name in EXTRAS and importlib.util.find_spec(info.name) is None:
+            continue
+        yield importlib.import_module(f"dynquant.{info.name}")
 
 
 def public(kind=object):
