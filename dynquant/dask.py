@@ -100,8 +100,8 @@ def quantize(
     >>> codes, scales = quantize(a)
     >>> codes.chunks, scales.chunks
     (((2, 2, 2), (4,)), ((2, 2, 2),))
-    >>> dask.compute(codes, scales)[0].max()
-    np.int8(127)
+    >>> dask.compute(codes, scales)[1].shape
+    (6,)
     """
     if not isinstance(format, DynQuantFormat) or format.granularity == "per_tensor":
         raise ParameterError(f"format: expected a DynQuantFormat per row or per group, got {shown(format)}")

@@ -314,7 +314,8 @@ def test_examples_in_the_documentation():
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
     tried = set()
     for module in [dynquant, *modules()]:
-        for test in finder.find(module, globs={**public(), "np": np}):
+        own = {name: getattr(module, name) for name in getattr(module, "__all__", ())}
+        for test in finder.find(module, globs={**public(), **own, "np": np}):
             if test.examples:
                 output = []
                 runner.run(test, out=output.append)
