@@ -820,7 +820,8 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     core = PyImport_ImportModule("dynquant._core");
     isa = PyImport_ImportModule("dynquant._isa");
     if (dq != NULL && core != NULL && isa != NULL) {
-        PyObject *names = PyRun_String("[_table(i) for i in _core.isas_built() if i in _core.isas_supported()]",
+        PyObject *names = PyRun_String("[_table(i) for i in _core.isas_built() if i in _core.isas_supported()"
+                                       " and (i != 'amx' or _core.permit_amx())]",
                                        Py_eval_input, PyModule_GetDict(isa), NULL);
         set_table = PyObject_GetAttrString(core, "set_table");
         tables = names;
