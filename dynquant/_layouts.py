@@ -39,6 +39,8 @@ def to_layout(tensor: DynQuantTensor, name: str, scale_dtype: DTypeLike | None) 
     """`DynQuantTensor.to_layout`."""
     layout = _layout(name)
     check_weight(tensor, "tensor", INT8_ROWS, INT8_GROUPS, INT4)
+    if tensor.minimums is not None:
+        raise ParameterError(f"tensor: expected codes without minimums, got {shown(tensor)}")
     if tensor.element_count == 0:
         raise EmptyInputError(f"tensor: expected at least one element, got shape {tensor.shape}")
     if scale_dtype is None:

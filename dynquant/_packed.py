@@ -41,6 +41,8 @@ def check_weight(weight: Any, name: str, *kinds: str) -> None:
         raise ShapeMismatchError("(out_features, in_features)", weight.shape, name)
     check_arrays(weight)
     check_finite(as_floats(weight.scales, f"{name}.scales"), f"{name}.scales")
+    if weight.minimums is not None:
+        check_finite(as_floats(weight.minimums, f"{name}.minimums"), f"{name}.minimums")
 
 
 def _kind_of(fmt: DynQuantFormat) -> str | None:
@@ -67,7 +69,8 @@ def packed_linear(
     fmt, (n, k) = weight.format, weight.shape
     int8_groups = fmt.bits == 8 and (fmt.group_size is not None or not symmetric)
     group = fmt.group_of(k) if fmt.bits == 4 or int8_groups else 0
-    layer = _core.PackedLinear(n, k, group, bias, factors, divide, block, int8_groups, symmetric)
+    kind = int8_groups, symmetric, weight.minimums is not None
+    layer = _core.PackedLinear(n, k, group, bias, factors, divide, block, *kind)
     layer.pack(code_matrix(weight))
     return layer
 

@@ -299,6 +299,12 @@ def test_pack_quantized_of_8_bits():
 # What cannot be
 
 
+def with_minimums(n, k):
+    scales = np.ones((n, k // 32), F32)
+    fmt = DynQuantFormat.int4_per_group_packed(32)
+    return DynQuantTensor(np.zeros((n, k // 2), np.uint8), scales, None, (n, k), fmt, scales)
+
+
 @pytest.mark.parametrize(
     ("name", "tensor"),
     [
@@ -315,6 +321,7 @@ def test_pack_quantized_of_8_bits():
         ("matmulnbits", lambda: quantize_weights(weights(8, 300))),
         ("compressed-tensors", lambda: dynamic_quantize(weights(8, 64), DynQuantFormat.INT4_PER_ROW)),
         ("compressed-tensors", lambda: dynamic_quantize(weights(8, 64), DynQuantFormat.INT8_PER_TENSOR)),
+        ("gptq", lambda: with_minimums(8, 64)),
         ("ct", lambda: int4(8, 64, 32)[0]),
         (None, lambda: int4(8, 64, 32)[0]),
     ],

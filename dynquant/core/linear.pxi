@@ -83,7 +83,7 @@ cdef bint quantize_activation_row(const ActivationRows* rows, Py_ssize_t r, floa
         quantize_activation(rows.w.table, &row, rows.scales[r], rows.w.group, codes, a)
         return True
     q.codes, q.scales, q.zero_points = rows.coded + r * rows.k, &rows.scales[r], NULL
-    q.group, q.packed, q.in_range = rows.k, False, True
+    q.minimums, q.group, q.packed, q.in_range = NULL, rows.k, False, True
     quantize_row(&row, &q, 127)
     return True
 
@@ -142,9 +142,9 @@ cdef class PackedLinear:
     """A linear layer, n outputs of k > 0 inputs, for the kernels that were in use when it was made.
 
     With group 0 the weights are int8 with one scale for each output, otherwise 4-bit with a scale and a zero
-    point for each group, or with int8_groups int8 with a scale for each group. Only these take activations
-    that are not symmetric. Inputs are divided, or with `divide` False multiplied, by `factors`, unless None,
-    and then rotated in spans of `block`, unless 0.
+    point, or with `minimums` a minimum, for each group, or with int8_groups int8 with a scale for each group.
+    Only these take activations that are not symmetric. Inputs are divided, or with `divide` False multiplied,
+    by `factors`, unless None, and then rotated in spans of `block`, unless 0.
     """
     cdef PackedWeights w
     cdef Aligned memory
@@ -156,9 +156,10 @@ cdef class PackedLinear:
     cdef readonly bint divide, symmetric
 
     def __cinit__(self, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group, const float[::1] bias,
-                  factors, bint divide, Py_ssize_t block, bint int8_groups=False, bint symmetric=True):
-        cdef Py_ssize_t panels, scales = n, zero_points = 0, sums = 0
-        self.w.int8_groups, self.symmetric = int8_groups, symmetric
+                  factors, bint divide, Py_ssize_t block, bint int8_groups=False, bint symmetric=True,
+                  bint minimums=False):
+        cdef Py_ssize_t panels, scales = n, offsets = 0, sums = 0
+        self.w.int8_groups, self.symmetric, self.w.minimums = int8_groups, symmetric, minimums
         self.w.table, self.w.n, self.w.k, self.w.group = packing_kernels(), n, k, group
         self.n, self.bias, self.factors, self.divide, self.block = n, bias, factors, divide, block
         self.factors_view, self.input_factors = factors, NULL
@@ -175,15 +176,16 @@ cdef class PackedLinear:
         else:
             panels = self.panel_count * panel_bytes(self.w.table, k, group)
             if group:
-                scales = zero_points = self.panel_count * panel_scales(self.w.table, k, group)
+                scales = self.panel_count * panel_scales(self.w.table, k, group)
+                offsets = scales * offset_size(&self.w)
         scales *= sizeof(float)
         sums *= sizeof(int32_t)
-        self.weight_bytes = panels + scales + sums + zero_points
+        self.weight_bytes = panels + scales + sums + offsets
         self.memory = aligned_memory(self.weight_bytes)
         self.w.panels = self.memory.data
         self.w.scales = <float*> (self.w.panels + panels)
         self.w.w_sums = NULL if symmetric else <int32_t*> (self.w.panels + panels + scales)
-        self.w.zero_points = self.w.panels + panels + scales + sums
+        self.w.offsets = self.w.panels + panels + scales + sums
         self.w.bias = NULL
         if bias is not None:
             self.w.bias = &bias[0]
@@ -205,7 +207,7 @@ cdef class PackedLinear:
                 if self.w.group == 0:
                     memcpy(self.w.scales, q.scales.buf, self.w.n * sizeof(float))
                 pack_weights(&self.w, <const uint8_t*> q.codes.buf, <const float*> q.scales.buf,
-                             <const uint8_t*> q.zero_points.buf)
+                             <const uint8_t*> q.offsets.buf)
 
     def unpack(self, CodeMatrix q not None):
         """The inverse of pack."""
@@ -217,10 +219,11 @@ cdef class PackedLinear:
                 if self.w.group == 0:
                     memcpy(q.scales.buf, self.w.scales, self.w.n * sizeof(float))
                 unpack_weights(&self.w, <uint8_t*> q.codes.buf, <float*> q.scales.buf,
-                               <uint8_t*> q.zero_points.buf)
+                               <uint8_t*> q.offsets.buf)
 
     cdef int check(self, CodeMatrix q) except -1:
-        if q.m != self.w.n or q.k != self.w.k or q.packed != (self.w.group > 0 and not self.w.int8_groups):
+        cdef bint packed = self.w.group > 0 and not self.w.int8_groups
+        if q.m != self.w.n or q.k != self.w.k or q.packed != packed or q.minimums != self.w.minimums:
             raise SystemError("weights of another layer")
         return 0
 
