@@ -44,7 +44,7 @@ demo: $(VENV)/installed  ## quantize a real feed-forward block: bytes, accuracy 
 	$(BIN)/python -m bench demo
 
 test: lint $(VENV)/installed-test  ## lint, then test the installed wheel on every instruction set
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
 
 test-dask: $(VENV)/installed-test $(VENV)/installed-dask  ## Dask arrays, on a cluster of two processes too
 	$(BIN)/pytest tests/test_dask.py tests/test_import.py $(PYTEST_ARGS)
