@@ -133,7 +133,7 @@ class QuantLinear:
             raise ParameterError("signs: expected None unless hadamard is True, got an array")
         span = rotated_span(k) if hadamard else 0
         transform = InputTransform(factors, None if signs is None else _as_signs(signs, k), span)
-        activations = _as_activations(activation_bits, activation_symmetric, weight.format.bits)
+        activations = as_activations(activation_bits, activation_symmetric, weight.format.bits)
         self._set(weight, offset, transform, hadamard, *activations)
 
     def _set(
@@ -291,7 +291,7 @@ class QuantLinear:
         every batch. Where partial sums leave float32, BLAS may give NaN for infinity minus infinity.
         """
         fmt, symmetric = weight_format(bits, group_size, symmetric)
-        activations = _as_activations(activation_bits, activation_symmetric, fmt.bits)
+        activations = as_activations(activation_bits, activation_symmetric, fmt.bits)
         search, hadamard = as_flag(search, "search"), as_flag(hadamard, "hadamard")
         threads = as_thread_count(num_threads)
         w = as_matrix(weight, "weight", "(out_features, in_features)")
@@ -299,10 +299,9 @@ class QuantLinear:
         offset = None if bias is None else as_finite_vector(bias, "bias", n)
         factors = None if smooth is None else as_factors(smooth, "smooth", k)
         relative = as_flag(relative, "relative")
-        span = rotated_span(k) if hadamard else 0
-        transform = InputTransform(factors, fixed_signs(k) if span else None, span)
+        transform = transform_of(k, factors, hadamard)
         w = transform.of_weights(w, "weight")
-        moments = None if calibration is None else _moments(calibration, k, relative, transform)
+        moments = None if calibration is None else moments_of(calibration, k, relative, transform)
         tensor = quantize_matrix(w, fmt, symmetric, search, moments, threads, "weight")
         layer = cls.__new__(cls)
         layer._set(tensor, offset, transform, hadamard, *activations)
@@ -574,7 +573,19 @@ class QuantLinear:
         )
 
 
-def _moments(calibration: Any, k: int, relative: bool, transform: InputTransform) -> SecondMoments:
+def packed_form(layer: QuantLinear) -> _core.PackedLinear:
+    """The weights of a layer with quantized activations as the kernels take them."""
+    assert isinstance(layer._layer, _core.PackedLinear)
+    return layer._layer
+
+
+def transform_of(k: int, smooth: NDArray[np.float32] | None, hadamard: bool) -> InputTransform:
+    """What a new layer of k inputs does to them."""
+    span = rotated_span(k) if hadamard else 0
+    return InputTransform(smooth, fixed_signs(k) if span else None, span)
+
+
+def moments_of(calibration: Any, k: int, relative: bool, transform: InputTransform) -> SecondMoments:
     """Those of calibration rows as the layer meets them, with rotation still to come."""
     smoothing = InputTransform(transform.smooth, None, 0)
     rotation = InputTransform(None, transform.signs, transform.span)
@@ -587,7 +598,7 @@ def _moments(calibration: Any, k: int, relative: bool, transform: InputTransform
     return SecondMoments(smoothed, k, relative, rotate if transform.span else None)
 
 
-def _as_activations(bits: Any, symmetric: Any, weight_bits: int) -> tuple[int | None, bool]:
+def as_activations(bits: Any, symmetric: Any, weight_bits: int) -> tuple[int | None, bool]:
     """The options `activation_bits` and `activation_symmetric`, checked."""
     symmetric = as_flag(symmetric, "activation_symmetric")
     if bits is not None and (not is_integer(bits) or bits != 8):
