@@ -217,7 +217,7 @@ def test_supported_agrees_with_proc_cpuinfo():
 
 
 # Modules that need the package of the same name, which comes with an extra.
-EXTRAS = {"dask"}
+EXTRAS = {"dask", "torch"}
 
 
 def modules():
