@@ -2,6 +2,7 @@
 cdef enum:
     MAX_DIVIDED = 0x5F800000  # the bits of 2**64, the largest |x| that is divided by a reciprocal
     DIVIDED_ROWS = 32  # rows that share the reciprocals of one part of the factors
+    CHECKED = 1 << 15  # floats that are looked at and then scaled while they are in L2
     COLUMNS = 1024  # factors taken together: a page of each row, where the hardware's prefetching ends
 
 
@@ -132,7 +133,8 @@ cdef void scale_columns_of_short(const Floats* x, const float* factors, bint div
     scale_columns_of_finite(&part, side_by_side, divide, together, out + m * k - left_over, 1, left_over)
 
 
-# out = x / factors or x * factors for rows of k, factors above 0. max_bits: the largest |x|, as float bits.
+# out = x / factors or x * factors for rows of k, factors above 0. max_bits: the largest |x|, as float bits; -1
+# where it is still to be found, some rows at a time.
 cdef struct RowsToScale:
     Floats x
     const float* factors
@@ -144,10 +146,21 @@ cdef struct RowsToScale:
 
 cdef bint scale_columns_range(void* context, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     cdef const RowsToScale* rows = <const RowsToScale*> context
-    cdef Py_ssize_t k = rows.k
-    cdef Floats part = floats_at(&rows.x, first * k, (end - first) * k)
-    scale_columns_of_short(&part, rows.factors, rows.divide, not rows.divide or rows.max_bits <= MAX_DIVIDED,
-                           rows.out + first * k, end - first, k)
+    cdef Py_ssize_t k = rows.k, m
+    cdef Floats part
+    cdef int32_t max_bits = rows.max_bits
+    while first < end:
+        m = end - first
+        if rows.max_bits < 0:
+            m = min(m, max(1, CHECKED // k))
+        part = floats_at(&rows.x, first * k, m * k)
+        if rows.max_bits < 0:
+            max_bits = amax_bits(&part)
+            if max_bits >= NON_FINITE:
+                return False
+        scale_columns_of_short(&part, rows.factors, rows.divide, not rows.divide or max_bits <= MAX_DIVIDED,
+                               rows.out + first * k, m, k)
+        first += m
     return True
 
 
@@ -161,8 +174,12 @@ cdef bint scale_columns_of_rows(const Floats* x, const float* factors, bint divi
     return rows.max_bits < NON_FINITE and (k == 0 or scale_columns_range(&rows, 0, m))
 
 
-def scale_columns(FloatMatrix x not None, factors not None, bint divide, out not None, int num_threads=1):
-    """out = x / factors or x * factors, row by row; out may be x itself. Returns whether x is finite."""
+def scale_columns(FloatMatrix x not None, factors not None, bint divide, out not None, int num_threads=1,
+                  bint check_first=True):
+    """out = x / factors or x * factors, row by row; out may be x itself. Returns whether x is finite.
+
+    With check_first nothing is written where it is not; without it x is read from memory once.
+    """
     cdef RawBuffer f = RawBuffer(factors, PyBUF_SIMPLE)
     cdef RawBuffer o = RawBuffer(out)
     cdef RowsToScale rows
@@ -170,7 +187,7 @@ def scale_columns(FloatMatrix x not None, factors not None, bint divide, out not
     rows.factors, rows.out = <const float*> f.view.buf, <float*> o.view.buf
     check_size(f.view.len, x.k * <Py_ssize_t> sizeof(float))
     check_size(o.view.len, rows.x.n * <Py_ssize_t> sizeof(float))
-    rows.max_bits = parallel_amax_bits(&rows.x, num_threads)
+    rows.max_bits = parallel_amax_bits(&rows.x, num_threads) if check_first else -1
     if rows.max_bits >= NON_FINITE:
         return False
     if rows.x.n == 0:
