@@ -171,5 +171,6 @@ class ActivationRows:
         return self.of_array(np.concatenate(matrices), self._name)
 
     def raise_non_finite(self) -> NoReturn:
-        """Raise for the first element of the array that is NaN or infinite."""
+        """Raise for the first element that is NaN or infinite, which only one array may have."""
+        assert self._array is not None
         raise_non_finite(self._array, self._name)

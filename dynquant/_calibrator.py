@@ -135,7 +135,7 @@ class Calibrator:
     def _hold(self, arrays: CalibratorArrays) -> None:
         """Take over the arrays, but for counts of channels, which are copied."""
         self._channels = arrays.channels or None
-        self._size = np.array([arrays.count], np.int64)
+        self._size = np.array([arrays.elements], np.int64)
         self._extremes, self._sums, self._counts = arrays.extremes, arrays.sums, arrays.counts
         self._channel_amax = arrays.channel_amax
         amax_bits = self._channel_amax.view(np.int32)
@@ -226,7 +226,7 @@ class Calibrator:
         for first, last in itertools.pairwise(octaves.tolist()):
             if last - first <= _GAP:
                 seen[first:last] = 1
-        return np.flatnonzero(seen).tolist()  # type: ignore[no-any-return]
+        return np.flatnonzero(seen).tolist()
 
     def _check_room(self, n: int, name: str) -> None:
         most = MOST_ROWS * self._channels if self._channels else _MOST_ELEMENTS

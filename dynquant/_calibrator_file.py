@@ -35,8 +35,8 @@ class CalibratorArrays(NamedTuple):
 
     Attributes
     ----------
-    count, channels, rows : int
-        Elements seen, and the arguments of the Calibrator, 0 for None.
+    elements, channels, rows : int
+        How many elements were seen, and the arguments of the Calibrator, 0 for None.
     extremes : ndarray of float32, (2,)
     sums : ndarray of float64, (4,)
         Of the values and of their squares, each in two parts.
@@ -49,7 +49,7 @@ class CalibratorArrays(NamedTuple):
         Rows, by ascending hash.
     """
 
-    count: int
+    elements: int
     channels: int
     rows: int
     extremes: NDArray[np.float32]
@@ -66,7 +66,7 @@ class CalibratorArrays(NamedTuple):
 
 
 def write_calibrator(path: str, state: CalibratorArrays) -> None:
-    sizes = (state.count, state.channels, state.rows, len(state.octaves), len(state.sample))
+    sizes = (state.elements, state.channels, state.rows, len(state.octaves), len(state.sample))
     arrays = (np.array([_FORMAT_VERSION, *sizes], np.int64), *state[3:])
     write_npz(path, dict(zip(_MEMBERS, arrays, strict=True)))
 
@@ -137,7 +137,7 @@ def _octaves_of(
 
 def _check_counts(state: CalibratorArrays, path: str) -> None:
     """Refuse what no updates and merges lead to, as far as a look at the whole can tell."""
-    count, rows = state.count, state.count // (state.channels or 1)
+    count, rows = state.elements, state.elements // (state.channels or 1)
     if state.counts.min() < 0 or _exact_sum(state.counts) != count:
         _raise_state(path, f"counts that do not add up to {count}")
     if state.channels and (rows > MOST_ROWS or rows * state.channels != count):
@@ -150,7 +150,7 @@ def _check_counts(state: CalibratorArrays, path: str) -> None:
 
 def _check_extremes(state: CalibratorArrays, path: str) -> None:
     least, most = state.extremes.tolist()
-    if state.count == 0:
+    if state.elements == 0:
         if (least, most) != (math.inf, -math.inf) or state.sums.any():
             _raise_state(path, "extremes or sums of no elements")
         return
@@ -164,7 +164,7 @@ def _check_channels(state: CalibratorArrays, path: str) -> None:
     amax = state.channel_amax
     if not np.isfinite(amax).all() or (amax.view(np.int32) < 0).any():
         _raise_state(path, "largest magnitudes of channels that are none")
-    if not state.channels or state.count == 0:
+    if not state.channels or state.elements == 0:
         if amax.any():
             _raise_state(path, "largest magnitudes of no elements")
         return
@@ -186,8 +186,8 @@ def _check_sums(state: CalibratorArrays, path: str) -> None:
     # 2**63 squares of float32 numbers; NaN fails the comparison.
     if not np.abs(state.sums).max() < 2.0 ** (63 + 2 * 128):
         _raise_state(path, "sums beyond every possible one")
-    if state.count:
-        mean, variance = mean_and_variance(state.count, state.sums)
+    if state.elements:
+        mean, variance = mean_and_variance(state.elements, state.sums)
         least, most = state.extremes.tolist()
         slack = 1e-9 * (most - least + abs(mean))
         above = variance - (most - least) ** 2 / 4  # Popoviciu's bound
@@ -207,7 +207,7 @@ def _check_squares(state: CalibratorArrays, path: str) -> None:
 
 
 def _check_sample(state: CalibratorArrays, path: str) -> None:
-    sample, seen = state.sample, state.count // (state.channels or 1)
+    sample, seen = state.sample, state.elements // (state.channels or 1)
     if state.rows and not state.channels:
         _raise_state(path, "rows of no channels")
     if not min(state.rows, seen, 1) <= len(sample) <= min(state.rows, seen):

@@ -133,8 +133,8 @@ cdef void scale_columns_of_short(const Floats* x, const float* factors, bint div
     scale_columns_of_finite(&part, side_by_side, divide, together, out + m * k - left_over, 1, left_over)
 
 
-# out = x / factors or x * factors for rows of k, factors above 0. max_bits: the largest |x|, as float bits; -1
-# where it is still to be found, some rows at a time.
+# out = x / factors or x * factors for rows of k, factors above 0. max_bits: the largest |x|, as float bits;
+# -1 where it is still to be found, some rows at a time.
 cdef struct RowsToScale:
     Floats x
     const float* factors
@@ -148,6 +148,7 @@ cdef bint scale_columns_range(void* context, Py_ssize_t first, Py_ssize_t end) n
     cdef const RowsToScale* rows = <const RowsToScale*> context
     cdef Py_ssize_t k = rows.k, m
     cdef Floats part
+    cdef bint together
     cdef int32_t max_bits = rows.max_bits
     while first < end:
         m = end - first
@@ -158,8 +159,8 @@ cdef bint scale_columns_range(void* context, Py_ssize_t first, Py_ssize_t end) n
             max_bits = amax_bits(&part)
             if max_bits >= NON_FINITE:
                 return False
-        scale_columns_of_short(&part, rows.factors, rows.divide, not rows.divide or max_bits <= MAX_DIVIDED,
-                               rows.out + first * k, m, k)
+        together = not rows.divide or max_bits <= MAX_DIVIDED
+        scale_columns_of_short(&part, rows.factors, rows.divide, together, rows.out + first * k, m, k)
         first += m
     return True
 

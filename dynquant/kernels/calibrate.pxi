@@ -57,8 +57,8 @@ cdef void count_channel_bins_row_f32(const float* x, uint32_t* const* bins, Py_s
             counts[OCTAVE_BINS * (first + j)] += 1
 
 
-# low[0] = the smallest of itself and the magnitude bits of x less 1, as unsigned numbers, so that zeros are the
-# largest; zeros[0] |= whether there are any.
+# low[0] = the smallest of itself and the magnitude bits of x less 1, as unsigned numbers, so that zeros are
+# the largest; zeros[0] |= whether there are any.
 cdef void min_nonzero_row_f32(const float* x, uint32_t* low, int32_t* zeros, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
     cdef uint32_t b, lowest = low[0]
