@@ -228,7 +228,8 @@ def test_massive_values_do_not_move_the_percentile(massive, where, isa):
         expected = exact[reference.rank(p, len(exact))]
         assert calibrator.channel_percentile(p)[0] == pytest.approx(expected, rel=2**-4)
         assert calibrator.percentile(p) == pytest.approx(expected, rel=2**-9)
-    assert calibrator.channel_percentile(0.999)[0] == pytest.approx(3.21, rel=0.05)
+    if len(massive) == 1:
+        assert calibrator.channel_percentile(0.999)[0] == pytest.approx(3.21, rel=0.05)
 
 
 def test_channels_of_every_size():
