@@ -754,30 +754,45 @@ static void statistics(void) {
     same_number("largest error", sums[5], error[5][0]);
 }
 
-/* The histograms of a calibration: 2**16 bins in all, and for each column CHANNEL_BINS bins up to its amax. */
+/* The histograms of a calibration: 2**16 bins in all, and for each column OCTAVE_BINS bins an octave. */
 static void bins(void) {
     const int64_t n = length(600), columns = n < 70 ? n : 70;
     const float *x = finite_floats(n);
     int64_t *found = array_at(65536 * sizeof *found, 0);
-    int32_t *amax = array(4 * columns, 4);
-    uint32_t *channel_bins = array(4 * columns * CHANNEL_BINS, 4), *expected = array_at(4 * columns * CHANNEL_BINS, 0);
+    uint32_t *octaves[256], *pointers[2048], low = ~0u, expected_low = ~0u;
+    uint32_t *counts = array_at(128 * 4 * columns * OCTAVE_BINS, 0);
+    int32_t zeros = 0, some = 0;
+    uint8_t *seen = array_at(256, 0);
     memset(found, 0, 65536 * sizeof *found);
-    memset(channel_bins, 0, 4 * columns * CHANNEL_BINS);
-    memset(expected, 0, 4 * columns * CHANNEL_BINS);
+    memset(seen, 0, 256);
     kernels->count_bins_f32(x, found, n);
     for (int64_t i = 0; i < n; i++)
         if (found[(bits_of(x[i]) & 0x7FFFFFFF) >> 15]-- == 0) fail("bin", i);
     for (int64_t b = 0; b < 65536; b++)
         if (found[b]) fail("bin", b);
-    for (int64_t i = 0; i < columns; i++) {
-        const int32_t bits = (int32_t)(bits_of(x[i]) & 0x7FFFFFFF);
-        int64_t bin;
-        amax[i] = bits + (int32_t)(more_noise() % (0x7F800000 - bits));
-        bin = CHANNEL_BINS - 1 - ((amax[i] >> 20) - (bits >> 20));
-        expected[i * CHANNEL_BINS + (bin < 0 ? 0 : bin)]++;
+    kernels->mark_octaves_row_f32(x, seen, n);
+    for (int64_t i = 0; i < n; i++)
+        if (!seen[(bits_of(x[i]) & 0x7FFFFFFF) >> 23]) fail("octave", i);
+    kernels->min_nonzero_row_f32(x, &low, &zeros, n);
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t bits = bits_of(x[i]) & 0x7FFFFFFF;
+        if (bits == 0) some = 1;
+        else if (bits - 1 < expected_low) expected_low = bits - 1;
     }
-    kernels->count_channel_bins_row_f32(x, amax, channel_bins, columns);
-    same("channel bins", channel_bins, expected, 4 * columns * CHANNEL_BINS);
+    if (low != expected_low || !zeros != !some) fail("smallest", 0);
+    /* Every other octave is left out. */
+    memset(counts, 0, 128 * 4 * columns * OCTAVE_BINS);
+    for (int e = 0; e < 256; e++)
+        octaves[e] = e % 2 == 0 && seen[e] && columns ? counts + e / 2 * columns * OCTAVE_BINS : NULL;
+    for (int b = 0; b < 2048; b++) pointers[b] = octaves[b >> 3] ? octaves[b >> 3] + (b & 7) : NULL;
+    kernels->count_channel_bins_row_f32(x, pointers, 0, columns);
+    for (int64_t i = 0; i < columns; i++) {
+        const int32_t bin = (int32_t)((bits_of(x[i]) & 0x7FFFFFFF) >> 20);
+        if (pointers[bin] && pointers[bin][i * OCTAVE_BINS]-- == 0) fail("channel bin", i);
+    }
+    for (int e = 0; e < 256; e++)
+        for (int64_t i = 0; octaves[e] && i < columns * OCTAVE_BINS; i++)
+            if (octaves[e][i]) fail("channel bin", i);
 }
 
 static void hadamard(void) {
