@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +27,10 @@ _DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _FIRST_TRIED = 3
 _DEFAULT_DAMPING = 1.0
 
+# A weaker damping is taken only where it leaves less than this share of the error: rows held out resemble
+# those used, being parts of the same texts, more than inputs to come will.
+_WORTH_IT = 0.98
+
 # How often a search goes over the columns again.
 _SWEEPS = 3
 
@@ -40,6 +44,9 @@ _PRODUCT_COLUMNS = 512
 # Columns that are rounded between two products, and floats of the outputs that are worked on at once.
 _COLUMNS = 128
 _OUTPUT_FLOATS = 1 << 21
+
+# Channels that a rotation keeps apart from all others: a multiple of each span that layers rotate.
+_ROTATED = 128
 
 Rotation = Callable[["NDArray[np.float32]"], "NDArray[np.float32]"]
 
@@ -58,12 +65,13 @@ class SecondMoments:
         Whether each row counts as a row of length 1. Otherwise lengths are taken relative to the longest row,
         so that no square leaves float32.
     rotate : callable, optional
-        What the layer does to its inputs besides: an orthonormal map of the rows of a matrix. Moments are
-        kept without it, for it is there that channels differ.
+        What the layer does to its inputs besides: an orthonormal map of the rows of a matrix, which keeps
+        each _ROTATED channels apart from the others.
 
     Attributes
     ----------
     used, held_out : ndarray of float32, (k, k)
+        Rotated.
     rows : list of int
         How many rows went into each.
     """
@@ -71,7 +79,7 @@ class SecondMoments:
     def __init__(
         self, batches: Iterable[NDArray[Any]], k: int, relative: bool, rotate: Rotation | None = None
     ) -> None:
-        self.rotate = rotate
+        self._rotate = rotate
         self.used, self.held_out = np.zeros((k, k), F32), np.zeros((k, k), F32)
         self.rows = [0, 0]
         self._relative, self._longest = relative, 0.0
@@ -85,32 +93,57 @@ class SecondMoments:
         if not seen:
             raise EmptyInputError("calibration: expected at least one row, got none")
         self._add()
+        del self._block
+        # Damping goes by the channels as they were before the rotation, for it is there that they differ.
+        self._used_diagonal, self._diagonal = self.used.diagonal().copy(), self.used.diagonal().copy()
+        self._diagonal += self.held_out.diagonal()
         for total in (self.used, self.held_out):
             _mirror(total)
+            self._rotate_both_sides(total)
 
-    def rotated(self, total: NDArray[np.float32]) -> NDArray[np.float32]:
-        """`total` as the moments of rotated inputs."""
-        if self.rotate is None:
-            return total
-        return self.rotate(np.ascontiguousarray(self.rotate(total).T))
+    def pool(self) -> None:
+        """Count the rows held out among those used; from then on there are none held out."""
+        self.used += self.held_out
+        self._used_diagonal = self._diagonal
+        del self.held_out
 
-    def damped(self, total: NDArray[np.float32], damping: float) -> NDArray[np.float32]:
-        """`total` with `damping` times the geometric mean of each moment and the mean moment added, rotated.
+    def damping(self) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """What a damping of 1 adds to `used`, in blocks on the diagonal: the columns and values of each.
 
-        That is between adding the same to all channels, which drowns the small ones, and a share of each its
-        own, which trusts them too much; on the layers of all-MiniLM-L6-v2 better than both.
+        That is the geometric mean of each moment and the mean moment, rotated. It is between adding the same
+        to all channels, which drowns the small ones, and a share of each its own, which trusts them too much;
+        on the layers of all-MiniLM-L6-v2 better than both.
         """
-        diagonal = total.diagonal()
-        h = total.copy()
-        mean = diagonal.mean(dtype=np.float64)
-        h[np.diag_indices_from(h)] += (damping * np.sqrt(np.maximum(diagonal, 1e-3 * mean) * mean)).astype(
-            F32
-        )
-        return self.rotated(h)
+        return self._damping(self._used_diagonal)
 
     def column_weights(self) -> NDArray[np.float32]:
         """What the squared error in each column of the weights counts."""
-        return self.damped(self.used + self.held_out, _DAMPINGS[_FIRST_TRIED]).diagonal().copy()
+        weights = self.used.diagonal() + self.held_out.diagonal()
+        for columns, block in self._damping(self._diagonal):
+            weights[columns] += F32.type(_DAMPINGS[_FIRST_TRIED]) * block.diagonal()
+        return weights
+
+    def _damping(self, diagonal: NDArray[np.float32]) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        mean = diagonal.mean(dtype=np.float64)
+        added = np.sqrt(np.maximum(diagonal, 1e-3 * mean) * mean).astype(F32)
+        for first in range(0, len(added), _ROTATED):
+            columns = slice(first, first + _ROTATED)
+            block = np.diag(added[columns])
+            if self._rotate is not None:
+                rows = np.zeros((len(block), len(added)), F32)
+                for _ in range(2):
+                    rows[:, columns] = block
+                    block = self._rotate(rows)[:, columns].T
+            yield columns, block
+
+    def _rotate_both_sides(self, total: NDArray[np.float32]) -> None:
+        """Make `total` the moments of rotated inputs, some rows and then some columns at a time."""
+        if self._rotate is None:
+            return
+        for side in (total, total.T):
+            for first in range(0, len(total), _PRODUCT_COLUMNS):
+                rows = side[first : first + _PRODUCT_COLUMNS]
+                rows[...] = self._rotate(np.ascontiguousarray(rows))
 
     def _gather(self, rows: NDArray[np.float32], lengths: NDArray[np.float64]) -> None:
         """Put rows, at most _ROWS, into the block, which is added up whenever it is full."""
@@ -201,9 +234,9 @@ def compensate(
     damping = _best_damping(w, plain, moments, threads) if all(moments.rows) else _DEFAULT_DAMPING
     if damping is None:
         return plain
-    moments.used += moments.held_out
+    moments.pool()
     try:
-        rounding = _Rounding(w, plain, moments.damped(moments.used, damping), search, threads)
+        rounding = _Rounding(w, plain, moments, damping, search, threads)
     except np.linalg.LinAlgError:
         return plain
     data = np.empty_like(plain.data)
@@ -219,23 +252,22 @@ def _best_damping(
 ) -> float | None:
     """The damping that leaves the least error on the rows held out; None for no compensation."""
     tried = slice(None, None, -(-len(w) // _TRIED_OUTPUTS))
-    held_out = moments.rotated(moments.held_out)
 
     def cost(errors: NDArray[np.float32]) -> float:
-        return float(np.vdot(errors @ held_out, errors))
+        return float(np.vdot(errors @ moments.held_out, errors))
 
     def cost_of(damping: float) -> float:
         try:
-            rounding = _Rounding(w, plain, moments.damped(moments.used, damping), False, threads)
+            rounding = _Rounding(w, plain, moments, damping, False, threads)
         except np.linalg.LinAlgError:
             return np.inf
         errors = rounding.of_outputs(tried)[1]
         return cost(errors.take(np.argsort(rounding.columns), 1))
 
     best, least = _FIRST_TRIED, cost_of(_DAMPINGS[_FIRST_TRIED])
-    for step in (1, -1):
+    for step, share in ((-1, _WORTH_IT), (1, 1 / _WORTH_IT)):
         i = best + step
-        while 0 <= i < len(_DAMPINGS) and (found := cost_of(_DAMPINGS[i])) < least:
+        while 0 <= i < len(_DAMPINGS) and (found := cost_of(_DAMPINGS[i])) < least * share:
             best, least, i = i, found, i + step
         if best != _FIRST_TRIED:
             break
@@ -264,21 +296,30 @@ class _Rounding:
     """
 
     def __init__(
-        self, w: NDArray[Any], plain: DynQuantTensor, h: NDArray[np.float32], search: bool, threads: int
+        self,
+        w: NDArray[Any],
+        plain: DynQuantTensor,
+        moments: SecondMoments,
+        damping: float,
+        search: bool,
+        threads: int,
     ) -> None:
         self._w, self._plain, self._threads, self._unit = w, plain, threads, _unit(w)
-        # `take`, for an index in brackets crashes NumPy where there is no memory.
-        order = np.argsort(h.diagonal(), kind="stable")
+        diagonal, blocks = moments.used.diagonal().copy(), []
+        for columns, block in moments.damping():
+            blocks.append((columns, block * F32.type(damping)))
+            diagonal[columns] += blocks[-1][1].diagonal()
+        order = np.argsort(diagonal, kind="stable")
         self.columns = order.astype(np.int32)
         self._groups = self.columns // np.int32(plain.format.group_of(len(order)))
-        h = h.take(order, 0).take(order, 1)
-        self._feedback = np.linalg.cholesky(h)
-        self._feedback /= self._feedback.diagonal().copy()
+        h = _damped_and_sorted(moments.used, blocks, order)
         self._again = None
         if search:
-            self._again = h
-            self._again /= h.diagonal().copy()
+            self._again = h / h.diagonal()
             self._again[np.diag_indices_from(h)] = 0
+        _factor(h)
+        h /= h.diagonal().copy()
+        self._feedback = h
 
     def of_outputs(self, rows: slice) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
         """Codes of some outputs; and weight minus value, in units, with columns in the order of `columns`."""
@@ -322,6 +363,34 @@ class _Rounding:
         scales, zero_points, lo, hi = grid
         given = w, carried, feedback, start, self._groups, self.columns
         _core.compensate_rows(*given, scales, zero_points, lo, hi, errors, codes, self._threads)
+
+
+def _damped_and_sorted(
+    moments: NDArray[np.float32], blocks: list[tuple[slice, NDArray[np.float32]]], order: NDArray[np.intp]
+) -> NDArray[np.float32]:
+    """`moments` with the blocks added on the diagonal, and then rows and columns in `order`: a new array."""
+    h, rank = np.empty_like(moments), np.argsort(order)
+    for columns, block in blocks:
+        rows = moments[columns].copy()
+        rows[:, columns] += block
+        # `take` and a loop, for an index in brackets crashes NumPy where there is no memory.
+        for i, row in zip(rank[columns], rows.take(order, 1), strict=True):
+            h[i] = row
+    return h
+
+
+def _factor(h: NDArray[np.float32]) -> None:
+    """Replace the lower half of h (k, k), positive definite, by its Cholesky factor.
+
+    Block by block in place, where NumPy's takes two copies more. What is above the diagonal blocks stays.
+    Raises LinAlgError.
+    """
+    for first in range(0, len(h), _COLUMNS):
+        end = min(first + _COLUMNS, len(h))
+        h[first:, first:end] -= h[first:, :first] @ h[first:end, :first].T
+        block = np.linalg.cholesky(h[first:end, first:end])
+        h[first:end, first:end] = block
+        h[end:, first:end] = h[end:, first:end] @ np.linalg.inv(block.astype(np.float64)).T.astype(F32)
 
 
 def _packed(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
