@@ -16,10 +16,13 @@ from .errors import EmptyInputError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Of every four spans of so many rows one is held out. Spans, because neighboring tokens resemble each other:
-# one between two that were used tells little about others.
-_SPAN = 8
+# Of every four spans of rows one is held out. Spans, because neighboring tokens resemble each other: one
+# between two that were used tells little about others. A span has 8 rows, and from row 512 on 64, from row
+# 1024 on 128: the longer, the fewer texts have rows on both sides.
 _SPANS = 4
+_SPAN_BITS = 3
+_LONG_SPANS_FROM = 512
+_MAX_SPAN_BITS = 7
 
 # Damping to try: from the one at _FIRST_TRIED on, to either side as long as that helps. And what is taken
 # when no row could be held out.
@@ -27,12 +30,15 @@ _DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _FIRST_TRIED = 3
 _DEFAULT_DAMPING = 1.0
 
-# A weaker damping is taken only where it leaves less than this share of the error: rows held out resemble
-# those used, being parts of the same texts, more than inputs to come will.
-_WORTH_IT = 0.98
+# Weaker damping than the first must leave less than this share of what the first leaves. Rows held out
+# resemble those used more than inputs to come will, which the errors of other layers have reached. For the
+# same reason stronger damping may leave a little more.
+_WEAKER_LEAVES = 0.97
+_STRONGER_LEAVES = 1.01
 
-# How often a search goes over the columns again.
-_SWEEPS = 3
+# How often columns are rounded again in a search, and otherwise.
+_SEARCH_SWEEPS = 3
+_SWEEPS = 1
 
 # Outputs that damping is tried on.
 _TRIED_OUTPUTS = 128
@@ -197,7 +203,9 @@ def _is_held_out(index: NDArray[np.int64]) -> NDArray[np.bool_]:
     One span of every _SPANS: the last of the first ones, then by a hash, so that no period in the data, such
     as padding at the end of every sentence, lines up with the rows held out.
     """
-    span = (index // _SPAN).astype(np.uint32)
+    eighth = np.minimum(np.frexp(index)[1] - 4, _MAX_SPAN_BITS)
+    bits = np.where(index < _LONG_SPANS_FROM, _SPAN_BITS, eighth)
+    span = (index >> bits).astype(np.uint32)
     held_out = np.uint32(_SPANS - 1) - _hash(span // np.uint32(_SPANS)) % np.uint32(_SPANS)
     return span % np.uint32(_SPANS) == held_out  # type: ignore[no-any-return]
 
@@ -218,33 +226,35 @@ def _mirror(a: NDArray[np.float32]) -> None:
 
 def compensate(
     w: NDArray[Any], plain: DynQuantTensor, moments: SecondMoments, search: bool, threads: int
-) -> DynQuantTensor:
-    """`plain`, which is w rounded, with the codes of the least output error; overwrites `moments`.
+) -> None:
+    """Give `plain`, which is w rounded, the codes of the least output error; overwrites `moments`.
 
     Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (ICLR
     2023), in a form that needs no inverse. With H the damped second moments of the inputs, sorted by their
     diagonal, and L its lower Cholesky factor, errors d in the weights of an output cost ``|d @ L|**2``.
     Element k of that is ``L[k, k] * (d[k] + sum of d[j] * L[j, k] / L[k, k] over j > k)``: columns are
     rounded from the last, which has the largest moment, to the first, each after that sum is added to its
-    weight. The fewer the rows, the stronger the damping must be: that of _DAMPINGS is taken, or `plain`
-    itself, which leaves the least error on the rows held out, tried on some of the outputs. The codes then
-    come from all rows. With `search` each column is rounded again, a few times over, to what is best beside
-    all others as they are.
+    weight. The fewer the rows, the stronger the damping must be: that of _DAMPINGS is taken, or `plain` left
+    as it is, which leaves the least error on the rows held out, tried on some of the outputs. The codes then
+    come from all rows. Each column is then rounded once more, to what is best beside all others as they are;
+    with `search` a few times over, each time after the scales are fitted to the codes.
     """
     damping = _best_damping(w, plain, moments, threads) if all(moments.rows) else _DEFAULT_DAMPING
     if damping is None:
-        return plain
+        return
     moments.pool()
     try:
-        rounding = _Rounding(w, plain, moments, damping, search, threads)
+        rounding = _Rounding(w, plain, moments, damping, threads)
     except np.linalg.LinAlgError:
-        return plain
-    data = np.empty_like(plain.data)
+        return
+    rounding.prepare_again(moments)
     step = max(_TRIED_OUTPUTS, _OUTPUT_FLOATS // w.shape[1])
     for first in range(0, len(w), step):
-        codes, _ = rounding.of_outputs(slice(first, first + step))
-        data[first : first + step] = _packed(codes) if plain.format.packed else codes
-    return dataclasses.replace(plain, data=data)
+        rows = slice(first, first + step)
+        codes, errors = rounding.of_outputs(rows)
+        scales = rounding.round_again(rows, codes, errors, search)
+        plain.data[rows] = _packed(codes) if plain.format.packed else codes
+        plain.scales[rows] = scales.reshape(plain.scales[rows].shape)
 
 
 def _best_damping(
@@ -258,19 +268,21 @@ def _best_damping(
 
     def cost_of(damping: float) -> float:
         try:
-            rounding = _Rounding(w, plain, moments, damping, False, threads)
+            rounding = _Rounding(w, plain, moments, damping, threads)
         except np.linalg.LinAlgError:
             return np.inf
-        errors = rounding.of_outputs(tried)[1]
-        return cost(errors.take(np.argsort(rounding.columns), 1))
+        return cost(rounding.of_outputs(tried)[1])
 
-    best, least = _FIRST_TRIED, cost_of(_DAMPINGS[_FIRST_TRIED])
-    for step, share in ((-1, _WORTH_IT), (1, 1 / _WORTH_IT)):
+    first = best = _FIRST_TRIED
+    least = of_first = cost_of(_DAMPINGS[first])
+    for step, slack in ((1, _STRONGER_LEAVES), (-1, 1)):
         i = best + step
-        while 0 <= i < len(_DAMPINGS) and (found := cost_of(_DAMPINGS[i])) < least * share:
+        while 0 <= i < len(_DAMPINGS) and (found := cost_of(_DAMPINGS[i])) < least * slack:
             best, least, i = i, found, i + step
-        if best != _FIRST_TRIED:
+        if best != first:
             break
+    if best < first and least > of_first * _WEAKER_LEAVES:
+        best, least = first, of_first
     rounded = _rows_of(plain, tried).dequantize()
     return _DAMPINGS[best] if least < cost((w[tried].astype(F32) - rounded) * _unit(w)) else None
 
@@ -292,7 +304,7 @@ def _unit(w: NDArray[Any]) -> np.float32:
 class _Rounding:
     """The order in which columns are rounded, and what the error of each adds to the others.
 
-    Raises LinAlgError where the moments h are all zero, or so far apart that they have no factor in float32.
+    Raises LinAlgError where the moments are all zero, or so far apart that they have no factor in float32.
     """
 
     def __init__(
@@ -301,45 +313,80 @@ class _Rounding:
         plain: DynQuantTensor,
         moments: SecondMoments,
         damping: float,
-        search: bool,
         threads: int,
     ) -> None:
         self._w, self._plain, self._threads, self._unit = w, plain, threads, _unit(w)
-        diagonal, blocks = moments.used.diagonal().copy(), []
-        for columns, block in moments.damping():
-            blocks.append((columns, block * F32.type(damping)))
-            diagonal[columns] += blocks[-1][1].diagonal()
-        order = np.argsort(diagonal, kind="stable")
-        self.columns = order.astype(np.int32)
-        self._groups = self.columns // np.int32(plain.format.group_of(len(order)))
-        h = _damped_and_sorted(moments.used, blocks, order)
-        self._again = None
-        if search:
-            self._again = h / h.diagonal()
-            self._again[np.diag_indices_from(h)] = 0
-        _factor(h)
-        h /= h.diagonal().copy()
-        self._feedback = h
+        self._added = [(columns, block * F32.type(damping)) for columns, block in moments.damping()]
+        self._diagonal = moments.used.diagonal().copy()
+        for columns, block in self._added:
+            self._diagonal[columns] += block.diagonal()
+        order = np.argsort(self._diagonal, kind="stable")
+        self._sorted, self._rank = order.astype(np.int32), np.argsort(order)
+        self._feedback = _damped_and_sorted(moments.used, self._added, order)
+        _factor(self._feedback)
+        self._feedback /= self._feedback.diagonal().copy()
 
     def of_outputs(self, rows: slice) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-        """Codes of some outputs; and weight minus value, in units, with columns in the order of `columns`."""
-        w = self._w[rows].astype(F32, copy=False).take(self.columns, 1)
-        w *= self._unit
+        """Codes of some outputs; and weight minus value, in units."""
+        w, grid = self._in_units(rows).take(self._sorted, 1), self._grid(rows)
         errors, codes = np.zeros_like(w), np.empty(w.shape, np.int8)
-        grid = self._grid(rows)
         for start, end in self._blocks():
             carried = errors[:, end:] @ self._feedback[end:, start:end]
-            self._round(w, carried, self._feedback, start, grid, errors, codes)
-        if self._again is not None:
-            for start, end in self._blocks() * _SWEEPS:
+            self._round(w, carried, self._feedback, start, self._sorted, grid, errors, codes)
+        del w
+        return codes, errors.take(self._rank, 1)
+
+    def prepare_again(self, moments: SecondMoments) -> None:
+        """For `round_again`: make the moments, damped, what the error of each column adds to the others."""
+        self._again = moments.used
+        for columns, block in self._added:
+            self._again[columns, columns] += block
+        self._again /= self._diagonal
+        np.fill_diagonal(self._again, 0)
+
+    def round_again(
+        self, rows: slice, codes: NDArray[np.int8], errors: NDArray[np.float32], search: bool
+    ) -> NDArray[np.float32]:
+        """Change codes and errors from `of_outputs` to better ones, and return the scales."""
+        w, grid = self._in_units(rows), self._grid(rows)
+        columns = np.arange(len(self._rank), dtype=np.int32)
+        for _ in range(_SEARCH_SWEEPS if search else _SWEEPS):
+            if search:
+                self._fit_scales(grid, codes, errors)
+            for start, end in self._blocks():
                 # The errors of columns in the block are as they were only until the column is rounded.
                 carried = errors @ self._again[:, start:end]
                 carried -= errors[:, start:end] @ np.tril(self._again[start:end, start:end])
-                self._round(w, carried, self._again, start, grid, errors, codes)
-        return codes, errors
+                self._round(w, carried, self._again, start, columns, grid, errors, codes)
+        return grid[0] / self._unit  # type: ignore[no-any-return]
+
+    def _fit_scales(
+        self, grid: tuple[Any, ...], codes: NDArray[np.int8], errors: NDArray[np.float32]
+    ) -> None:
+        """Make each scale, one group after the other, that of the least output error with these codes."""
+        scales, zero_points = grid[:2]
+        size = self._plain.format.group_of(len(self._rank))
+        for group, first in enumerate(range(0, len(self._rank), size)):
+            columns = slice(first, first + size)
+            steps = codes[:, columns].astype(F32)
+            if zero_points is not None:
+                steps -= zero_points[:, group, np.newaxis]
+            diagonal, moments = self._diagonal[columns], self._again[columns, columns]
+            slope = (errors @ self._again[:, columns] + errors[:, columns]) * diagonal
+            slope = np.einsum("ij,ij->i", slope, steps)
+            curvature = np.einsum("ij,ij->i", (steps @ moments + steps) * diagonal, steps)
+            found = np.divide(slope, curvature, out=np.zeros_like(slope), where=curvature > 0)
+            found[scales[:, group] + found <= 0] = 0
+            scales[:, group] += found
+            errors[:, columns] -= found[:, np.newaxis] * steps
+
+    def _in_units(self, rows: slice) -> NDArray[np.float32]:
+        w = self._w[rows].astype(F32)
+        w *= self._unit
+        return w
 
     def _blocks(self) -> list[tuple[int, int]]:
-        n = len(self.columns)
+        n = len(self._rank)
         return [(max(end - _COLUMNS, 0), end) for end in range(n, 0, -_COLUMNS)]
 
     def _grid(self, rows: slice) -> tuple[Any, ...]:
@@ -356,12 +403,15 @@ class _Rounding:
         carried: NDArray[np.float32],
         feedback: NDArray[np.float32],
         start: int,
+        columns: NDArray[np.int32],
         grid: tuple[Any, ...],
         errors: NDArray[np.float32],
         codes: NDArray[np.int8],
     ) -> None:
+        """Round a block of the columns, which `w` and `errors` hold in the order of `columns`."""
         scales, zero_points, lo, hi = grid
-        given = w, carried, feedback, start, self._groups, self.columns
+        groups = columns // np.int32(self._plain.format.group_of(len(columns)))
+        given = w, carried, feedback, start, groups, columns
         _core.compensate_rows(*given, scales, zero_points, lo, hi, errors, codes, self._threads)
 
 
