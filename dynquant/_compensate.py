@@ -30,15 +30,14 @@ _DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _FIRST_TRIED = 3
 _DEFAULT_DAMPING = 1.0
 
-# Weaker damping than the first must leave less than this share of what the first leaves. Rows held out
-# resemble those used more than inputs to come will, which the errors of other layers have reached. For the
-# same reason stronger damping may leave a little more.
+# Weaker damping than the first must leave less than this share of what the first leaves: rows held out
+# resemble those used more than inputs to come will, which the errors of other layers have reached. And of two
+# that leave nearly the same, that is taken which is farther from the first.
 _WEAKER_LEAVES = 0.97
-_STRONGER_LEAVES = 1.01
+_NEARLY_THE_SAME = 1.01
 
-# How often columns are rounded again in a search, and otherwise.
-_SEARCH_SWEEPS = 3
-_SWEEPS = 1
+# How often a search fits the scales and rounds the columns again.
+_SWEEPS = 3
 
 # Outputs that damping is tried on.
 _TRIED_OUTPUTS = 128
@@ -236,8 +235,8 @@ def compensate(
     rounded from the last, which has the largest moment, to the first, each after that sum is added to its
     weight. The fewer the rows, the stronger the damping must be: that of _DAMPINGS is taken, or `plain` left
     as it is, which leaves the least error on the rows held out, tried on some of the outputs. The codes then
-    come from all rows. Each column is then rounded once more, to what is best beside all others as they are;
-    with `search` a few times over, each time after the scales are fitted to the codes.
+    come from all rows. With `search` each scale is then fitted to the codes, and each column rounded again
+    to what is best beside all others as they are, a few times over.
     """
     damping = _best_damping(w, plain, moments, threads) if all(moments.rows) else _DEFAULT_DAMPING
     if damping is None:
@@ -247,14 +246,15 @@ def compensate(
         rounding = _Rounding(w, plain, moments, damping, threads)
     except np.linalg.LinAlgError:
         return
-    rounding.prepare_again(moments)
+    if search:
+        rounding.prepare_search(moments)
     step = max(_TRIED_OUTPUTS, _OUTPUT_FLOATS // w.shape[1])
     for first in range(0, len(w), step):
         rows = slice(first, first + step)
         codes, errors = rounding.of_outputs(rows)
-        scales = rounding.round_again(rows, codes, errors, search)
+        if search:
+            plain.scales[rows] = rounding.search(rows, codes, errors).reshape(plain.scales[rows].shape)
         plain.data[rows] = _packed(codes) if plain.format.packed else codes
-        plain.scales[rows] = scales.reshape(plain.scales[rows].shape)
 
 
 def _best_damping(
@@ -275,9 +275,9 @@ def _best_damping(
 
     first = best = _FIRST_TRIED
     least = of_first = cost_of(_DAMPINGS[first])
-    for step, slack in ((1, _STRONGER_LEAVES), (-1, 1)):
+    for step in (1, -1):
         i = best + step
-        while 0 <= i < len(_DAMPINGS) and (found := cost_of(_DAMPINGS[i])) < least * slack:
+        while 0 <= i < len(_DAMPINGS) and (found := cost_of(_DAMPINGS[i])) < least * _NEARLY_THE_SAME:
             best, least, i = i, found, i + step
         if best != first:
             break
@@ -336,23 +336,22 @@ class _Rounding:
         del w
         return codes, errors.take(self._rank, 1)
 
-    def prepare_again(self, moments: SecondMoments) -> None:
-        """For `round_again`: make the moments, damped, what the error of each column adds to the others."""
+    def prepare_search(self, moments: SecondMoments) -> None:
+        """For `search`: make the moments, damped, what the error of each column adds to the others."""
         self._again = moments.used
         for columns, block in self._added:
             self._again[columns, columns] += block
         self._again /= self._diagonal
         np.fill_diagonal(self._again, 0)
 
-    def round_again(
-        self, rows: slice, codes: NDArray[np.int8], errors: NDArray[np.float32], search: bool
+    def search(
+        self, rows: slice, codes: NDArray[np.int8], errors: NDArray[np.float32]
     ) -> NDArray[np.float32]:
         """Change codes and errors from `of_outputs` to better ones, and return the scales."""
         w, grid = self._in_units(rows), self._grid(rows)
         columns = np.arange(len(self._rank), dtype=np.int32)
-        for _ in range(_SEARCH_SWEEPS if search else _SWEEPS):
-            if search:
-                self._fit_scales(grid, codes, errors)
+        for _ in range(_SWEEPS):
+            self._fit_scales(grid, codes, errors)
             for start, end in self._blocks():
                 # The errors of columns in the block are as they were only until the column is rounded.
                 carried = errors @ self._again[:, start:end]
