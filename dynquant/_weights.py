@@ -163,4 +163,6 @@ def quantize_matrix(
         raise ParameterError(f"{name}: expected the range of each group within float32, got one beyond it")
     _core.quantize_rows(rows, codes, fmt.clip, not search, threads)
     tensor = tensor_of_checked(data, scales, w.shape, fmt, zero_points)
-    return tensor if moments is None else compensate(w, tensor, moments, search, threads)
+    if moments is not None:
+        compensate(w, tensor, moments, search, threads)
+    return tensor
