@@ -17,13 +17,15 @@
     s##r##0 = vdotq_laneq_s32(s##r##0, w0, a##r, k_step); \
     s##r##1 = vdotq_laneq_s32(s##r##1, w1, a##r, k_step); \
     s##r##2 = vdotq_laneq_s32(s##r##2, w2, a##r, k_step); \
-    s##r##3 = vdotq_laneq_s32(s##r##3, w3, a##r, k_step);
+    s##r##3 = vdotq_laneq_s32(s##r##3, w3, a##r, k_step); \
+    __asm__("" : "+w"(s##r##0), "+w"(s##r##1), "+w"(s##r##2), "+w"(s##r##3));
 #define DQ_TILE_STEP(k_step) \
     w0 = dq_bytes_load(w); \
     w1 = dq_bytes_load(w + 16); \
     w2 = dq_bytes_load(w + 32); \
     w3 = dq_bytes_load(w + 48); \
     w += 64; \
+    DQ_KEEP_LOADS \
     DQ_ROW_MULTIPLY(0, k_step) \
     DQ_ROW_MULTIPLY(1, k_step) \
     DQ_ROW_MULTIPLY(2, k_step) \
@@ -33,7 +35,7 @@
     vst1q_s32(acc + 16 * r + 4, s##r##1); \
     vst1q_s32(acc + 16 * r + 8, s##r##2); \
     vst1q_s32(acc + 16 * r + 12, s##r##3);
-static inline void dq_tiles(const uint8_t* w, const uint8_t* a, ptrdiff_t stride, int rows, int32_t* acc,
+DQ_NOT_INLINE void dq_tiles(const uint8_t* w, const uint8_t* a, ptrdiff_t stride, int rows, int32_t* acc,
                             ptrdiff_t k_steps, int tile_k_steps, int add) {
     int8x16_t w0, w1, w2, w3;
     (void)tile_k_steps, (void)add;
@@ -57,6 +59,7 @@ static inline void dq_tiles(const uint8_t* w, const uint8_t* a, ptrdiff_t stride
     s##r##c = vdotq_laneq_s32(s##r##c, odd, a##r, 2 * k_block + 1);
 #define DQ_CODES_STEP(c, k_block, each_row) \
     v = vld1q_u8(w + 16 * c); \
+    DQ_KEEP_LOADS \
     even = dq_even_codes(v); \
     odd = dq_odd_codes(v); \
     each_row(c, k_block)

@@ -22,6 +22,7 @@
 #define DQ_PAIR_STEP(p, c, half) s##p##c = vmmlaq_s32(s##p##c, half##p, v);
 #define DQ_OUTPUTS(c, half, each_pair) \
     v = vreinterpretq_s8_u8(vld1q_u8(w + 16 * c)); \
+    DQ_KEEP_LOADS \
     each_pair(DQ_PAIR_STEP, c, half)
 #define DQ_MATRIX_STEP(half, each_pair) \
     DQ_OUTPUTS(0, half, each_pair) \
@@ -46,14 +47,19 @@
 #define DQ_2_PAIRS(of) of(0) of(1)
 #define DQ_1_PAIR_STEP(of, c, half) of(0, c, half)
 #define DQ_2_PAIR_STEPS(of, c, half) of(0, c, half) of(1, c, half)
+#define DQ_PAIR_IN_ORDER(p) \
+    __asm__("" : "+w"(s##p##0), "+w"(s##p##1), "+w"(s##p##2), "+w"(s##p##3)); \
+    __asm__("" : "+w"(s##p##4), "+w"(s##p##5), "+w"(s##p##6), "+w"(s##p##7));
 #define DQ_MATRIX_TILE(pairs, pair_steps) \
     pairs(DQ_PAIR_BEGIN) \
     for (ptrdiff_t i = 0; i < k_steps; i += 2) { \
         pairs(DQ_PAIR_LOAD) \
         dq_prefetch(w + 128 * k_steps, 256); /* of the next panel, as in microkernel_4 */ \
         DQ_MATRIX_STEP(first, pair_steps) \
+        pairs(DQ_PAIR_IN_ORDER) \
         w += 128; \
         DQ_MATRIX_STEP(last, pair_steps) \
+        pairs(DQ_PAIR_IN_ORDER) \
         w += 128; \
     } \
     pairs(DQ_PAIR_STORE)
@@ -62,7 +68,7 @@ static inline void dq_tile_store(int32_t* acc, int64x2_t sums, int add) {
     const int32x4_t s = vreinterpretq_s32_s64(sums);
     vst1q_s32(acc, add ? vaddq_s32(vld1q_s32(acc), s) : s);
 }
-static inline void dq_tiles(const uint8_t* w, const uint8_t* a, ptrdiff_t stride, int rows, int32_t* acc,
+DQ_NOT_INLINE void dq_tiles(const uint8_t* w, const uint8_t* a, ptrdiff_t stride, int rows, int32_t* acc,
                             ptrdiff_t k_steps, int tile_k_steps, int add) {
     int8x16_t v;
     int64x2_t e, o;

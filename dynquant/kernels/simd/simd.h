@@ -29,6 +29,10 @@
 #if defined(__aarch64__) && defined(__ARM_NEON) && !defined(__ARM_BIG_ENDIAN)
 #define DQ_NEON
 #include <arm_neon.h>
+/* No load moves across: gcc would load the weights of several steps first, and write accumulators to memory for it. */
+#define DQ_KEEP_LOADS __asm__ volatile("" ::: "memory");
+/* For loops that take all registers. */
+#define DQ_NOT_INLINE static __attribute__((noinline))
 #endif
 
 /* Wider registers, such as those of the x87, would round sums and quotients twice. The value 16 says that
