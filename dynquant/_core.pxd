@@ -19,22 +19,23 @@ cdef struct Floats:
     Py_ssize_t n
 
 
-# One row of a quantized tensor. Every `group` elements have a scale, and a zero point unless the codes are
-# symmetric and zero_points NULL. in_range: each scale is that of its group's largest magnitude, so that no
-# code needs clamping.
+# One row of a quantized tensor. Every `group` elements have a scale, and a zero point or a minimum, unless
+# the codes are symmetric and zero_points and minimums NULL. in_range: each scale is that of its group's
+# largest magnitude, so that no code needs clamping.
 cdef struct QuantRow:
     int8_t* codes
     const float* scales
     const uint8_t* zero_points
+    const float* minimums
     Py_ssize_t group
     bint packed
     bint in_range
 
 
 # Weights of n outputs and k inputs in the form that the kernels of `table` take. With group 0 they are int8,
-# and scales (n,) are not packed; otherwise 4-bit, with the scales and zero points of all panels; with
-# int8_groups they are int8, with the scales of all panels, and w_sums unless activations are symmetric and it
-# is NULL. No bias where NULL.
+# and scales (n,) are not packed; otherwise 4-bit, with the scales and offsets of all panels, which are zero
+# points, a byte each, or `minimums`, floats; with int8_groups they are int8, with the scales of all panels,
+# and w_sums unless activations are symmetric and it is NULL. No bias where NULL.
 cdef struct PackedWeights:
     const Kernels* table
     Py_ssize_t n
@@ -42,7 +43,8 @@ cdef struct PackedWeights:
     Py_ssize_t group
     uint8_t* panels
     float* scales
-    uint8_t* zero_points
+    uint8_t* offsets
+    bint minimums
     const float* bias
     bint int8_groups
     int32_t* w_sums
@@ -61,7 +63,7 @@ cdef Py_ssize_t panel_bytes(const Kernels* table, Py_ssize_t k, Py_ssize_t group
 cdef Py_ssize_t panel_scales(const Kernels* table, Py_ssize_t k, Py_ssize_t group) noexcept nogil
 cdef Py_ssize_t activation_bytes(const Kernels* table, Py_ssize_t k, Py_ssize_t group) noexcept nogil
 cdef void pack_weights(const PackedWeights* w, const uint8_t* codes, const float* scales,
-                       const uint8_t* zero_points) noexcept nogil
+                       const uint8_t* offsets) noexcept nogil
 cdef void quantize_activation(const Kernels* table, const Floats* x, float scale, Py_ssize_t group,
                               int8_t* scratch, uint8_t* a) noexcept nogil
 cdef void multiply_panels(const PackedWeights* w, const uint8_t* a, const float* a_scales, float* out,

@@ -69,8 +69,8 @@ class QuantLinear:
     Parameters
     ----------
     weight : DynQuantTensor, (out_features, in_features)
-        As from `quantize_weights`. With `smooth`, `signs` or `hadamard` these are quantized weights that were
-        multiplied by the factors, multiplied by the signs, and rotated, in this order.
+        As from `quantize_weights`, or with minimums. With `smooth`, `signs` or `hadamard` these are quantized
+        weights that were multiplied by the factors, multiplied by the signs, and rotated, in this order.
     bias : array_like of floats, (out_features,), optional
     smooth : array_like of floats, (in_features,), optional
         What activations are divided by in every call.
@@ -99,8 +99,8 @@ class QuantLinear:
     -----
     Only the packed form is kept, which is that of the instruction set in use, with outputs rounded up to
     whole panels: a byte a weight and for each output a scale; or half a byte a weight, and for each group of
-    an output a scale and a byte for its zero point. Pickling and `to_arrays` give a form that does not depend
-    on the instruction set. Calls change nothing, so threads may share a layer.
+    an output a scale and a byte for its zero point, or four for its minimum. Pickling and `to_arrays` give a
+    form that does not depend on the instruction set. Calls change nothing, so threads may share a layer.
 
     Examples
     --------
@@ -133,7 +133,7 @@ class QuantLinear:
             raise ParameterError("signs: expected None unless hadamard is True, got an array")
         span = rotated_span(k) if hadamard else 0
         transform = InputTransform(factors, None if signs is None else _as_signs(signs, k), span)
-        activations = _as_activations(activation_bits, activation_symmetric, weight.format.bits)
+        activations = as_activations(activation_bits, activation_symmetric, weight.format.bits)
         self._set(weight, offset, transform, hadamard, *activations)
 
     def _set(
@@ -148,7 +148,7 @@ class QuantLinear:
         """Everything a layer consists of, from checked arguments, of which nothing is kept but copies."""
         self._n, self._k = weight.shape
         self._format = weight.format
-        self._symmetric = weight.zero_points is None
+        self._symmetric, self._minimums = weight.zero_points is None, weight.minimums is not None
         self._bias = _frozen_copy(bias)
         self._hadamard = hadamard
         self._transform = transform = InputTransform(
@@ -291,7 +291,7 @@ class QuantLinear:
         every batch. Where partial sums leave float32, BLAS may give NaN for infinity minus infinity.
         """
         fmt, symmetric = weight_format(bits, group_size, symmetric)
-        activations = _as_activations(activation_bits, activation_symmetric, fmt.bits)
+        activations = as_activations(activation_bits, activation_symmetric, fmt.bits)
         search, hadamard = as_flag(search, "search"), as_flag(hadamard, "hadamard")
         threads = as_thread_count(num_threads)
         w = as_matrix(weight, "weight", "(out_features, in_features)")
@@ -299,10 +299,9 @@ class QuantLinear:
         offset = None if bias is None else as_finite_vector(bias, "bias", n)
         factors = None if smooth is None else as_factors(smooth, "smooth", k)
         relative = as_flag(relative, "relative")
-        span = rotated_span(k) if hadamard else 0
-        transform = InputTransform(factors, fixed_signs(k) if span else None, span)
+        transform = transform_of(k, factors, hadamard)
         w = transform.of_weights(w, "weight")
-        moments = None if calibration is None else _moments(calibration, k, relative, transform)
+        moments = None if calibration is None else moments_of(calibration, k, relative, transform)
         tensor = quantize_matrix(w, fmt, symmetric, search, moments, threads, "weight")
         layer = cls.__new__(cls)
         layer._set(tensor, offset, transform, hadamard, *activations)
@@ -317,11 +316,11 @@ class QuantLinear:
         arrays : mapping
             ``weight_scales`` and, for 8 bits, ``weight_i8`` (out_features, in_features) int8; or, for 4 bits,
             ``weight_i4`` (out_features, ceil(in_features / 2)) uint8, two codes a byte, ``in_features``, and
-            ``weight_zero_points`` unless the codes are symmetric. ``group_size`` unless there is one scale
-            for each output. If the layer has them, ``bias`` (out_features,) and ``smooth`` (in_features,);
-            ``hadamard`` if it rotates, and ``signs`` (in_features,), 1 or -1, unless it rotates without, as
-            layers of version 0.1 do; ``activation_symmetric`` if that is False; ``activation_bits``, 0, if
-            that is None. Copied.
+            ``weight_zero_points`` or ``weight_minimums`` unless the codes are symmetric. ``group_size``
+            unless there is one scale for each output. If the layer has them, ``bias`` (out_features,) and
+            ``smooth`` (in_features,); ``hadamard`` if it rotates, and ``signs`` (in_features,), 1 or -1,
+            unless it rotates without, as layers of version 0.1 do; ``activation_symmetric`` if that is False;
+            ``activation_bits``, 0, if that is None. Copied.
 
         Raises
         ------
@@ -369,6 +368,8 @@ class QuantLinear:
             arrays["in_features"] = np.array(self._k)
             if weight.zero_points is not None:
                 arrays["weight_zero_points"] = weight.zero_points
+            if weight.minimums is not None:
+                arrays["weight_minimums"] = weight.minimums
         if self._format.group_size is not None:
             arrays["group_size"] = np.array(self._format.group_size)
         if self._bias is not None:
@@ -399,10 +400,11 @@ class QuantLinear:
         fmt, shape = self._format, (self._n, self._k)
         data, scales = np.empty(fmt.data_shape(shape), fmt.data_dtype), np.empty(fmt.scales_shape(shape), F32)
         zero_points = None if self._symmetric else np.empty(scales.shape, U8)
-        self._layer.unpack(
-            _core.CodeMatrix(data, scales, zero_points, *shape, fmt.group_of(self._k), fmt.packed, True)
-        )
-        return DynQuantTensor(data, scales, zero_points, shape, fmt)
+        minimums = np.empty(scales.shape, F32) if self._minimums else None
+        offsets = zero_points if minimums is None else minimums
+        layout = *shape, fmt.group_of(self._k), fmt.packed, True, self._minimums
+        self._layer.unpack(_core.CodeMatrix(data, scales, offsets, *layout))
+        return DynQuantTensor(data, scales, zero_points, shape, fmt, minimums)
 
     def weight_dequantized(self) -> NDArray[np.float32]:
         """The float32 weights (out_features, in_features) that the layer stands for, as they were given."""
@@ -560,7 +562,7 @@ class QuantLinear:
     def __repr__(self) -> str:
         fmt = self._format
         group = "" if fmt.group_size is None else f" per_group of {fmt.group_size}"
-        zero_points = "" if self._symmetric else " with zero points"
+        zero_points = " with minimums" if self._minimums else "" if self._symmetric else " with zero points"
         activations = "" if self._activation_symmetric else ", activation_symmetric=False"
         if self._activation_bits is None:
             activations += ", activation_bits=None"
@@ -571,7 +573,19 @@ class QuantLinear:
         )
 
 
-def _moments(calibration: Any, k: int, relative: bool, transform: InputTransform) -> SecondMoments:
+def packed_form(layer: QuantLinear) -> _core.PackedLinear:
+    """The weights of a layer with quantized activations as the kernels take them."""
+    assert isinstance(layer._layer, _core.PackedLinear)
+    return layer._layer
+
+
+def transform_of(k: int, smooth: NDArray[np.float32] | None, hadamard: bool) -> InputTransform:
+    """What a new layer of k inputs does to them."""
+    span = rotated_span(k) if hadamard else 0
+    return InputTransform(smooth, fixed_signs(k) if span else None, span)
+
+
+def moments_of(calibration: Any, k: int, relative: bool, transform: InputTransform) -> SecondMoments:
     """Those of calibration rows as the layer meets them, with rotation still to come."""
     smoothing = InputTransform(transform.smooth, None, 0)
     rotation = InputTransform(None, transform.signs, transform.span)
@@ -584,7 +598,7 @@ def _moments(calibration: Any, k: int, relative: bool, transform: InputTransform
     return SecondMoments(smoothed, k, relative, rotate if transform.span else None)
 
 
-def _as_activations(bits: Any, symmetric: Any, weight_bits: int) -> tuple[int | None, bool]:
+def as_activations(bits: Any, symmetric: Any, weight_bits: int) -> tuple[int | None, bool]:
     """The options `activation_bits` and `activation_symmetric`, checked."""
     symmetric = as_flag(symmetric, "activation_symmetric")
     if bits is not None and (not is_integer(bits) or bits != 8):
@@ -626,7 +640,10 @@ def _as_signs(x: Any, k: int) -> NDArray[np.float32]:
 # What `QuantLinear.from_arrays` needs, and what it takes besides.
 _OPTIONAL = {"group_size", "bias", "smooth", "hadamard", "signs", "activation_symmetric", "activation_bits"}
 _INT8_NAMES = {"weight_i8", "weight_scales"}, _OPTIONAL
-_INT4_NAMES = {"weight_i4", "weight_scales", "in_features"}, {"weight_zero_points", *_OPTIONAL}
+_INT4_NAMES = (
+    {"weight_i4", "weight_scales", "in_features"},
+    {"weight_zero_points", "weight_minimums", *_OPTIONAL},
+)
 
 
 def _weight_of(arrays: Mapping[str, Any]) -> DynQuantTensor:
@@ -664,4 +681,15 @@ def _int4_weight_of(arrays: Mapping[str, Any], scales: NDArray[np.float32]) -> D
         check_field(zero_points, "weight_zero_points", scales.shape, U8)
         if (z_max := zero_points.max()) > 15:
             raise ParameterError(f"weight_zero_points: expected numbers up to 15, got {z_max}")
-    return DynQuantTensor(weight, scales, zero_points, shape, fmt)
+    return DynQuantTensor(weight, scales, zero_points, shape, fmt, _minimums_of(arrays, scales))
+
+
+def _minimums_of(arrays: Mapping[str, Any], scales: NDArray[np.float32]) -> NDArray[np.float32] | None:
+    if "weight_minimums" not in arrays:
+        return None
+    if "weight_zero_points" in arrays:
+        raise ParameterError("weight_minimums: expected none beside weight_zero_points, got an array")
+    minimums = as_floats(arrays["weight_minimums"], "weight_minimums").astype(F32, copy=False)
+    check_field(minimums, "weight_minimums", scales.shape, F32)
+    check_finite(minimums, "weight_minimums")
+    return minimums

@@ -10,7 +10,7 @@ from . import _core
 from ._format import DynQuantFormat, MaxAbs
 from ._packed import INT4, INT8_ROWS, check_weight, product
 from ._quantize import quantize_named
-from ._tensor import DynQuantTensor, as_flat, tensor_of_checked
+from ._tensor import DynQuantTensor, arrays_of, as_flat, tensor_of_checked
 from ._validate import (
     F32,
     as_exported,
@@ -166,7 +166,7 @@ def w4a8_matvec(
     Parameters
     ----------
     weight : DynQuantTensor, (out_features, in_features)
-        Packed 4-bit codes with scales per row or per group, as from `quantize_weights`.
+        Packed 4-bit codes with scales per row or per group, as from `quantize_weights`, or with minimums.
     activation : array_like of floats, (in_features,)
         Quantized as by `dynamic_quantize_int8`, with one scale.
     out : ndarray of float32, (out_features,), optional
@@ -194,7 +194,7 @@ def w4a8_matvec(
     n, k = weight.shape
     exported, vector = _as_vector(activation, k)
     if out is not None:
-        checked_out(out, (n,), F32, vector, exported, weight.data, weight.scales, weight.zero_points)
+        checked_out(out, (n,), F32, vector, exported, *arrays_of(weight))
     row = None if out is None else out.reshape(1, n)
     y = product(weight, None, vector.reshape(1, k), row, 1, "activation")
     return y.reshape(n) if out is None else out
@@ -213,7 +213,7 @@ def w4a8_matmul(
     Parameters
     ----------
     weight : DynQuantTensor, (out_features, in_features)
-        Packed 4-bit codes with scales per row or per group, as from `quantize_weights`.
+        Packed 4-bit codes with scales per row or per group, as from `quantize_weights`, or with minimums.
     activations : array_like of floats, (tokens, in_features)
         Each row is quantized by itself, as by `dynamic_quantize_int8_per_row`.
     bias : array_like of floats, (out_features,), optional
@@ -228,7 +228,8 @@ def w4a8_matmul(
     ndarray of float32, (tokens, out_features)
         ``total * activation_scale + bias``, where ``total`` adds up ``float32(sum) * group_scale`` over the
         groups in ascending order, from 0, in float32, and ``sum`` is the exact integer ``sum((code -
-        zero_point) * a)`` of a group. `out` if it was given.
+        zero_point) * a)`` of a group. With minimums it adds up ``float32(sum(code * a)) * group_scale +
+        minimum * float32(sum(a))``, each product and sum rounded. `out` if it was given.
 
     Raises
     ------
@@ -262,8 +263,7 @@ def w4a8_matmul(
     [[1906.0], [127.0]]
     """
     check_weight(weight, "weight", INT4)
-    inputs = (weight.data, weight.scales, weight.zero_points)
-    return _matmul(weight, inputs, activations, bias, out, num_threads)
+    return _matmul(weight, arrays_of(weight), activations, bias, out, num_threads)
 
 
 def _int8_weight(weight: Any, scales: Any) -> tuple[DynQuantTensor, tuple[Any, ...]]:

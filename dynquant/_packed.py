@@ -41,6 +41,8 @@ def check_weight(weight: Any, name: str, *kinds: str) -> None:
         raise ShapeMismatchError("(out_features, in_features)", weight.shape, name)
     check_arrays(weight)
     check_finite(as_floats(weight.scales, f"{name}.scales"), f"{name}.scales")
+    if weight.minimums is not None:
+        check_finite(as_floats(weight.minimums, f"{name}.minimums"), f"{name}.minimums")
 
 
 def _kind_of(fmt: DynQuantFormat) -> str | None:
@@ -67,7 +69,8 @@ def packed_linear(
     fmt, (n, k) = weight.format, weight.shape
     int8_groups = fmt.bits == 8 and (fmt.group_size is not None or not symmetric)
     group = fmt.group_of(k) if fmt.bits == 4 or int8_groups else 0
-    layer = _core.PackedLinear(n, k, group, bias, factors, divide, block, int8_groups, symmetric)
+    kind = int8_groups, symmetric, weight.minimums is not None
+    layer = _core.PackedLinear(n, k, group, bias, factors, divide, block, *kind)
     layer.pack(code_matrix(weight))
     return layer
 
@@ -146,7 +149,7 @@ def _multiply_rows(
     ``load(rows, a, first, end, threads)`` brings rows first .. end into the form of the kernels.
     """
     m = rows.m
-    max_rows = max(_CHUNK_ROWS, CHUNK_BYTES // layer.activation_bytes())
+    max_rows = rows_of_part(layer)
     chunk = m if m <= max_rows else _chunk_rows(m, max_rows)
     a = _core.Activations(layer, chunk, threads)  # all that takes memory: what raises has changed nothing
     starts = range(0, m, chunk or 1)
@@ -158,6 +161,11 @@ def _multiply_rows(
             return False
         layer.multiply(a, y, threads)
     return True
+
+
+def rows_of_part(layer: _core.PackedLinear) -> int:
+    """The most rows that are quantized before the weights are read for them."""
+    return max(_CHUNK_ROWS, CHUNK_BYTES // layer.activation_bytes())
 
 
 def _chunk_rows(m: int, max_rows: int) -> int:

@@ -48,6 +48,7 @@ ctypedef struct Kernels:
     # dequantize.pxi
     void (*dequantize_row_s8_f32)(const int8_t* codes, float scale, bint nontemporal, float* out,
                                   Py_ssize_t n) noexcept nogil
+    void (*add_to_row_f32)(float* x, float y, Py_ssize_t n) noexcept nogil
     void (*unpack_row_s4_s8)(const uint8_t* packed, int8_t* codes, Py_ssize_t n) noexcept nogil
     void (*shift_row_u4_s8)(int8_t* codes, int32_t zero_point, Py_ssize_t n) noexcept nogil
     # smooth.pxi
@@ -80,15 +81,15 @@ ctypedef struct Kernels:
     Py_ssize_t prefetch_from
     Py_ssize_t (*group_panel_bytes)(Py_ssize_t k, Py_ssize_t group) noexcept nogil
     Py_ssize_t (*group_activation_bytes)(Py_ssize_t k, Py_ssize_t group) noexcept nogil
-    void (*pack_panel_u4)(const uint8_t* w, const float* scales, const uint8_t* zero_points, Py_ssize_t rows,
-                          uint8_t* panel, float* panel_scales, uint8_t* panel_zero_points, Py_ssize_t k,
-                          Py_ssize_t group) noexcept nogil
-    void (*unpack_panel_u4)(const uint8_t* panel, const float* panel_scales, const uint8_t* panel_zero_points,
-                            uint8_t* w, float* scales, uint8_t* zero_points, Py_ssize_t rows, Py_ssize_t k,
-                            Py_ssize_t group) noexcept nogil
+    void (*pack_panel_u4)(const uint8_t* w, const float* scales, const uint8_t* offsets, bint minimums,
+                          Py_ssize_t rows, uint8_t* panel, float* panel_scales, uint8_t* panel_offsets,
+                          Py_ssize_t k, Py_ssize_t group) noexcept nogil
+    void (*unpack_panel_u4)(const uint8_t* panel, const float* panel_scales, const uint8_t* panel_offsets,
+                            bint minimums, uint8_t* w, float* scales, uint8_t* offsets, Py_ssize_t rows,
+                            Py_ssize_t k, Py_ssize_t group) noexcept nogil
     void (*pack_group_activation_s8)(const int8_t* codes, uint8_t* a, Py_ssize_t k,
                                      Py_ssize_t group) noexcept nogil
-    void (*gemm_u4s8_f32)(const uint8_t* panels, const float* scales, const uint8_t* zero_points,
+    void (*gemm_u4s8_f32)(const uint8_t* panels, const float* scales, const uint8_t* offsets, bint minimums,
                           const float* bias, const uint8_t* a, const float* a_scales, float* out,
                           Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group,
                           Py_ssize_t prefetch_distance) noexcept nogil

@@ -16,14 +16,14 @@ from ._validate import F32, U8, as_array, as_scalar, as_thread_count, check_name
 from .errors import DTypeError, ParameterError, ShapeMismatchError, shown
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from numpy.typing import DTypeLike, NDArray
 
 
 # What `DynQuantTensor.from_arrays` cannot do without.
 _NAMES = {"data", "scales", "shape", "bits", "granularity", "packed"}
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, init=False)
 class DynQuantTensor:
     """Codes, and all that turns them back into floats.
 
@@ -41,14 +41,19 @@ class DynQuantTensor:
     shape : tuple of int
         Shape of the tensor that was quantized.
     format : DynQuantFormat
+    minimums : ndarray of float32, optional
+        Instead of zero points, and of their shape: the codes 0..15 of a packed format then stand for ``code *
+        scale + minimum``, the product rounded first. Files of other programs have such weights: GGUF's Q4_1,
+        and those whose zero points are floats, for which ``minimum = -zero_point * scale``. Nothing here
+        quantizes to them.
 
     Raises
     ------
     DTypeError, ShapeMismatchError
         If an array does not fit `shape` and `format`.
     ParameterError
-        If there are `zero_points` for a format that is not packed, or one above 15, or `shape` or `format`
-        are not what they should be.
+        If there are `zero_points` or `minimums` for a format that is not packed, or both, or a zero point
+        above 15, or `shape` or `format` are not what they should be.
 
     Notes
     -----
@@ -56,19 +61,30 @@ class DynQuantTensor:
     itself, and NumPy cannot make an array of tensors.
     """
 
-    __slots__ = ("__weakref__", "data", "format", "scales", "shape", "zero_points")
+    __slots__ = ("__weakref__", "data", "format", "minimums", "scales", "shape", "zero_points")
 
     data: NDArray[Any]
     scales: NDArray[np.float32]
     zero_points: NDArray[np.uint8] | None
     shape: tuple[int, ...]
     format: DynQuantFormat
+    minimums: NDArray[np.float32] | None
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.format, DynQuantFormat):
-            raise ParameterError(f"format: expected a DynQuantFormat, got {shown(self.format)}")
-        object.__setattr__(self, "shape", _as_shape(self.shape))
-        if self.format.granularity != "per_tensor" and not self.shape:
+    def __init__(
+        self,
+        data: NDArray[Any],
+        scales: NDArray[np.float32],
+        zero_points: NDArray[np.uint8] | None,
+        shape: tuple[int, ...],
+        format: DynQuantFormat,
+        minimums: NDArray[np.float32] | None = None,
+    ) -> None:
+        if not isinstance(format, DynQuantFormat):
+            raise ParameterError(f"format: expected a DynQuantFormat, got {shown(format)}")
+        fields = {"data": data, "scales": scales, "zero_points": zero_points, "minimums": minimums}
+        for name, value in {**fields, "shape": _as_shape(shape), "format": format}.items():
+            object.__setattr__(self, name, value)
+        if format.granularity != "per_tensor" and not self.shape:
             raise ShapeMismatchError("(..., k)", self.shape, "shape")
         check_arrays(self)
 
@@ -90,14 +106,16 @@ class DynQuantTensor:
         Returns
         -------
         dict
-            Its own ``data``, ``scales`` and, unless it is None, ``zero_points``; its ``shape``; and as arrays
-            without axes ``bits``, ``granularity`` (0 per tensor, 1 per row, 2 per group), ``packed`` and, per
-            group, ``group_size``.
+            Its own ``data``, ``scales`` and, unless they are None, ``zero_points`` and ``minimums``; its
+            ``shape``; and as arrays without axes ``bits``, ``granularity`` (0 per tensor, 1 per row, 2 per
+            group), ``packed`` and, per group, ``group_size``.
         """
         fmt = self.format
         arrays: dict[str, NDArray[Any]] = {"data": self.data, "scales": self.scales}
         if self.zero_points is not None:
             arrays["zero_points"] = self.zero_points
+        if self.minimums is not None:
+            arrays["minimums"] = self.minimums
         arrays["shape"] = np.array(self.shape, np.int64)
         arrays["bits"], arrays["packed"] = np.array(fmt.bits), np.array(fmt.packed)
         arrays["granularity"] = np.array(GRANULARITIES.index(fmt.granularity))
@@ -113,7 +131,7 @@ class DynQuantTensor:
         ----------
         arrays : mapping
             As `to_arrays` gives it, perhaps through a file; version 0.1 wrote the granularity as a string.
-            Arrays are kept as they are; scales in another byte order than this machine's are converted.
+            Arrays are kept as they are; floats in another byte order than this machine's are converted.
 
         Raises
         ------
@@ -129,20 +147,115 @@ class DynQuantTensor:
         >>> DynQuantTensor.from_arrays(t.to_arrays())
         DynQuantTensor(shape=(1, 2), int8 per_row, 6 bytes)
         """
-        check_names(arrays, _NAMES, {"zero_points", "group_size"})
+        check_names(arrays, _NAMES, {"zero_points", "minimums", "group_size"})
         bits, granularity, group, packed = (
             as_scalar(arrays.get(name)) for name in ("bits", "granularity", "group_size", "packed")
         )
         if isinstance(granularity, (int, np.integer)) and 0 <= granularity < len(GRANULARITIES):
             granularity = GRANULARITIES[granularity]
         fmt = DynQuantFormat(bits, str(granularity), group, packed)  # type: ignore[arg-type]
-        scales = arrays["scales"]
-        if isinstance(scales, np.ndarray) and not scales.dtype.isnative:
-            scales = scales.astype(scales.dtype.newbyteorder("="))
-        return cls(arrays["data"], scales, arrays.get("zero_points"), arrays["shape"], fmt)
+        scales, minimums = _native(arrays["scales"]), _native(arrays.get("minimums"))
+        return cls(arrays["data"], scales, arrays.get("zero_points"), arrays["shape"], fmt, minimums)
+
+    def to_layout(self, name: str, *, scale_dtype: DTypeLike | None = None) -> dict[str, NDArray[Any]]:
+        """Quantized weights in the arrays of another library: the same codes and scales, for its files.
+
+        Parameters
+        ----------
+        name : str
+            "compressed-tensors", "gptq", "gptq_v2", "awq", "gguf" or "matmulnbits"; see the notes.
+        scale_dtype : dtype, optional
+            float32, float16 or, of ml_dtypes, bfloat16: scales are rounded to it. By default nothing is
+            rounded: scales are float32, and for "gguf", which has float16 alone, an error unless they are
+            float16 values.
+
+        Returns
+        -------
+        dict of str to ndarray
+            New arrays, or the tensor's own where the layout is the same.
+
+        Raises
+        ------
+        ParameterError
+            If `name` is unknown, the layout cannot hold the tensor, or a scale leaves `scale_dtype`.
+        ShapeMismatchError, EmptyInputError, DTypeError, NonFiniteError
+            If the tensor is not as `quantize_weights` gives it.
+
+        Notes
+        -----
+        With n out_features, k in_features, and g groups a row:
+
+        ==================== ===============================================================================
+        compressed-tensors   8 bits, int-quantized: ``weight`` int8 (n, k), ``weight_scale`` (n, g). 4 bits,
+                             pack-quantized: ``weight_packed`` int32 (n, ceil(k / 8)), ``weight_scale``,
+                             ``weight_shape`` int64 (2,), and ``weight_zero_point`` int32 (ceil(n / 8), g)
+                             unless all zero points are 8. Groups of equal size.
+        gptq, gptq_v2        4 bits: ``qweight`` int32 (k / 8, n), ``qzeros`` int32 (g, n / 8), ``scales``
+                             (g, n), ``g_idx`` int32 (k,). "gptq", which most files have, stores zero points
+                             less 1.
+        awq                  4 bits: ``qweight`` int32 (k, n / 8), ``qzeros`` int32 (g, n / 8), ``scales``
+                             (g, n), for the GEMM kernels of AutoAWQ.
+        gguf                 groups of 32: ``data`` uint8, rows of blocks, and ``type``, ggml's number of the
+                             type: Q8_0, or Q4_0 for 4 bits with zero points of 8.
+        matmulnbits          groups of 16, 32, 64, 128 or 256: ``B`` uint8 (n, g, group_size * bits / 8),
+                             ``scales`` (n, g), ``zero_points`` uint8 (n, ceil(g / 2)) unless all are 8, and
+                             the attributes ``K`` and ``bits``.
+        ==================== ===============================================================================
+
+        Sources: the packing functions of compressed-tensors, GPTQModel and AutoAWQ, ggml's block types, and
+        the operator MatMulNBits of ONNX Runtime.
+
+        Examples
+        --------
+        >>> from dynquant import quantize_weights
+        >>> arrays = quantize_weights([[1.0, -0.5], [0.25, 1.0]], bits=4).to_layout("compressed-tensors")
+        >>> {key: array.shape for key, array in arrays.items()}
+        {'weight_packed': (2, 1), 'weight_scale': (2, 1), 'weight_shape': (2,), 'weight_zero_point': (1, 1)}
+        """
+        from ._layouts import to_layout  # here, because most programs never need it
+
+        return to_layout(self, name, scale_dtype)
+
+    @classmethod
+    def from_layout(cls, name: str, arrays: Mapping[str, Any]) -> DynQuantTensor:
+        """Quantized weights from the arrays of another library.
+
+        Parameters
+        ----------
+        name : str
+            As for `to_layout`.
+        arrays : mapping of str to ndarray
+            As `to_layout` gives them, with scales of float32, float16 or bfloat16. Arrays are kept as they
+            are where their layout is the same, memory-mapped ones too.
+
+        Returns
+        -------
+        DynQuantTensor
+            With the very codes, scales and zero points. 4-bit codes are 0..15 with a zero point for each
+            scale, 8 where the file has none, for files have codes of -8 too.
+
+        Raises
+        ------
+        ParameterError
+            If `name` is unknown, `arrays` is no mapping, or an array is missing or unknown; if values are not
+            those of the layout, or cannot be held, as groups in another order than that of the inputs.
+        DTypeError, ShapeMismatchError, EmptyInputError, NonFiniteError
+            If an array is not as described.
+
+        Examples
+        --------
+        >>> from dynquant import quantize_weights
+        >>> w = quantize_weights([[1.0, -0.5], [0.25, 1.0]])
+        >>> DynQuantTensor.from_layout("compressed-tensors", w.to_layout("compressed-tensors"))
+        DynQuantTensor(shape=(2, 2), int8 per_row, 12 bytes)
+        """
+        from ._layouts import from_layout
+
+        return from_layout(name, arrays)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.data, self.scales, self.zero_points, self.shape, self.format)
+        fields = self.data, self.scales, self.zero_points, self.shape, self.format, self.minimums
+        return type(self), fields
 
     def __len__(self) -> int:
         if not self.shape:
@@ -182,8 +295,11 @@ class DynQuantTensor:
         index = _as_index(rows)
         data, scales = np.asarray(self.data[index]), np.asarray(self.scales[index])
         zero_points = None if self.zero_points is None else np.asarray(self.zero_points[index])
+        minimums = None if self.minimums is None else np.asarray(self.minimums[index])
         leading = data.shape[: data.ndim - self.data.ndim + 1]
-        return tensor_of_checked(data, scales, (*leading, *self.shape[1:]), self.format, zero_points)
+        return tensor_of_checked(
+            data, scales, (*leading, *self.shape[1:]), self.format, zero_points, minimums
+        )
 
     @property
     def element_count(self) -> int:
@@ -192,9 +308,9 @@ class DynQuantTensor:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of codes, scales and zero points together."""
-        zero_bytes = 0 if self.zero_points is None else self.zero_points.nbytes
-        return self.data.nbytes + self.scales.nbytes + zero_bytes
+        """Bytes of codes, scales, zero points and minimums together."""
+        arrays = self.data, self.scales, self.zero_points, self.minimums
+        return sum(array.nbytes for array in arrays if array is not None)
 
     @property
     def compression_ratio(self) -> float:
@@ -204,7 +320,9 @@ class DynQuantTensor:
     def dequantize(
         self, *, out: NDArray[np.float32] | None = None, num_threads: int = 1
     ) -> NDArray[np.float32]:
-        """The float32 values that the codes stand for: ``code * scale`` or ``(code - zero_point) * scale``.
+        """The float32 values that the codes stand for.
+
+        They are ``code * scale``, ``(code - zero_point) * scale``, or ``code * scale + minimum``.
 
         Parameters
         ----------
@@ -217,7 +335,7 @@ class DynQuantTensor:
         -------
         ndarray of float32, shape `shape`
             `out` if it was given. The product is rounded once: the largest floats of all, coded as 127, may
-            come out as infinity.
+            come out as infinity. So is the sum with a minimum.
 
         Raises
         ------
@@ -230,7 +348,7 @@ class DynQuantTensor:
         if out is None:
             out = np.empty(self.shape, F32)
         else:
-            checked_out(out, self.shape, F32, self.data, self.scales, self.zero_points)
+            checked_out(out, self.shape, F32, *arrays_of(self))
         _core.dequantize_rows(code_matrix(self), out, threads)
         return out
 
@@ -238,6 +356,8 @@ class DynQuantTensor:
         fmt = self.format
         group = "" if fmt.group_size is None else f" of {fmt.group_size}"
         zero_points = "" if self.zero_points is None else ", zero points"
+        if self.minimums is not None:
+            zero_points = ", minimums"
         packed = ", packed" if fmt.packed else ""
         return (
             f"DynQuantTensor(shape={self.shape}, int{fmt.bits} {fmt.granularity}{group}{zero_points}"
@@ -273,10 +393,24 @@ def tensor_of_checked(
     shape: tuple[int, ...],
     format: DynQuantFormat,
     zero_points: NDArray[np.uint8] | None = None,
+    minimums: NDArray[np.float32] | None = None,
 ) -> DynQuantTensor:
     """A tensor of arrays that are known to fit; skips the checks, which cost more than a small call."""
-    tensor: DynQuantTensor = _core.new_unchecked(DynQuantTensor, data, scales, zero_points, shape, format)
+    fields = data, scales, zero_points, shape, format, minimums
+    tensor: DynQuantTensor = _core.new_unchecked(DynQuantTensor, *fields)
     return tensor
+
+
+def arrays_of(tensor: DynQuantTensor) -> tuple[NDArray[Any] | None, ...]:
+    """All memory of a tensor, against which an `out` is held."""
+    return tensor.data, tensor.scales, tensor.zero_points, tensor.minimums
+
+
+def _native(array: Any) -> Any:
+    """`array` in the byte order of this machine; what is no array as it is."""
+    if isinstance(array, np.ndarray) and not array.dtype.isnative:
+        return array.astype(array.dtype.newbyteorder("="))
+    return array
 
 
 def _as_shape(shape: Any) -> tuple[int, ...]:
@@ -306,6 +440,12 @@ def check_arrays(tensor: DynQuantTensor) -> None:
         check_field(tensor.zero_points, "zero_points", tensor.scales.shape, U8)
         if tensor.zero_points.max(initial=0) > 15:
             raise ParameterError(f"zero_points: expected numbers up to 15, got {tensor.zero_points.max()}")
+    if tensor.minimums is not None:
+        if not tensor.format.packed:
+            raise ParameterError(f"minimums: expected None unless codes are packed, got {tensor.format}")
+        if tensor.zero_points is not None:
+            raise ParameterError("minimums: expected None beside zero_points, got an array")
+        check_field(tensor.minimums, "minimums", tensor.scales.shape, F32)
 
 
 def check_field(array: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -319,12 +459,12 @@ def check_field(array: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[A
 
 def code_matrix(tensor: DynQuantTensor) -> _core.CodeMatrix:
     """The tensor as the kernels see it; arrays are copied only where they are strided or unaligned."""
-    fmt, zero_points = tensor.format, tensor.zero_points
+    fmt, with_minimums = tensor.format, tensor.minimums is not None
     m, k = fmt.rows_of(tensor.shape)
-    zero_points = None if zero_points is None else as_flat(zero_points)
-    return _core.CodeMatrix(
-        as_flat(tensor.data), as_flat(tensor.scales), zero_points, m, k, fmt.group_of(k), fmt.packed
-    )
+    offsets: NDArray[Any] | None = tensor.minimums if with_minimums else tensor.zero_points
+    offsets = None if offsets is None else as_flat(offsets)
+    arrays = as_flat(tensor.data), as_flat(tensor.scales), offsets
+    return _core.CodeMatrix(*arrays, m, k, fmt.group_of(k), fmt.packed, False, with_minimums)
 
 
 def as_flat(array: NDArray[Any]) -> NDArray[Any]:

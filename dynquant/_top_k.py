@@ -163,6 +163,8 @@ def check_corpus(corpus: Any) -> None:
         raise ParameterError(
             f"corpus: expected int8 per row or packed 4-bit codes per row or per group, got {shown(corpus)}"
         )
+    if corpus.minimums is not None:
+        raise ParameterError(f"corpus: expected codes without minimums, got {shown(corpus)}")
     if len(corpus.shape) != 2:
         raise ShapeMismatchError("(n, d)", corpus.shape, "corpus")
     if corpus.shape[1] == 0:

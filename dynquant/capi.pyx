@@ -165,7 +165,8 @@ cdef int dynquant_percentile_scale_f32(const float* x, int64_t n, double p, floa
 cdef inline QuantRow row_of_codes(const int8_t* codes, const float* scale, bint packed,
                                   int64_t n) noexcept nogil:
     cdef QuantRow row
-    row.codes, row.scales, row.zero_points, row.packed = <int8_t*> codes, scale, NULL, packed
+    row.codes, row.scales, row.zero_points, row.minimums = <int8_t*> codes, scale, NULL, NULL
+    row.packed = packed
     row.group, row.in_range = n if n > 0 else 1, False
     return row
 
@@ -288,10 +289,10 @@ cdef inline PackedWeights weights_in(const void* packed, int64_t n, int64_t k, i
     cdef PackedWeights w
     w.table, w.n, w.k, w.group, w.int8_groups, w.w_sums = kernels, n, k, group, False, NULL
     w.panels = <uint8_t*> line_of(packed) + LINE
-    w.scales, w.zero_points, w.bias = NULL, NULL, NULL
+    w.scales, w.offsets, w.bias, w.minimums = NULL, NULL, NULL, False
     if group:
         w.scales = <float*> (w.panels + panels_of(kernels, n) * panel_bytes(kernels, k, group))
-        w.zero_points = <uint8_t*> (w.scales + panels_of(kernels, n) * panel_scales(kernels, k, group))
+        w.offsets = <uint8_t*> (w.scales + panels_of(kernels, n) * panel_scales(kernels, k, group))
     return w
 
 

@@ -159,7 +159,7 @@ def test_top_k(d):
         assert_same_bits(found.scores, np.take_along_axis(scores, best, 1)[:rows])
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("kind", ["zero points", "symmetric", "minimums"])
 @pytest.mark.parametrize(
     ("k", "size"),
     [
@@ -167,19 +167,21 @@ def test_top_k(d):
         *((160, 32), (288, 96), (320, 64), (800, 288), (576, 512)),
     ],
 )
-def test_int4(k, size, symmetric):
-    rng = np.random.default_rng(k)
+def test_int4(k, size, kind):
+    rng, symmetric = np.random.default_rng(k), kind == "symmetric"
     for n in (1, 33):
         groups = -(-k // size)
         codes = rng.integers(-8 if symmetric else 0, 8 if symmetric else 16, (n, k), dtype=np.int8)
         codes[0], codes[-1] = codes.min(), codes.max()
         scales = rng.standard_normal((n, groups)).astype(F32)
-        zero_points = None if symmetric else rng.integers(0, 16, (n, groups), dtype=np.uint8)
+        zero_points = rng.integers(0, 16, (n, groups), dtype=np.uint8) if kind == "zero points" else None
+        minimums = rng.standard_normal((n, groups)).astype(F32) if kind == "minimums" else None
         x = rng.standard_normal((6 if k > 1000 else 140, k)).astype(F32)
         x[0], x[1] = 1, -1
         fmt = DynQuantFormat(4, "per_group", size, True)
-        weight = DynQuantTensor(reference.pack(codes, per_row=True), scales, zero_points, (n, k), fmt)
-        y = reference.w4a8_matmul(codes, scales, zero_points, size, x)
+        data, offsets = reference.pack(codes, per_row=True), zero_points if minimums is None else minimums
+        weight = DynQuantTensor(data, scales, zero_points, (n, k), fmt, minimums)
+        y = reference.w4a8_matmul(codes, scales, offsets, size, x)
         for m in (1, 2, 4, 5, 6, 15, 17, 33, 140):
             assert_same_bits(w4a8_matmul(weight, x[:m]), y[:m])
 

@@ -1,7 +1,7 @@
 """Side effects of the import, selection of the instruction set, public names and docstring examples."""
 
 import doctest
-import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -239,10 +239,17 @@ def test_supported_agrees_with_proc_cpuinfo():
 # Names and documentation
 
 
+# Modules that need the package of the same name, which comes with an extra.
+EXTRAS = {"dask", "torch"}
+
+
 def modules():
     for info in pkgutil.iter_modules(dynquant.__path__):
-        if not info.name.startswith("_isa_"):
-            yield importlib.import_module(f"dynquant.{info.name}")
+        if info.name.startswith("_isa_"):
+            continue
+        if info.name in EXTRAS and importlib.util.find_spec(info.name) is None:
+            continue
+        yield importlib.import_module(f"dynquant.{info.name}")
 
 
 def public(kind=object):
@@ -330,7 +337,8 @@ def test_examples_in_the_documentation():
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
     tried = set()
     for module in [dynquant, *modules()]:
-        for test in finder.find(module, globs={**public(), "np": np}):
+        own = {name: getattr(module, name) for name in getattr(module, "__all__", ())}
+        for test in finder.find(module, globs={**public(), **own, "np": np}):
             if test.examples:
                 output = []
                 runner.run(test, out=output.append)

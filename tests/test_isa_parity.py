@@ -232,22 +232,20 @@ def test_matvec(extreme):
     compare(calls, range(64))
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_w4a8(symmetric):
+@pytest.mark.parametrize("kind", ["zero points", "symmetric", "minimums"])
+def test_w4a8(kind):
     """pack_panel_u4, gemm_u4s8: every number of outputs up to two panels and more, rows of 1 to 5."""
     rng = np.random.default_rng(10)
     data = rng.integers(0, 256, (70, 26), dtype=np.uint8)
-    scales, zero_points = (
-        rng.standard_normal((70, 8)).astype(F32),
-        rng.integers(0, 16, (70, 8), dtype=np.uint8),
-    )
+    scales, minimums = (rng.standard_normal((70, 8)).astype(F32) for _ in range(2))
+    zero_points = rng.integers(0, 16, (70, 8), dtype=np.uint8)
     x, fmt = floats(rng, 5 * 51).reshape(5, 51), DynQuantFormat(4, "per_group", 7, True)
 
     def calls(arena, offset):
         for n in range(71):
-            weight = DynQuantTensor(
-                data[:n], scales[:n], None if symmetric else zero_points[:n], (n, 51), fmt
-            )
+            zeros = zero_points[:n] if kind == "zero points" else None
+            offsets = minimums[:n] if kind == "minimums" else None
+            weight = DynQuantTensor(data[:n], scales[:n], zeros, (n, 51), fmt, offsets)
             for m in (1, 2, 5):
                 out = arena.slot(m * n, offset, F32).reshape(m, n)
                 yield w4a8_matmul(weight, x[:m], out=out).size

@@ -695,6 +695,40 @@ def test_int4_arrays_do_not_depend_on_the_instruction_set(options, rotation):
             assert_same_bits(again[name], array, f"{isa} {name}")
 
 
+def minimums_layer(**options):
+    rng = np.random.default_rng(4)
+    data, fmt = rng.integers(0, 256, (N, K // 2), dtype=np.uint8), DynQuantFormat.int4_per_group_packed(32)
+    scales, minimums = (rng.standard_normal((N, K // 32)).astype(F32) for _ in range(2))
+    weight = DynQuantTensor(data, scales, None, (N, K), fmt, minimums)
+    return weight, QuantLinear(weight, **options)
+
+
+def test_minimums(isa):
+    weight, layer = minimums_layer()
+    _, x, _ = floats()
+    assert_same_bits(layer(x), w4a8_matmul(weight, x))
+    assert_same_bits(layer.weight_dequantized(), weight.dequantize())
+    assert_same_bits(layer(layer.quantize_input(x)), layer(x))
+    assert "int4 per_group of 32 with minimums" in repr(layer)
+    arrays = layer.to_arrays()
+    assert set(arrays) == {"weight_i4", "weight_scales", "weight_minimums", "in_features", "group_size"}
+    assert_same_bits(arrays["weight_minimums"], weight.minimums)
+    for through in COPIES.values():
+        twin = through(layer)
+        assert_same_bits(twin(x), layer(x))
+        assert repr(twin) == repr(layer)
+    floating = minimums_layer(activation_bits=None)[1]
+    np.testing.assert_allclose(floating(x), x @ weight.dequantize().T, rtol=1e-4, atol=1e-4)
+
+
+def test_memory_of_minimums(isa):
+    """Half a byte a weight, and 8 bytes a group of 32."""
+    n, k = 1024, 1024
+    arrays = {"in_features": k, "group_size": 32, "weight_i4": np.ones((n, k // 2), np.uint8)}
+    groups = {name: np.ones((n, k // 32)) for name in ("weight_scales", "weight_minimums")}
+    assert QuantLinear.from_arrays({**arrays, **groups}).memory_bytes == n * k * 0.75
+
+
 def test_int4_arrays():
     weight, _, bias, layer = linear4(**OPTIONS["odd groups"], smooth=FACTORS, hadamard=True)
     signs = reference.signs(K)
@@ -885,6 +919,7 @@ BAD_ARRAYS = [
     ({"weight_zero_points": GOOD["weight_zero_points"][:, :2]}, ShapeMismatchError, "weight_zero_points"),
     ({"weight_zero_points": GOOD["weight_zero_points"].view(np.int8)}, DTypeError, "weight_zero_points"),
     ({"weight_zero_points": np.full_like(GOOD["weight_zero_points"], 16)}, ParameterError, "zero_points"),
+    ({"weight_minimums": GOOD["weight_scales"]}, ParameterError, "weight_minimums: expected none beside"),
     ({"bias": GOOD["bias"][1:]}, ShapeMismatchError, "bias"),
     ({"bias": GOOD["bias"] * np.inf}, NonFiniteError, "bias"),
     ({"smooth": GOOD["smooth"][1:]}, FeatureDimMismatchError, "smooth"),

@@ -26,25 +26,36 @@ from dynquant import (
 EXACT = 8192
 
 
-def packed(codes, scales, zero_points, size):
-    """The tensor of these codes (N, K), with one scale per row where `size` is None."""
+def packed(codes, scales, offsets, size):
+    """The tensor of these codes (N, K), with one scale per row where `size` is None.
+
+    `offsets` are integer zero points, or float32 minimums, or None.
+    """
     fmt = DynQuantFormat(4, "per_row" if size is None else "per_group", size, True)
     if size is None:
-        scales, zero_points = scales[:, 0], None if zero_points is None else zero_points[:, 0]
-    return DynQuantTensor(reference.pack(codes, per_row=True), scales, zero_points, codes.shape, fmt)
+        scales, offsets = scales[:, 0], None if offsets is None else offsets[:, 0]
+    minimums = None if offsets is None or offsets.dtype != F32 else offsets
+    zero_points = offsets if minimums is None else None
+    return DynQuantTensor(
+        reference.pack(codes, per_row=True), scales, zero_points, codes.shape, fmt, minimums
+    )
 
 
-def weights(n, k, size, symmetric, seed=0):
+def weights(n, k, size, kind, seed=0):
     """Random codes of the whole range, with scales of both signs, as `reference.w4a8_matmul` takes them."""
     rng = np.random.default_rng(seed)
-    groups = -(-k // (size or k))
+    groups, symmetric = -(-k // (size or k)), kind == "symmetric"
     codes = rng.integers(-8 if symmetric else 0, 8 if symmetric else 16, (n, k), dtype=np.int8)
-    zero_points = None if symmetric else rng.integers(0, 16, (n, groups), dtype=np.uint8)
-    return codes, rng.standard_normal((n, groups)).astype(F32), zero_points, size
+    scales, offsets = rng.standard_normal((n, groups)).astype(F32), None
+    if kind == "zero points":
+        offsets = rng.integers(0, 16, (n, groups), dtype=np.uint8)
+    elif kind == "minimums":
+        offsets = rng.standard_normal((n, groups)).astype(F32) * 8
+    return codes, scales, offsets, size
 
 
-def expected(codes, scales, zero_points, size, x, bias=None):
-    return reference.w4a8_matmul(codes, scales, zero_points, size or codes.shape[1], x, bias)
+def expected(codes, scales, offsets, size, x, bias=None):
+    return reference.w4a8_matmul(codes, scales, offsets, size or codes.shape[1], x, bias)
 
 
 def activations(m, k, seed=0):
@@ -56,63 +67,64 @@ def activations(m, k, seed=0):
 
 
 @functools.cache
-def case(m, n, k, size, symmetric):
+def case(m, n, k, size, kind):
     """Weight, activations, bias, and the expected products without and with bias."""
-    arrays = weights(n, k, size, symmetric)
+    arrays = weights(n, k, size, kind)
     x, bias = activations(m, k), np.random.default_rng(1).standard_normal(n).astype(F32)
     return packed(*arrays), x, bias, expected(*arrays, x), expected(*arrays, x, bias)
 
 
 # Products
 
-each_symmetry = pytest.mark.parametrize("symmetric", [False, True])
+KINDS = ["zero points", "symmetric", "minimums"]
+each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-@each_symmetry
+@each_kind
 @pytest.mark.parametrize("size", [1, 3, 8, 31, 32, 64, None])
 @pytest.mark.parametrize("k", [1, 2, 7, 9, 16, 63, 128, 383])
-def test_sizes(k, size, symmetric, isa):
+def test_sizes(k, size, kind, isa):
     """Every remainder of rows by 4, of outputs by panels of 8, 16 and 32, and of k by k-blocks of 8."""
     for n in (1, 7, 8, 17, 33, 67):
-        weight, x, bias, plain, with_bias = case(11, n, k, size, symmetric)
+        weight, x, bias, plain, with_bias = case(11, n, k, size, kind)
         for m in (1, 2, 3, 4, 5, 11):
             assert_same_bits(w4a8_matmul(weight, x[:m]), plain[:m], f"m={m} n={n}")
         assert_same_bits(w4a8_matmul(weight, x, bias), with_bias, f"bias n={n}")
 
 
-@each_symmetry
+@each_kind
 @pytest.mark.parametrize(
     ("k", "size"),
     [(160, 32), (288, 96), (320, 64), (640, 128), (800, 288), (576, 512), (1024, None), (64, 8)],
 )
-def test_any_number_of_rows(k, size, symmetric, isa):
+def test_any_number_of_rows(k, size, kind, isa):
     """With AMX, groups of whole tiles are processed in tiles: two groups at a time, one, or part of one."""
-    weight, x, bias, _, with_bias = case(140, 40, k, size, symmetric)
+    weight, x, bias, _, with_bias = case(140, 40, k, size, kind)
     for m in [*range(1, 71), *range(126, 131), 140]:
         assert_same_bits(w4a8_matmul(weight, x[-m:], bias), with_bias[-m:], f"m={m}")
 
 
-@each_symmetry
+@each_kind
 @pytest.mark.parametrize(
     ("n", "k", "size"),
     [(40, 1001, 100), (3, 4096, 4096), (35, 9000, None), (33, 20_011, 32), (5, 3 * EXACT + 29, EXACT)],
 )
-def test_longer_rows(n, k, size, symmetric, isa):
-    weight, x, bias, _, with_bias = case(6, n, k, size, symmetric)
+def test_longer_rows(n, k, size, kind, isa):
+    weight, x, bias, _, with_bias = case(6, n, k, size, kind)
     assert_same_bits(w4a8_matmul(weight, x, bias), with_bias)
 
 
-@each_symmetry
+@each_kind
 @pytest.mark.parametrize("size", [EXACT + 1, 2 * EXACT, 2 * EXACT + 13, 40_001, None])
-def test_groups_whose_sums_are_inexact_in_float32(size, symmetric, isa):
+def test_groups_whose_sums_are_inexact_in_float32(size, kind, isa):
     """Sums of more than 8,192 products may be inexact in float32; they are rounded once per group."""
-    weight, x, bias, _, with_bias = case(6, 19, 70_003, size, symmetric)
+    weight, x, bias, _, with_bias = case(6, 19, 70_003, size, kind)
     assert_same_bits(w4a8_matmul(weight, x, bias), with_bias)
 
 
 def test_block_sums_do_not_overlap_the_next_row(isa):
     """A row's codes end 8 bytes before an odd cache line, where two of its eight block sums would fit."""
-    weight, x, _, plain, _ = case(6, 3, 64 * 1001 - 8, None, False)
+    weight, x, _, plain, _ = case(6, 3, 64 * 1001 - 8, None, "zero points")
     assert_same_bits(w4a8_matmul(weight, x), plain)
 
 
@@ -173,7 +185,7 @@ def test_groups_are_added_up_in_order():
 @pytest.mark.parametrize(("n", "k", "size"), [(512, 64, 32), (1101, 40, 8), (300, 2112, 64), (520, 9, None)])
 def test_blocks_of_rows_and_outputs(m, n, k, size, isa):
     """More than 64 rows are processed in blocks, and outputs 256 or 512 at a time."""
-    weight, x, bias, plain, with_bias = case(m, n, k, size, False)
+    weight, x, bias, plain, with_bias = case(m, n, k, size, "zero points")
     memory = np.full((m + 1, n), 7, F32)
     for num_threads in (1, 3):
         w4a8_matmul(weight, x, bias, out=memory[:m], num_threads=num_threads)
@@ -189,17 +201,17 @@ def test_more_rows_than_a_chunk(isa):
     for size in (128, None):
         row_bytes = _core.PackedLinear(9, k, size or k, None, None, False, 0).activation_bytes()
         assert 32 * row_bytes > _packed.CHUNK_BYTES
-        weight, x, bias, _, with_bias = case(70, 9, k, size, False)
+        weight, x, bias, _, with_bias = case(70, 9, k, size, "zero points")
         assert_same_bits(w4a8_matmul(weight, x, bias), with_bias)
         out = np.full(with_bias.shape, np.nan, F32)
         assert w4a8_matmul(weight, x, bias, out=out) is out
         assert_same_bits(out, with_bias)
 
 
-@each_symmetry
-def test_matvec_equals_row(symmetric, isa):
+@each_kind
+def test_matvec_equals_row(kind, isa):
     for k, size in [(1, None), (63, 8), (300, 32), (300, None), (20_001, 3)]:
-        weight, x, _, plain, _ = case(5, 40, k, size, symmetric)
+        weight, x, _, plain, _ = case(5, 40, k, size, kind)
         for token, row in zip(x, plain, strict=True):
             assert_same_bits(w4a8_matvec(weight, token), row)
             out = np.full(40, np.nan, F32)
@@ -210,21 +222,21 @@ def test_matvec_equals_row(symmetric, isa):
 @given(data=st.data())
 def test_rows_and_outputs_are_independent(data):
     m, n, k = (data.draw(st.integers(1, limit)) for limit in (14, 40, 90))
-    size, symmetric = data.draw(st.none() | st.integers(1, k + 1)), data.draw(st.booleans())
-    codes, scales, zero_points, _ = weights(n, k, size, symmetric, seed=data.draw(st.integers(0, 2**20)))
+    size, kind = data.draw(st.none() | st.integers(1, k + 1)), data.draw(st.sampled_from(KINDS))
+    codes, scales, offsets, _ = weights(n, k, size, kind, seed=data.draw(st.integers(0, 2**20)))
     x, bias = activations(m, k), np.arange(n, dtype=F32)
-    y = w4a8_matmul(packed(codes, scales, zero_points, size), x, bias)
-    assert_same_bits(y, expected(codes, scales, zero_points, size, x, bias))
+    y = w4a8_matmul(packed(codes, scales, offsets, size), x, bias)
+    assert_same_bits(y, expected(codes, scales, offsets, size, x, bias))
     rows = data.draw(st.permutations(range(m)))
-    assert_same_bits(w4a8_matmul(packed(codes, scales, zero_points, size), x[rows], bias), y[rows])
+    assert_same_bits(w4a8_matmul(packed(codes, scales, offsets, size), x[rows], bias), y[rows])
     of = data.draw(st.permutations(range(n)))
-    permuted = packed(codes[of], scales[of], None if zero_points is None else zero_points[of], size)
+    permuted = packed(codes[of], scales[of], None if offsets is None else offsets[of], size)
     assert_same_bits(w4a8_matmul(permuted, x, bias[of]), np.ascontiguousarray(y[:, of]))
 
 
 @pytest.mark.parametrize("num_threads", [2, 3, 100])
 def test_threads_change_nothing(num_threads, isa):
-    weight, x, bias, _, with_bias = case(10, 133, 200, 48, False)
+    weight, x, bias, _, with_bias = case(10, 133, 200, 48, "zero points")
     assert_same_bits(w4a8_matmul(weight, x, bias, num_threads=num_threads), with_bias)
     out = np.full((10, 133), np.nan, F32)
     w4a8_matmul(weight, x, bias, out=out, num_threads=num_threads)
@@ -234,7 +246,7 @@ def test_threads_change_nothing(num_threads, isa):
 @pytest.mark.parametrize("dtype", ["f2", "f8", ">f4", "bfloat16"])
 def test_other_float_types(dtype, isa):
     dtype = np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype)
-    arrays = weights(20, 5000, 96, False)
+    arrays = weights(20, 5000, 96, "zero points")
     x = activations(5, 5000).astype(dtype)
     assert_same_bits(w4a8_matmul(packed(*arrays), x), expected(*arrays, x.astype(F32)))
     assert_same_bits(w4a8_matvec(packed(*arrays), x[0]), expected(*arrays, x[:1].astype(F32))[0])
@@ -243,7 +255,7 @@ def test_other_float_types(dtype, isa):
 @pytest.mark.parametrize("size", [None, 7])
 def test_layouts(size):
     """Fields of a tensor, and activations, that are strided, misaligned, read-only or in Fortran order."""
-    weight, x, bias, _, y = case(5, 20, 50, size, False)
+    weight, x, bias, _, y = case(5, 20, 50, size, "zero points")
     data, scales, zero_points, shape, fmt = (
         getattr(weight, name) for name in ("data", "scales", "zero_points", "shape", "format")
     )
@@ -262,7 +274,7 @@ def test_layouts(size):
 
 
 def test_padding_nibble_of_an_odd_row_is_ignored():
-    codes, scales, zero_points, _ = weights(4, 9, 3, False)
+    codes, scales, zero_points, _ = weights(4, 9, 3, "zero points")
     weight = packed(codes, scales, zero_points, 3)
     x = activations(3, 9)
     y = w4a8_matmul(weight, x)
@@ -287,9 +299,37 @@ def test_empty(size, m, n, k):
         assert w4a8_matvec(weight, np.ones(k, F32)).tolist() == [-k] * n
 
 
+@pytest.mark.parametrize("size", [8, EXACT + 5])
+def test_minimums_of_constant_groups(size, isa):
+    """Where the scale is 0 all weights of a group are its minimum, as GGUF has it for constant blocks."""
+    k = 2 * size
+    codes, _, _, _ = weights(5, k, size, "minimums")
+    minimums = np.array([[0.5, -3]] * 5, F32)
+    x = np.full((6, k), 127, F32)
+    x[:, 1] = 3
+    y = w4a8_matmul(packed(codes, np.zeros((5, 2), F32), minimums, size), x)
+    assert (y == F32(0.5) * F32(127 * (size - 1) + 3) + F32(-3) * F32(127 * size)).all()
+
+
+def test_minimums_are_held_against_out():
+    weight = packed(*weights(4, 4, 2, "minimums"))
+    with pytest.raises(LayoutError, match="overlap"):
+        w4a8_matmul(weight, np.ones((2, 4), F32), out=weight.minimums.reshape(2, 4))
+    with pytest.raises(LayoutError, match="overlap"):
+        w4a8_matvec(weight, np.ones(4, F32), out=weight.minimums.reshape(-1)[:4])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_minimums_are_finite(value):
+    weight = packed(*weights(4, 4, 2, "minimums"))
+    weight.minimums[1, 1] = value
+    with pytest.raises(NonFiniteError, match=r"weight\.minimums"):
+        w4a8_matmul(weight, np.ones((2, 4), F32))
+
+
 def test_scale_zero_and_zeros():
     """A row of zeros gives the bias, and groups with scale 0 add nothing."""
-    codes, scales, zero_points, _ = weights(9, 40, 8, False)
+    codes, scales, zero_points, _ = weights(9, 40, 8, "zero points")
     scales[:, 2] = 0
     x = activations(5, 40)
     bias = np.linspace(-1, 1, 9, dtype=F32)

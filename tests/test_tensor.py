@@ -14,10 +14,12 @@ from dynquant import (
     DynQuantError,
     DynQuantFormat,
     DynQuantTensor,
+    LayoutError,
     MaxAbs,
     ParameterError,
     Percentile,
     QuantLinear,
+    ShapeMismatchError,
     dynamic_quantize,
     dynamic_quantize_int4,
     dynamic_quantize_int8,
@@ -29,6 +31,14 @@ from dynquant import (
 
 def tensor(fmt=DynQuantFormat.INT8_PER_ROW, shape=(3, 5)):
     return dynamic_quantize(np.random.default_rng(0).standard_normal(shape).astype(F32), fmt)
+
+
+def with_minimums():
+    """Codes of two rows in groups of 3, each with a minimum."""
+    rng = np.random.default_rng(1)
+    data, fmt = rng.integers(0, 256, (2, 4), dtype=np.uint8), DynQuantFormat.int4_per_group_packed(3)
+    scales, minimums = (rng.standard_normal((2, 3)).astype(F32) for _ in range(2))
+    return DynQuantTensor(data, scales, None, (2, 7), fmt, minimums)
 
 
 each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
@@ -45,6 +55,7 @@ each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys(
         (tensor(), "shape"),
         (tensor(), "format"),
         (tensor(), "zero_points"),
+        (tensor(), "minimums"),
         (tensor(), "memory_bytes"),
     ],
 )
@@ -120,6 +131,7 @@ def test_fields_in_order():
         "zero_points",
         "shape",
         "format",
+        "minimums",
     ]
 
 
@@ -203,14 +215,16 @@ def test_shape_that_no_array_can_have(shape, codes):
     assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("field", ["data", "scales", "zero_points"])
+@pytest.mark.parametrize("field", ["data", "scales", "zero_points", "minimums"])
 def test_masked_fields(field):
     fmt = DynQuantFormat(4, "per_group", 4, True)
     fields = {
         "data": np.zeros((2, 4), np.uint8),
         "scales": np.ones((2, 2), F32),
         "zero_points": np.zeros((2, 2), np.uint8),
+        "minimums": np.zeros((2, 2), F32),
     }
+    fields["zero_points" if field == "minimums" else "minimums"] = None
     fields[field] = np.ma.masked_array(fields[field])
     with pytest.raises(DTypeError, match=f"{field}: expected an array without a mask"):
         DynQuantTensor(**fields, shape=(2, 8), format=fmt)
@@ -242,6 +256,46 @@ def test_arrays_changed_in_place_after_construction():
             assert isinstance(caught.value, DynQuantError)
 
 
+def test_minimums():
+    tensor = with_minimums()
+    codes = np.stack([tensor.data & 15, tensor.data >> 4], axis=-1).reshape(2, 8)[:, :7]
+    values = codes.astype(F32) * np.repeat(tensor.scales, 3, axis=1)[:, :7]
+    values += np.repeat(tensor.minimums, 3, axis=1)[:, :7]
+    assert_same_bits(tensor.dequantize(), values)
+    assert_same_bits(tensor[1].dequantize(), values[1])
+    assert_same_bits(tensor[[1, 0]].minimums, tensor.minimums[::-1])
+    assert tensor.memory_bytes == 8 + 2 * 24
+    assert "minimums" in repr(tensor)
+    assert_same_bits(pickle.loads(pickle.dumps(tensor)).dequantize(), values)
+    assert_same_bits(copy.deepcopy(tensor).minimums, tensor.minimums)
+    out = np.zeros((2, 7), F32)
+    shared = DynQuantTensor(*(getattr(tensor, n) for n in FIELDS[:5]), out.reshape(-1)[:6].reshape(2, 3))
+    with pytest.raises(LayoutError, match="overlap"):
+        shared.dequantize(out=out)
+
+
+FIELDS = [field.name for field in dataclasses.fields(DynQuantTensor)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"minimums": np.zeros((2, 2), F32)}, ShapeMismatchError, "minimums: expected shape"),
+        ({"minimums": np.zeros((2, 3))}, DTypeError, "minimums: expected an ndarray of float32"),
+        ({"zero_points": np.zeros((2, 3), np.uint8)}, ParameterError, "minimums: expected None beside"),
+        (
+            {"data": np.zeros((2, 7), np.int8), "format": DynQuantFormat.int8_per_group(3)},
+            ParameterError,
+            "minimums: expected None unless codes are packed",
+        ),
+    ],
+)
+def test_invalid_minimums(fields, error, message):
+    given = {name: getattr(with_minimums(), name) for name in FIELDS}
+    with pytest.raises(error, match=message):
+        DynQuantTensor(**{**given, **fields})
+
+
 def test_frozen_and_weakly_referenceable():
     tensor = dynamic_quantize_int4([1.0, 2.0])
     assert weakref.ref(tensor)() is tensor
@@ -255,6 +309,7 @@ EVERY_KIND = [
     dynamic_quantize(np.zeros((0, 3), F32)),
     dynamic_quantize(F32(5), DynQuantFormat.INT8_PER_TENSOR),
     quantize_weights(np.arange(14, dtype=F32).reshape(2, 7), bits=4, group_size=3),
+    with_minimums(),
 ]
 
 
@@ -265,7 +320,7 @@ def test_arrays_round_trip_through_a_file(tensor, tmp_path):
         loaded = DynQuantTensor.from_arrays(file)
     assert (loaded.shape, loaded.format) == (tensor.shape, tensor.format)
     assert_same_bits(loaded.dequantize(), tensor.dequantize())
-    for name in ("data", "scales", "zero_points"):
+    for name in ("data", "scales", "zero_points", "minimums"):
         assert (getattr(loaded, name) is None) == (getattr(tensor, name) is None)
         if getattr(tensor, name) is not None:
             assert_same_bits(getattr(loaded, name), getattr(tensor, name))

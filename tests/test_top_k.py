@@ -367,6 +367,22 @@ BAD_CALLS = {
     "one axis": (lambda: top_k(X[0], CORPUS, 1), ShapeMismatchError, "queries: expected shape"),
     "another width": (lambda: top_k(X[:, :3], CORPUS, 1), ShapeMismatchError, "queries: expected shape"),
     "NaN": (lambda: top_k(NAN, CORPUS, 1), NonFiniteError, "queries: expected finite"),
+    "minimums": (
+        lambda: top_k(
+            np.zeros((1, 2), F32),
+            DynQuantTensor(
+                np.zeros((3, 1), np.uint8),
+                np.ones(3, F32),
+                None,
+                (3, 2),
+                DynQuantFormat.INT4_PER_ROW_PACKED,
+                np.ones(3, F32),
+            ),
+            1,
+        ),
+        ParameterError,
+        "corpus: expected codes without minimums",
+    ),
     "no tensor": (lambda: top_k(X, X, 1), ParameterError, "corpus: expected a DynQuantTensor"),
     "per tensor": (
         lambda: top_k(X, dynamic_quantize(X, DynQuantFormat.INT8_PER_TENSOR), 1),

@@ -57,45 +57,47 @@ cdef class FloatMatrix:
 cdef class CodeMatrix:
     """m rows of k codes, each `group` elements of a row with a scale and, unless symmetric, a zero point.
 
-    `codes`, `scales` and `zero_points` are C-contiguous; packed codes take half a byte each. With `writable`
-    codes and scales are results.
+    `codes`, `scales` and `offsets` are C-contiguous; packed codes take half a byte each. Offsets are zero
+    points, a byte each, or `minimums`, floats. With `writable` codes and scales are results.
     """
 
-    cdef Py_buffer codes, scales, zero_points
+    cdef Py_buffer codes, scales, offsets
     cdef readonly Py_ssize_t m, k, group
-    cdef bint packed
+    cdef bint packed, minimums
 
-    def __cinit__(self, codes not None, scales not None, zero_points, Py_ssize_t m, Py_ssize_t k,
-                  Py_ssize_t group, bint packed, bint writable=False):
+    def __cinit__(self, codes not None, scales not None, offsets, Py_ssize_t m, Py_ssize_t k,
+                  Py_ssize_t group, bint packed, bint writable=False, bint minimums=False):
         cdef int flags = PyBUF_WRITABLE if writable else PyBUF_SIMPLE
         cdef Py_ssize_t n_scales = m * groups_of(k, group)
-        self.m, self.k, self.group, self.packed = m, k, group, packed
+        self.m, self.k, self.group, self.packed, self.minimums = m, k, group, packed, minimums
         PyObject_GetBuffer(codes, &self.codes, flags)
         PyObject_GetBuffer(scales, &self.scales, flags)
         check_size(self.codes.len, m * bytes_of_row(k, packed))
         check_size(self.scales.len, n_scales * <Py_ssize_t> sizeof(float))
-        if zero_points is not None:
-            PyObject_GetBuffer(zero_points, &self.zero_points, flags)
-            check_size(self.zero_points.len, n_scales)
+        if offsets is not None:
+            PyObject_GetBuffer(offsets, &self.offsets, flags)
+            check_size(self.offsets.len, n_scales * (<Py_ssize_t> sizeof(float) if minimums else 1))
 
     def __dealloc__(self):
         PyBuffer_Release(&self.codes)
         PyBuffer_Release(&self.scales)
-        PyBuffer_Release(&self.zero_points)
+        PyBuffer_Release(&self.offsets)
 
     cdef CodeRows rows(self) noexcept nogil:
         cdef CodeRows rows
         rows.codes, rows.scales = <int8_t*> self.codes.buf, <float*> self.scales.buf
-        rows.zero_points = <uint8_t*> self.zero_points.buf
+        rows.zero_points = NULL if self.minimums else <uint8_t*> self.offsets.buf
+        rows.minimums = <float*> self.offsets.buf if self.minimums else NULL
         rows.k, rows.group, rows.packed = self.k, self.group, self.packed
         return rows
 
 
-# The memory of a CodeMatrix; zero_points is NULL where there are none.
+# The memory of a CodeMatrix; zero_points and minimums are NULL where there are none.
 cdef struct CodeRows:
     int8_t* codes
     float* scales
     uint8_t* zero_points
+    float* minimums
     Py_ssize_t k, group
     bint packed
 
@@ -105,9 +107,11 @@ cdef inline QuantRow code_row(const CodeRows* rows, Py_ssize_t r) noexcept nogil
     cdef Py_ssize_t groups = groups_of(rows.k, rows.group)
     row.codes = rows.codes + r * bytes_of_row(rows.k, rows.packed)
     row.scales = rows.scales + r * groups
-    row.zero_points = NULL
+    row.zero_points, row.minimums = NULL, NULL
     if rows.zero_points != NULL:
         row.zero_points = rows.zero_points + r * groups
+    if rows.minimums != NULL:
+        row.minimums = rows.minimums + r * groups
     row.group, row.packed, row.in_range = rows.group, rows.packed, False
     return row
 
@@ -187,8 +191,8 @@ cdef const char* last_byte(const Py_buffer* view) noexcept:
     return last
 
 
-def new_unchecked(type cls not None, data, scales, zero_points, shape, format):
-    """A new object of a frozen dataclass with these five slots.
+def new_unchecked(type cls not None, data, scales, zero_points, shape, format, minimums=None):
+    """A new object of a frozen dataclass with these six slots.
 
     The dataclass's own way, object.__setattr__ for each, takes as long as quantizing a thousand floats.
     """
@@ -198,6 +202,7 @@ def new_unchecked(type cls not None, data, scales, zero_points, shape, format):
     PyObject_GenericSetAttr(tensor, "zero_points", zero_points)
     PyObject_GenericSetAttr(tensor, "shape", shape)
     PyObject_GenericSetAttr(tensor, "format", format)
+    PyObject_GenericSetAttr(tensor, "minimums", minimums)
     return tensor
 
 

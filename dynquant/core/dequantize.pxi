@@ -15,7 +15,11 @@ cdef void dequantize_block(const QuantRow* row, Py_ssize_t start, bint nontempor
         end = group_end(i, row.group, start + n)
         if row.zero_points != NULL:
             kernels.shift_row_u4_s8(codes, row.zero_points[g], end - i)
+        elif row.minimums != NULL:
+            kernels.shift_row_u4_s8(codes, 0, end - i)
         kernels.dequantize_row_s8_f32(codes, row.scales[g], nontemporal, out, end - i)
+        if row.minimums != NULL:
+            kernels.add_to_row_f32(out, row.minimums[g], end - i)
         codes += end - i
         out += end - i
         i = end
@@ -59,12 +63,12 @@ cdef bint dequantize_span_range(void* context, Py_ssize_t first, Py_ssize_t end)
 
 
 def dequantize_rows(CodeMatrix q not None, out not None, int num_threads=1):
-    """out = codes * scales, or (codes - zero_points) * scales; only packed codes have zero points."""
+    """out = codes * scales, (codes - zero_points) * scales, or codes * scales + minimums."""
     cdef RawBuffer o = RawBuffer(out)
     cdef RowsToValues rows
     cdef Py_ssize_t n = q.m * q.k
     check_size(o.view.len, n * <Py_ssize_t> sizeof(float))
     rows.q, rows.out = q.rows(), <float*> o.view.buf
-    # Not in short groups: each would wait until its values have been written.
-    rows.nontemporal = n >= NONTEMPORAL_FROM and q.group >= BLOCK
+    # Not in short groups: each would wait until its values have been written. Minimums are added to them.
+    rows.nontemporal = n >= NONTEMPORAL_FROM and q.group >= BLOCK and not q.minimums
     parallel_ranges(dequantize_span_range, &rows, q.m * spans_of_row(q.k), quantize_ns(n), num_threads)

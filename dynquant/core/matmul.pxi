@@ -41,16 +41,21 @@ cdef Py_ssize_t activation_bytes(const Kernels* table, Py_ssize_t k, Py_ssize_t 
     return table.group_activation_bytes(k, group) if group else table.activation_bytes(k)
 
 
-# Scales of one panel, and as many zero points, of weights in groups.
+# Bytes of an offset of 4-bit weights.
+cdef inline Py_ssize_t offset_size(const PackedWeights* w) noexcept nogil:
+    return <Py_ssize_t> sizeof(float) if w.minimums else 1
+
+
+# Scales of one panel, and as many offsets, of weights in groups.
 cdef Py_ssize_t panel_scales(const Kernels* table, Py_ssize_t k, Py_ssize_t group) noexcept nogil:
     return table.panel_outputs * groups_of(k, group)
 
 
 # Fills the panels of w, k > 0, from codes: int8 (n, k), whose scales are not packed; or, in groups, 4-bit
-# codes (n, ceil(k / 2)) with scales and, unless NULL, zero_points (n, groups).
+# codes (n, ceil(k / 2)) with scales and, unless NULL, offsets (n, groups) of the kind of w.
 cdef void pack_weights(const PackedWeights* w, const uint8_t* codes, const float* scales,
-                       const uint8_t* zero_points) noexcept nogil:
-    cdef Py_ssize_t p, c, groups, rows, width = panel_bytes(w.table, w.k, w.group)
+                       const uint8_t* offsets) noexcept nogil:
+    cdef Py_ssize_t p, c, groups, rows, width = panel_bytes(w.table, w.k, w.group), size = offset_size(w)
     cdef Py_ssize_t scale_stride = panel_scales(w.table, w.k, w.group) if w.group else 0
     for p in range(panels_of(w.table, w.n)):
         c = p * w.table.panel_outputs
@@ -58,17 +63,17 @@ cdef void pack_weights(const PackedWeights* w, const uint8_t* codes, const float
         if w.group:
             groups = groups_of(w.k, w.group)
             w.table.pack_panel_u4(codes + c * ((w.k + 1) // 2), scales + c * groups,
-                                  NULL if zero_points == NULL else <uint8_t*> zero_points + c * groups, rows,
-                                  w.panels + p * width, w.scales + p * scale_stride,
-                                  w.zero_points + p * scale_stride, w.k, w.group)
+                                  NULL if offsets == NULL else <uint8_t*> offsets + c * groups * size,
+                                  w.minimums, rows, w.panels + p * width, w.scales + p * scale_stride,
+                                  w.offsets + p * scale_stride * size, w.k, w.group)
         else:
             w.table.pack_panel_s8(<const int8_t*> codes + c * w.k, w.k, rows, w.panels + p * width, w.k)
 
 
 # The inverse of pack_weights.
 cdef void unpack_weights(const PackedWeights* w, uint8_t* codes, float* scales,
-                         uint8_t* zero_points) noexcept nogil:
-    cdef Py_ssize_t p, c, groups, rows, width = panel_bytes(w.table, w.k, w.group)
+                         uint8_t* offsets) noexcept nogil:
+    cdef Py_ssize_t p, c, groups, rows, width = panel_bytes(w.table, w.k, w.group), size = offset_size(w)
     cdef Py_ssize_t scale_stride = panel_scales(w.table, w.k, w.group) if w.group else 0
     for p in range(panels_of(w.table, w.n)):
         c = p * w.table.panel_outputs
@@ -76,9 +81,9 @@ cdef void unpack_weights(const PackedWeights* w, uint8_t* codes, float* scales,
         if w.group:
             groups = groups_of(w.k, w.group)
             w.table.unpack_panel_u4(w.panels + p * width, w.scales + p * scale_stride,
-                                    w.zero_points + p * scale_stride, codes + c * ((w.k + 1) // 2),
-                                    scales + c * groups,
-                                    NULL if zero_points == NULL else zero_points + c * groups, rows, w.k,
+                                    w.offsets + p * scale_stride * size, w.minimums,
+                                    codes + c * ((w.k + 1) // 2), scales + c * groups,
+                                    NULL if offsets == NULL else offsets + c * groups * size, rows, w.k,
                                     w.group)
         else:
             w.table.unpack_panel_s8(w.panels + p * width, <int8_t*> codes + c * w.k, rows, w.k)
@@ -91,7 +96,8 @@ cdef void quantize_activation(const Kernels* table, const Floats* x, float scale
     cdef int8_t codes[BLOCK]
     cdef Py_ssize_t start = 0, n
     cdef QuantRow q
-    q.codes, q.scales, q.zero_points, q.group, q.packed, q.in_range = scratch, &scale, NULL, x.n, False, True
+    q.codes, q.scales, q.zero_points, q.minimums = scratch, &scale, NULL, NULL
+    q.group, q.packed, q.in_range = x.n, False, True
     if group:
         quantize_span(x, &q, 0, x.n, 127)
         table.pack_group_activation_s8(scratch, a, x.n, group)
@@ -175,5 +181,6 @@ cdef inline void multiply_part(const PackedWeights* w, Py_ssize_t c, Py_ssize_t 
     if panels_of(w.table, w.n) * width >= w.table.prefetch_from:
         prefetch_distance = PREFETCH_DISTANCE
     scale_stride = panel_scales(w.table, w.k, w.group)
-    w.table.gemm_u4s8_f32(w.panels + p * width, w.scales + p * scale_stride, w.zero_points + p * scale_stride,
-                          bias, a, a_scales, out + c, w.n, m, cols, w.k, w.group, prefetch_distance)
+    w.table.gemm_u4s8_f32(w.panels + p * width, w.scales + p * scale_stride,
+                          w.offsets + p * scale_stride * offset_size(w), w.minimums, bias, a, a_scales,
+                          out + c, w.n, m, cols, w.k, w.group, prefetch_distance)

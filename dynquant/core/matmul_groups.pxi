@@ -50,7 +50,8 @@ cdef bint quantize_group_row(const Kernels* table, const Floats* x, Py_ssize_t g
     if symmetric:
         if not scale_of(x, 127, -1, scale):
             return False
-        q.codes, q.scales, q.zero_points, q.group, q.packed, q.in_range = codes, scale, NULL, x.n, False, True
+        q.codes, q.scales, q.zero_points, q.minimums = codes, scale, NULL, NULL
+        q.group, q.packed, q.in_range = x.n, False, True
         quantize_span(x, &q, 0, x.n, 127)
         shift_codes(codes, x.n)
     else:

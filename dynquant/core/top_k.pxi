@@ -56,10 +56,10 @@ cdef Py_ssize_t lay_out_part(const TopKSearch* s, uint8_t* base, TopKPart* part)
     if s.group:
         scales = panels * panel_scales(s.table, s.k, s.group)
     part.w.table, part.w.n, part.w.k, part.w.group, part.w.bias = s.table, s.block, s.k, s.group, NULL
-    part.w.int8_groups, part.w.w_sums = False, NULL
+    part.w.int8_groups, part.w.w_sums, part.w.minimums = False, NULL, False
     part.w.panels = carve(base, &at, panels * panel_bytes(s.table, s.k, s.group))
     part.w.scales = <float*> carve(base, &at, scales * <Py_ssize_t> sizeof(float))
-    part.w.zero_points = carve(base, &at, scales)
+    part.w.offsets = carve(base, &at, scales)
     part.scores = <float*> carve(base, &at, min(s.m, TILE_QUERIES) * s.block * <Py_ssize_t> sizeof(float))
     part.vector_norms = <float*> carve(base, &at, s.block * <Py_ssize_t> sizeof(float))
     part.unpacked = <int8_t*> carve(base, &at, s.k + 1)
@@ -165,7 +165,7 @@ cdef void score_tile(const TopKSearch* s, const TopKPart* part, Py_ssize_t q, Py
     if s.metric == METRIC_COSINE:
         scales = part.vector_norms
     if s.group:
-        s.table.gemm_u4s8_f32(part.w.panels, part.w.scales, part.w.zero_points, bias, a, s.factors + q,
+        s.table.gemm_u4s8_f32(part.w.panels, part.w.scales, part.w.offsets, False, bias, a, s.factors + q,
                               part.scores, s.block, count, n, s.k, s.group, 0)
         if s.metric == METRIC_COSINE:
             for r in range(count):

@@ -102,9 +102,11 @@ cdef extern from "kernels/simd/simd.h" nogil:
     enum: DQ_FOUR_K_BLOCKS
     void dq_four_k_blocks(const uint8_t* w, const uint8_t* a, dq_acc* s0, dq_acc* s1)
     enum: DQ_KEPT_ROWS
-    void dq_group_rows(const uint8_t* w, const float* scales, const uint8_t* zero_points, const uint8_t* a,
-                       const uint8_t* a_sums, Py_ssize_t stride, Py_ssize_t rows, float* acc,
-                       Py_ssize_t k_blocks, Py_ssize_t prefetch_distance)
+    dq_floats dq_group_add_minimums(dq_floats acc, dq_acc s, dq_floats minimums, float a_sum,
+                                    dq_floats scales)
+    void dq_group_rows(const uint8_t* w, const float* scales, const uint8_t* offsets, bint minimums,
+                       const uint8_t* a, const uint8_t* a_sums, Py_ssize_t stride, Py_ssize_t rows,
+                       float* acc, Py_ssize_t k_blocks, Py_ssize_t prefetch_distance)
     dq_dot_acc dq_dot_zero()
     dq_dot_acc dq_dot_step(dq_dot_acc acc, const int8_t* w, const int8_t* a)
     dq_dot_acc dq_dot_biased_step(dq_dot_acc acc, const int8_t* w, const int8_t* a)
@@ -159,6 +161,7 @@ kernels.square_error_row_f32 = square_error_row_f32
 kernels.weighted_square_error_row_f32 = weighted_square_error_row_f32
 kernels.compensate_row_f32 = compensate_row_f32
 kernels.dequantize_row_s8_f32 = dequantize_row_s8_f32
+kernels.add_to_row_f32 = add_to_row_f32
 kernels.unpack_row_s4_s8 = unpack_row_s4_s8
 kernels.shift_row_u4_s8 = shift_row_u4_s8
 kernels.column_amax_row_f32 = column_amax_row_f32

@@ -26,6 +26,13 @@ cdef inline void dequantize_span(const int8_t* codes, float scale, float* out, P
         out[i] = <float> codes[i] * scale
 
 
+# x[i] += y.
+cdef void add_to_row_f32(float* x, float y, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        x[i] += y
+
+
 # packed (ceil(n / 2),) -> codes (n,), each nibble sign-extended, the low nibble first.
 cdef void unpack_row_s4_s8(const uint8_t* packed, int8_t* codes, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i

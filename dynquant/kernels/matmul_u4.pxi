@@ -1,15 +1,16 @@
-# The exact integer product of 4-bit weights, with a scale and a zero point for each group of k, and int8
-# activations.
+# The exact integer product of 4-bit weights, with a scale and an offset for each group of k, and int8
+# activations. An offset is a zero point, a byte, for the value (code - zero_point) * scale; or, with
+# `minimums`, a float, for the value code * scale + minimum. Kernels take either as bytes.
 #
 # A panel holds the codes 0..15 of PANEL = 2 * DQ_LANES outputs, k-block after k-block. A k-block is
 # DQ_K_BLOCK = 8 k: four bytes for each output, the even k in the low nibbles. Each group starts a k-block.
-# Padding outputs and the padding at the end of a group are zero. Scales and zero points lie outside the
-# panel, those of PANEL outputs next to each other for each group. So a product with a single row reads three
+# Padding outputs and the padding at the end of a group are zero. Scales and offsets lie outside the panel,
+# those of PANEL outputs next to each other for each group. So a product with a single row reads three
 # streams, each from start to end, at the speed of memory; with scales at the end of each panel it took half
 # as long again, because the prefetcher had to find each of them anew.
 #
 # Activations lie row by row, each in group_activation_bytes: the codes in the same k-blocks, the four even k
-# first; then their float32 sums, one for each chunk of at most EXACT_K k of a group. A zero point then costs
+# first; then their float32 sums, one for each chunk of at most EXACT_K k of a group. An offset then costs
 # one product with such a sum for each group.
 cdef enum:
     EXACT_K = 1 << 13
@@ -82,35 +83,52 @@ cdef inline void pack_group(const uint8_t* w, Py_ssize_t start, Py_ssize_t n, ui
         j += 1
 
 
-# w (rows, ceil(k / 2)) packed codes, rows <= PANEL, scales and zero_points (rows, groups) -> panel,
-# group_panel_bytes, panel_scales and panel_zero_points (groups, PANEL). Where zero_points is NULL the codes
-# are symmetric, in two's complement: 8 is added, which makes 8 their zero point.
-cdef void pack_panel_u4(const uint8_t* w, const float* scales, const uint8_t* zero_points, Py_ssize_t rows,
-                        uint8_t* panel, float* panel_scales, uint8_t* panel_zero_points, Py_ssize_t k,
-                        Py_ssize_t group) noexcept nogil:
-    cdef Py_ssize_t groups = groups_of(k, group), r, g, start = 0, n
+# Bytes of the offsets of a group of a panel.
+cdef inline Py_ssize_t offsets_bytes(bint minimums) noexcept nogil:
+    return PANEL * (<Py_ssize_t> sizeof(float) if minimums else 1)
+
+
+# w (rows, ceil(k / 2)) packed codes, rows <= PANEL, scales and offsets (rows, groups) -> panel,
+# group_panel_bytes, panel_scales and panel_offsets (groups, PANEL). Where offsets is NULL the codes are
+# symmetric, in two's complement: 8 is added, which makes 8 their zero point.
+cdef void pack_panel_u4(const uint8_t* w, const float* scales, const uint8_t* offsets, bint minimums,
+                        Py_ssize_t rows, uint8_t* panel, float* panel_scales, uint8_t* panel_offsets,
+                        Py_ssize_t k, Py_ssize_t group) noexcept nogil:
+    cdef Py_ssize_t groups = groups_of(k, group), width = offsets_bytes(minimums), r, g, start = 0, n
     # Where no group ends inside a k-block, the row is one sequence of k-blocks. It is moved in parts, so that
     # the lines of the panel which they touch stay in L1.
     cdef Py_ssize_t span = group if group % DQ_K_BLOCK else 64 * DQ_K_BLOCK
     memset(panel, 0, group_panel_bytes(k, group))
     memset(panel_scales, 0, groups * PANEL * sizeof(float))
-    memset(panel_zero_points, 0, groups * PANEL)
+    memset(panel_offsets, 0, groups * width)
     while start < k:
         n = group_len(start, k, span)
         for r in range(rows):
-            pack_group(w + r * ((k + 1) // 2), start, n, 0 if zero_points != NULL else 0x88,
+            pack_group(w + r * ((k + 1) // 2), start, n, 0 if offsets != NULL else 0x88,
                        panel + 4 * (start // span * k_blocks_of(span) * PANEL + r))
         start += n
     for g in range(groups):
         for r in range(rows):
             panel_scales[g * PANEL + r] = scales[r * groups + g]
-            panel_zero_points[g * PANEL + r] = 8 if zero_points == NULL else zero_points[r * groups + g]
+            if offsets == NULL:
+                panel_offsets[g * PANEL + r] = 8
+            else:
+                move_offset(panel_offsets, g * PANEL + r, offsets, r * groups + g, minimums)
+
+
+# Offset `to` of x becomes offset `source` of y.
+cdef inline void move_offset(uint8_t* x, Py_ssize_t to, const uint8_t* y, Py_ssize_t source,
+                             bint minimums) noexcept nogil:
+    if minimums:
+        memcpy(x + 4 * to, y + 4 * source, 4)
+    else:
+        x[to] = y[source]
 
 
 # The inverse of pack_panel_u4.
-cdef void unpack_panel_u4(const uint8_t* panel, const float* panel_scales, const uint8_t* panel_zero_points,
-                          uint8_t* w, float* scales, uint8_t* zero_points, Py_ssize_t rows, Py_ssize_t k,
-                          Py_ssize_t group) noexcept nogil:
+cdef void unpack_panel_u4(const uint8_t* panel, const float* panel_scales, const uint8_t* panel_offsets,
+                          bint minimums, uint8_t* w, float* scales, uint8_t* offsets, Py_ssize_t rows,
+                          Py_ssize_t k, Py_ssize_t group) noexcept nogil:
     cdef Py_ssize_t groups = groups_of(k, group), bytes = (k + 1) // 2, r, g, i, n
     cdef const uint8_t* k_block
     cdef uint8_t code
@@ -121,11 +139,11 @@ cdef void unpack_panel_u4(const uint8_t* panel, const float* panel_scales, const
             n = group_len(g * group, k, group)
             for i in range(n):
                 code = nibble(k_block + 4 * PANEL * (i // DQ_K_BLOCK), i % DQ_K_BLOCK)
-                code ^= 8 if zero_points == NULL else 0
+                code ^= 8 if offsets == NULL else 0
                 w[r * bytes + (g * group + i) // 2] |= <uint8_t> (code << (4 * ((g * group + i) & 1)))
             scales[r * groups + g] = panel_scales[g * PANEL + r]
-            if zero_points != NULL:
-                zero_points[r * groups + g] = panel_zero_points[g * PANEL + r]
+            if offsets != NULL:
+                move_offset(offsets, r * groups + g, panel_offsets, g * PANEL + r, minimums)
 
 
 # codes (k,) in [-127, 127] -> a, group_activation_bytes.
@@ -206,20 +224,35 @@ cdef inline void group_gemv(const uint8_t* w, const uint8_t* a, dq_acc* s0, dq_a
         s0[0], s1[0] = dq_acc_add16(s0[0], p0), dq_acc_add16(s1[0], p1)
 
 
+# The offsets of DQ_LANES outputs, of the first or the second half of a panel.
+cdef inline dq_floats offsets_load(const uint8_t* offsets, Py_ssize_t half, bint minimums) noexcept nogil:
+    if minimums:
+        return dq_floats_load(<const float*> offsets + half * DQ_LANES)
+    return dq_zero_points_load(offsets + half * DQ_LANES)
+
+
+# The end of a group, as dq_group_add and dq_group_add_minimums have it.
+cdef inline dq_floats group_add(dq_floats acc, dq_acc s, dq_floats offsets, float a_sum, dq_floats scales,
+                                bint minimums) noexcept nogil:
+    if minimums:
+        return dq_group_add_minimums(acc, s, offsets, a_sum, scales)
+    return dq_group_add(acc, s, offsets, a_sum, scales)
+
+
 cdef inline void add_group(float* acc, dq_acc s0, dq_acc s1, dq_floats z0, dq_floats z1, float a_sum,
-                           const float* scales) noexcept nogil:
-    dq_floats_store(acc, dq_group_add(dq_floats_load(acc), s0, z0, a_sum, dq_floats_load(scales)))
-    dq_floats_store(acc + DQ_LANES, dq_group_add(dq_floats_load(acc + DQ_LANES), s1, z1, a_sum,
-                                                 dq_floats_load(scales + DQ_LANES)))
+                           const float* scales, bint minimums) noexcept nogil:
+    dq_floats_store(acc, group_add(dq_floats_load(acc), s0, z0, a_sum, dq_floats_load(scales), minimums))
+    dq_floats_store(acc + DQ_LANES, group_add(dq_floats_load(acc + DQ_LANES), s1, z1, a_sum,
+                                              dq_floats_load(scales + DQ_LANES), minimums))
 
 
 # acc (4, PANEL) += one group of four rows, whose sums of activations are a_sums, as dq_group_add does it. The
 # codes of the next panel, `prefetch_distance` bytes ahead, are prefetched. Accumulators have names as in
 # microkernel_4.
-cdef inline void group_microkernel_4(const uint8_t* w, const float* scales, const uint8_t* zero_points,
+cdef inline void group_microkernel_4(const uint8_t* w, const float* scales, const uint8_t* offsets,
                                      const uint8_t* a0, const uint8_t* a1, const uint8_t* a2,
                                      const uint8_t* a3, const float* a_sums, float* acc, Py_ssize_t k_blocks,
-                                     Py_ssize_t prefetch_distance) noexcept nogil:
+                                     Py_ssize_t prefetch_distance, bint minimums) noexcept nogil:
     cdef dq_acc s00 = dq_acc_zero(), s01 = s00, s10 = s00, s11 = s00, s20 = s00, s21 = s00, s30 = s00
     cdef dq_acc s31 = s00
     cdef dq_acc16 p00, p01, p10, p11, p20, p21, p30, p31
@@ -251,17 +284,17 @@ cdef inline void group_microkernel_4(const uint8_t* w, const float* scales, cons
         s20, s21 = dq_acc_add16(s20, p20), dq_acc_add16(s21, p21)
         s30, s31 = dq_acc_add16(s30, p30), dq_acc_add16(s31, p31)
         start += n
-    z0, z1 = dq_zero_points_load(zero_points), dq_zero_points_load(zero_points + DQ_LANES)
-    add_group(acc, s00, s01, z0, z1, a_sums[0], scales)
-    add_group(acc + PANEL, s10, s11, z0, z1, a_sums[1], scales)
-    add_group(acc + 2 * PANEL, s20, s21, z0, z1, a_sums[2], scales)
-    add_group(acc + 3 * PANEL, s30, s31, z0, z1, a_sums[3], scales)
+    z0, z1 = offsets_load(offsets, 0, minimums), offsets_load(offsets, 1, minimums)
+    add_group(acc, s00, s01, z0, z1, a_sums[0], scales, minimums)
+    add_group(acc + PANEL, s10, s11, z0, z1, a_sums[1], scales, minimums)
+    add_group(acc + 2 * PANEL, s20, s21, z0, z1, a_sums[2], scales, minimums)
+    add_group(acc + 3 * PANEL, s30, s31, z0, z1, a_sums[3], scales, minimums)
 
 
 # acc (PANEL,) = all groups, of at most EXACT_K k, of one row, added up in ascending order.
-cdef inline void short_groups_gemv(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
+cdef inline void short_groups_gemv(const uint8_t* panel, const float* scales, const uint8_t* offsets,
                                    const uint8_t* a, float* acc, Py_ssize_t k, Py_ssize_t group,
-                                   Py_ssize_t prefetch_distance) noexcept nogil:
+                                   Py_ssize_t prefetch_distance, bint minimums) noexcept nogil:
     cdef const float* a_sums = <const float*> (a + DQ_K_BLOCK * k_blocks_of_row(k, group))
     cdef dq_acc s0, s1
     cdef dq_floats acc0, acc1
@@ -271,14 +304,15 @@ cdef inline void short_groups_gemv(const uint8_t* panel, const float* scales, co
     while start < k:
         k_blocks = k_blocks_of(group_len(start, k, group))
         group_gemv(panel, a, &s0, &s1, k_blocks, prefetch_distance)
-        acc0 = dq_group_add(acc0, s0, dq_zero_points_load(zero_points), a_sums[0], dq_floats_load(scales))
-        acc1 = dq_group_add(acc1, s1, dq_zero_points_load(zero_points + DQ_LANES), a_sums[0],
-                            dq_floats_load(scales + DQ_LANES))
+        acc0 = group_add(acc0, s0, offsets_load(offsets, 0, minimums), a_sums[0], dq_floats_load(scales),
+                         minimums)
+        acc1 = group_add(acc1, s1, offsets_load(offsets, 1, minimums), a_sums[0],
+                         dq_floats_load(scales + DQ_LANES), minimums)
         panel += 4 * PANEL * k_blocks
         a += DQ_K_BLOCK * k_blocks
         a_sums += 1
         scales += PANEL
-        zero_points += PANEL
+        offsets += offsets_bytes(minimums)
         start += group
     dq_floats_store(acc, acc0)
     dq_floats_store(acc + DQ_LANES, acc1)
@@ -286,9 +320,9 @@ cdef inline void short_groups_gemv(const uint8_t* panel, const float* scales, co
 
 # acc (rows, PANEL) = the same for 2 to 4 rows of a. Two and three rows take the microkernel of four, with the
 # last row repeated.
-cdef inline void short_groups_4_rows(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
+cdef inline void short_groups_4_rows(const uint8_t* panel, const float* scales, const uint8_t* offsets,
                                      const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows, float* acc,
-                                     Py_ssize_t k, Py_ssize_t group) noexcept nogil:
+                                     Py_ssize_t k, Py_ssize_t group, bint minimums) noexcept nogil:
     cdef Py_ssize_t sums_at = DQ_K_BLOCK * k_blocks_of_row(k, group), g, k_blocks = k_blocks_of(group), at = 0
     cdef Py_ssize_t groups = groups_of(k, group)
     cdef const uint8_t* a1 = a + stride
@@ -303,12 +337,12 @@ cdef inline void short_groups_4_rows(const uint8_t* panel, const float* scales, 
         a_sums[1] = (<const float*> (a1 + sums_at))[g]
         a_sums[2] = (<const float*> (a2 + sums_at))[g]
         a_sums[3] = (<const float*> (a3 + sums_at))[g]
-        group_microkernel_4(panel, scales, zero_points, a + at, a1 + at, a2 + at, a3 + at, a_sums, acc,
-                            k_blocks, 4 * PANEL * k_blocks_of_row(k, group))
+        group_microkernel_4(panel, scales, offsets, a + at, a1 + at, a2 + at, a3 + at, a_sums, acc, k_blocks,
+                            4 * PANEL * k_blocks_of_row(k, group), minimums)
         panel += 4 * PANEL * k_blocks
         at += DQ_K_BLOCK * k_blocks
         scales += PANEL
-        zero_points += PANEL
+        offsets += offsets_bytes(minimums)
 
 
 # Whether products of two rows and more keep the codes of a k-block of a group in registers.
@@ -317,21 +351,21 @@ cdef inline bint keeps_weights(Py_ssize_t k, Py_ssize_t group) noexcept nogil:
 
 
 # acc (rows, PANEL) = the same for rows <= DQ_KEPT_ROWS rows of a, where keeps_weights.
-cdef inline void short_groups_kept(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
+cdef inline void short_groups_kept(const uint8_t* panel, const float* scales, const uint8_t* offsets,
                                    const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows, float* acc,
-                                   Py_ssize_t k, Py_ssize_t group) noexcept nogil:
+                                   Py_ssize_t k, Py_ssize_t group, bint minimums) noexcept nogil:
     cdef const uint8_t* a_sums = a + k
     cdef Py_ssize_t start = 0, n
     memset(acc, 0, rows * PANEL * sizeof(float))
     while start < k:
         n = group_len(start, k, group)
-        dq_group_rows(panel, scales, zero_points, a, a_sums, stride, rows, acc, n // DQ_K_BLOCK,
+        dq_group_rows(panel, scales, offsets, minimums, a, a_sums, stride, rows, acc, n // DQ_K_BLOCK,
                       group_panel_bytes(k, group))
         panel += n // 2 * PANEL
         a += n
         a_sums += sizeof(float)
         scales += PANEL
-        zero_points += PANEL
+        offsets += offsets_bytes(minimums)
         start += n
 
 
@@ -359,27 +393,27 @@ cdef inline Py_ssize_t parts_of(Py_ssize_t rows) noexcept nogil:
 
 
 # acc (PANEL,) += `count` groups of one row, in ascending order; sums as add_group_tiles has them.
-cdef inline void add_groups(float* acc, const int32_t* sums, const float* scales, const float* zero_points,
-                            const float* a_sums, Py_ssize_t count) noexcept nogil:
+cdef inline void add_groups(float* acc, const int32_t* sums, const float* scales, const float* offsets,
+                            const float* a_sums, Py_ssize_t count, bint minimums) noexcept nogil:
     cdef dq_floats acc0 = dq_floats_load(acc), acc1 = dq_floats_load(acc + DQ_LANES)
     cdef Py_ssize_t g
     for g in range(count):
-        acc0 = dq_group_add(acc0, dq_acc_load(sums), dq_floats_load(zero_points), a_sums[g],
-                            dq_floats_load(scales))
-        acc1 = dq_group_add(acc1, dq_acc_load(sums + DQ_LANES), dq_floats_load(zero_points + DQ_LANES),
-                            a_sums[g], dq_floats_load(scales + DQ_LANES))
+        acc0 = group_add(acc0, dq_acc_load(sums), dq_floats_load(offsets), a_sums[g], dq_floats_load(scales),
+                         minimums)
+        acc1 = group_add(acc1, dq_acc_load(sums + DQ_LANES), dq_floats_load(offsets + DQ_LANES), a_sums[g],
+                         dq_floats_load(scales + DQ_LANES), minimums)
         sums += DQ_TILE_ROWS * PANEL
         scales += PANEL
-        zero_points += PANEL
+        offsets += PANEL
     dq_floats_store(acc, acc0)
     dq_floats_store(acc + DQ_LANES, acc1)
 
 
 # acc (rows, PANEL) += `count` groups of `k_blocks` k-blocks each, together at most TILE_K_BLOCKS.
-cdef inline void add_group_tiles(const uint8_t* panel, const float* scales, const float* zero_points,
+cdef inline void add_group_tiles(const uint8_t* panel, const float* scales, const float* offsets,
                                  const uint8_t* a, const uint8_t* a_sums, Py_ssize_t stride, Py_ssize_t rows,
-                                 float* acc, Py_ssize_t k_blocks, Py_ssize_t count,
-                                 int tile_k_steps) noexcept nogil:
+                                 float* acc, Py_ssize_t k_blocks, Py_ssize_t count, int tile_k_steps,
+                                 bint minimums) noexcept nogil:
     cdef uint8_t k_steps[TILE_K_BLOCKS * 8 * PANEL]
     cdef int32_t sums[BATCH * DQ_TILE_ROWS * PANEL]
     cdef Py_ssize_t i, g, r, start, end
@@ -391,15 +425,15 @@ cdef inline void add_group_tiles(const uint8_t* panel, const float* scales, cons
                      stride, end - start, sums + g * DQ_TILE_ROWS * PANEL, GROUP_STEPS * k_blocks,
                      tile_k_steps, False)
         for r in range(start, end):
-            add_groups(acc + r * PANEL, sums + (r - start) * PANEL, scales, zero_points,
-                       <const float*> (a_sums + r * stride), count)
+            add_groups(acc + r * PANEL, sums + (r - start) * PANEL, scales, offsets,
+                       <const float*> (a_sums + r * stride), count, minimums)
 
 
 # The same for one group of more than TILE_K_BLOCKS k-blocks.
-cdef inline void add_long_group_tiles(const uint8_t* panel, const float* scales, const float* zero_points,
+cdef inline void add_long_group_tiles(const uint8_t* panel, const float* scales, const float* offsets,
                                       const uint8_t* a, const uint8_t* a_sums, Py_ssize_t stride,
-                                      Py_ssize_t rows, float* acc, Py_ssize_t k_blocks,
-                                      int tile_k_steps) noexcept nogil:
+                                      Py_ssize_t rows, float* acc, Py_ssize_t k_blocks, int tile_k_steps,
+                                      bint minimums) noexcept nogil:
     cdef uint8_t k_steps[TILE_K_BLOCKS * 8 * PANEL]
     cdef int32_t sums[BATCH_ROWS * PANEL]
     cdef Py_ssize_t done = 0, n, i, r, start
@@ -412,17 +446,18 @@ cdef inline void add_long_group_tiles(const uint8_t* panel, const float* scales,
                      sums + start * PANEL, GROUP_STEPS * n, tile_k_steps, done > 0)
         done += n
     for r in range(rows):
-        add_groups(acc + r * PANEL, sums + r * PANEL, scales, zero_points,
-                   <const float*> (a_sums + r * stride), 1)
+        add_groups(acc + r * PANEL, sums + r * PANEL, scales, offsets,
+                   <const float*> (a_sums + r * stride), 1, minimums)
 
 
 # acc (rows, PANEL) = the same by tiles, for DQ_GROUP_TILES_FROM <= rows <= BATCH_ROWS rows of a. Codes are
 # unpacked once for all rows, and of BATCH short groups together: what was just written is slow to load as a
 # tile. More groups would not fit L1 beside everything else.
-cdef inline void short_groups_tiles(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
+cdef inline void short_groups_tiles(const uint8_t* panel, const float* scales, const uint8_t* offsets,
                                     const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows, float* acc,
-                                    Py_ssize_t k, Py_ssize_t group, int tile_k_steps) noexcept nogil:
-    cdef float zeros[BATCH * PANEL]
+                                    Py_ssize_t k, Py_ssize_t group, int tile_k_steps,
+                                    bint minimums) noexcept nogil:
+    cdef float floats[BATCH * PANEL]  # the offsets
     cdef const uint8_t* a_sums = a + DQ_K_BLOCK * k_blocks_of_row(k, group)
     cdef Py_ssize_t start = 0, k_blocks, count, i
     memset(acc, 0, rows * PANEL * sizeof(float))
@@ -430,27 +465,34 @@ cdef inline void short_groups_tiles(const uint8_t* panel, const float* scales, c
         k_blocks = k_blocks_of(group_len(start, k, group))
         count = BATCH if BATCH * k_blocks <= TILE_K_BLOCKS and BATCH * group <= k - start else 1
         for i in range(count * PANEL):
-            zeros[i] = zero_points[i]
+            floats[i] = (<const float*> offsets)[i] if minimums else offsets[i]
         if k_blocks <= TILE_K_BLOCKS:
-            add_group_tiles(panel, scales, zeros, a, a_sums, stride, rows, acc, k_blocks, count, tile_k_steps)
+            add_group_tiles(panel, scales, floats, a, a_sums, stride, rows, acc, k_blocks, count,
+                            tile_k_steps, minimums)
         else:
-            add_long_group_tiles(panel, scales, zeros, a, a_sums, stride, rows, acc, k_blocks, tile_k_steps)
+            add_long_group_tiles(panel, scales, floats, a, a_sums, stride, rows, acc, k_blocks, tile_k_steps,
+                                 minimums)
         panel += 4 * PANEL * k_blocks * count
         a += DQ_K_BLOCK * k_blocks * count
         a_sums += count * <Py_ssize_t> sizeof(float)
         scales += PANEL * count
-        zero_points += PANEL * count
+        offsets += offsets_bytes(minimums) * count
         start += group * count
 
 
 # The same for groups of more than EXACT_K k, one row at a time. A sum over EXACT_K k is exact as a float. It
-# is converted to an integer, and the sum of its group is rounded to a float once.
-cdef inline void long_groups(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
-                             const uint8_t* a, float* acc, Py_ssize_t k, Py_ssize_t group) noexcept nogil:
+# is converted to an integer, and the sum of its group is rounded to a float once; with minimums so is the sum
+# of its activations.
+cdef inline void long_groups(const uint8_t* panel, const float* scales, const uint8_t* offsets,
+                             const uint8_t* a, float* acc, Py_ssize_t k, Py_ssize_t group,
+                             bint minimums) noexcept nogil:
     cdef const float* a_sums = <const float*> (a + DQ_K_BLOCK * k_blocks_of_row(k, group))
     cdef float ones[PANEL]
     cdef float block[PANEL]
+    cdef float total
     cdef int64_t sums[PANEL]
+    cdef int64_t a_sum
+    cdef dq_floats z0, z1
     cdef dq_acc s0, s1
     cdef Py_ssize_t start = 0, n, b, c, k_blocks
     for c in range(PANEL):
@@ -459,21 +501,30 @@ cdef inline void long_groups(const uint8_t* panel, const float* scales, const ui
     while start < k:
         n = group_len(start, k, group)
         memset(sums, 0, sizeof(sums))
+        memset(block, 0, sizeof(block))
+        a_sum = 0
+        # A zero point comes off in each part, a minimum is added at the end.
+        z0 = z1 = dq_floats_load(block)
+        if not minimums:
+            z0, z1 = offsets_load(offsets, 0, False), offsets_load(offsets, 1, False)
         for b in range(blocks_of(n)):
             k_blocks = k_blocks_of(exact_len(b, n))
             memset(block, 0, sizeof(block))
             group_gemv(panel, a, &s0, &s1, k_blocks, 0)
-            add_group(block, s0, s1, dq_zero_points_load(zero_points),
-                      dq_zero_points_load(zero_points + DQ_LANES), a_sums[b], ones)
+            add_group(block, s0, s1, z0, z1, a_sums[b], ones, False)
             for c in range(PANEL):
                 sums[c] += <int64_t> block[c]
+            a_sum += <int64_t> a_sums[b]
             panel += 4 * PANEL * k_blocks
             a += DQ_K_BLOCK * k_blocks
         for c in range(PANEL):
-            acc[c] += <float> sums[c] * scales[c]
+            total = <float> sums[c] * scales[c]
+            if minimums:
+                total += (<const float*> offsets)[c] * <float> a_sum
+            acc[c] += total
         a_sums += blocks_of(group)
         scales += PANEL
-        zero_points += PANEL
+        offsets += offsets_bytes(minimums)
         start += n
 
 
@@ -490,28 +541,28 @@ cdef inline void finish_rows(const float* acc, const float* a_scales, const floa
 
 
 # One panel times m rows of activations, cols <= PANEL; by tiles of `tile_k_steps` k-steps, unless that is 0.
-cdef inline void gemm_group_panel(const uint8_t* panel, const float* scales, const uint8_t* zero_points,
+cdef inline void gemm_group_panel(const uint8_t* panel, const float* scales, const uint8_t* offsets,
                                   const float* bias, const uint8_t* a, const float* a_scales, float* out,
                                   Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t cols, Py_ssize_t k,
-                                  Py_ssize_t group, Py_ssize_t prefetch_distance,
-                                  int tile_k_steps) noexcept nogil:
+                                  Py_ssize_t group, Py_ssize_t prefetch_distance, int tile_k_steps,
+                                  bint minimums) noexcept nogil:
     cdef float acc[GROUP_ROWS * PANEL]
     cdef Py_ssize_t stride = group_activation_bytes(k, group), rows
     while m > 0:
         rows = 1
         if tile_k_steps:
             rows = equal_part(m, BATCH_ROWS)
-            short_groups_tiles(panel, scales, zero_points, a, stride, rows, acc, k, group, tile_k_steps)
+            short_groups_tiles(panel, scales, offsets, a, stride, rows, acc, k, group, tile_k_steps, minimums)
         elif group > EXACT_K:
-            long_groups(panel, scales, zero_points, a, acc, k, group)
+            long_groups(panel, scales, offsets, a, acc, k, group, minimums)
         elif m == 1:
-            short_groups_gemv(panel, scales, zero_points, a, acc, k, group, prefetch_distance)
+            short_groups_gemv(panel, scales, offsets, a, acc, k, group, prefetch_distance, minimums)
         elif keeps_weights(k, group):
             rows = equal_part(m, DQ_KEPT_ROWS)
-            short_groups_kept(panel, scales, zero_points, a, stride, rows, acc, k, group)
+            short_groups_kept(panel, scales, offsets, a, stride, rows, acc, k, group, minimums)
         else:
             rows = m if m < ROWS else ROWS
-            short_groups_4_rows(panel, scales, zero_points, a, stride, rows, acc, k, group)
+            short_groups_4_rows(panel, scales, offsets, a, stride, rows, acc, k, group, minimums)
         finish_rows(acc, a_scales, bias, out, out_stride, rows, cols)
         a += rows * stride
         a_scales += rows
@@ -519,28 +570,42 @@ cdef inline void gemm_group_panel(const uint8_t* panel, const float* scales, con
         m -= rows
 
 
-# The panels of n outputs times m rows of activations: out[r][c] = acc * a_scales[r] + bias[c], rows of out at
-# a distance of `out_stride`, where acc is the float32 sum over the groups, in ascending order and from 0, of
-# float32(exact sum of (code - zero_point) * a) * scale. No bias where it is NULL. Codes for a single row are
-# prefetched `prefetch_distance` bytes ahead, unless that is 0.
-cdef void gemm_u4s8_f32(const uint8_t* panels, const float* scales, const uint8_t* zero_points,
-                        const float* bias, const uint8_t* a, const float* a_scales, float* out,
-                        Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group,
-                        Py_ssize_t prefetch_distance) noexcept nogil:
-    cdef Py_ssize_t scale_stride = groups_of(k, group) * PANEL, cols
+# gemm_u4s8_f32 for one kind of offsets, for which it is compiled by itself.
+cdef inline void gemm_offsets(const uint8_t* panels, const float* scales, const uint8_t* offsets,
+                              bint minimums, const float* bias, const uint8_t* a, const float* a_scales,
+                              float* out, Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
+                              Py_ssize_t group, Py_ssize_t prefetch_distance) noexcept nogil:
+    cdef Py_ssize_t groups = groups_of(k, group), cols
     cdef int tile_k_steps = tile_k_steps_of(m, k, group)
     if tile_k_steps:
         dq_tiles_begin(m if m < TILE else TILE, tile_k_steps)
     while n > 0:
         cols = n if n < PANEL else PANEL
-        gemm_group_panel(panels, scales, zero_points, bias, a, a_scales, out, out_stride, m, cols, k, group,
-                         prefetch_distance, tile_k_steps)
+        gemm_group_panel(panels, scales, offsets, bias, a, a_scales, out, out_stride, m, cols, k, group,
+                         prefetch_distance, tile_k_steps, minimums)
         panels += group_panel_bytes(k, group)
-        scales += scale_stride
-        zero_points += scale_stride
+        scales += groups * PANEL
+        offsets += groups * offsets_bytes(minimums)
         if bias != NULL:
             bias += cols
         out += cols
         n -= cols
     if tile_k_steps:
         dq_tiles_end()
+
+
+# The panels of n outputs times m rows of activations: out[r][c] = acc * a_scales[r] + bias[c], rows of out at
+# a distance of `out_stride`, where acc is the float32 sum over the groups, in ascending order and from 0, of
+# float32(exact sum of (code - zero_point) * a) * scale, or with `minimums` of float32(exact sum of code * a)
+# * scale + minimum * float32(exact sum of a). No bias where it is NULL. Codes for a single row are prefetched
+# `prefetch_distance` bytes ahead, unless that is 0.
+cdef void gemm_u4s8_f32(const uint8_t* panels, const float* scales, const uint8_t* offsets, bint minimums,
+                        const float* bias, const uint8_t* a, const float* a_scales, float* out,
+                        Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group,
+                        Py_ssize_t prefetch_distance) noexcept nogil:
+    if minimums:
+        gemm_offsets(panels, scales, offsets, True, bias, a, a_scales, out, out_stride, m, n, k, group,
+                     prefetch_distance)
+    else:
+        gemm_offsets(panels, scales, offsets, False, bias, a, a_scales, out, out_stride, m, n, k, group,
+                     prefetch_distance)

@@ -701,14 +701,14 @@ static void groups(void) {
     if (k % 2)
         for (int64_t r = 0; r < rows; r++) w[r * bytes + bytes - 1] &= 15;
     for (int64_t i = 0; i < rows * count; i++) zeros[i] = more_noise() % 16;
-    kernels->pack_panel_u4(w, scales, symmetric ? NULL : zeros, rows, panel, panel_scales, panel_zeros, k, group);
-    kernels->unpack_panel_u4(panel, panel_scales, panel_zeros, w_back, scales_back, symmetric ? NULL : zeros_back, rows,
-                             k, group);
+    kernels->pack_panel_u4(w, scales, symmetric ? NULL : zeros, 0, rows, panel, panel_scales, panel_zeros, k, group);
+    kernels->unpack_panel_u4(panel, panel_scales, panel_zeros, 0, w_back, scales_back, symmetric ? NULL : zeros_back,
+                             rows, k, group);
     same("weights", w_back, w, rows * bytes);
     same_floats("scales", scales_back, scales, rows * count);
     if (!symmetric) same("zero points", zeros_back, zeros, rows * count);
     for (int64_t r = 0; r < m; r++) kernels->pack_group_activation_s8(codes + r * k, a + r * width, k, group);
-    kernels->gemm_u4s8_f32(panel, panel_scales, panel_zeros, bias, a, a_scales, out, stride, m, rows, k, group,
+    kernels->gemm_u4s8_f32(panel, panel_scales, panel_zeros, 0, bias, a, a_scales, out, stride, m, rows, k, group,
                            take(1) % 2 * 8192);
     for (int64_t r = 0; r < m; r++)
         for (int64_t c = 0; c < rows; c++) {
@@ -820,7 +820,8 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     core = PyImport_ImportModule("dynquant._core");
     isa = PyImport_ImportModule("dynquant._isa");
     if (dq != NULL && core != NULL && isa != NULL) {
-        PyObject *names = PyRun_String("[_table(i) for i in _core.isas_built() if i in _core.isas_supported()]",
+        PyObject *names = PyRun_String("[_table(i) for i in _core.isas_built() if i in _core.isas_supported()"
+                                       " and (i != 'amx' or _core.permit_amx())]",
                                        Py_eval_input, PyModule_GetDict(isa), NULL);
         set_table = PyObject_GetAttrString(core, "set_table");
         tables = names;

@@ -205,8 +205,13 @@ def w8a8_matmul(weight, weight_scales, x, bias=None):
     return y if bias is None else y + floats(bias)
 
 
-def w4a8_matmul(codes, scales, zero_points, size, x, bias=None):
-    """`codes` (N, K), less `zero_points` (N, groups) if given; `x` (M, K), quantized row by row."""
+def w4a8_matmul(codes, scales, offsets, size, x, bias=None):
+    """`codes` (N, K); `x` (M, K), quantized row by row.
+
+    `offsets` (N, groups) are integer zero points, or float32 minimums, or None.
+    """
+    minimums = None if offsets is None or offsets.dtype != F32 else offsets
+    zero_points = offsets if minimums is None else None
     a, a_scales = quantize(x, per_row=True)
     total = np.zeros((len(x), len(codes)), F32)
     for g, (w, part) in enumerate(zip(groups(codes, size), groups(a, size), strict=True)):
@@ -214,7 +219,12 @@ def w4a8_matmul(codes, scales, zero_points, size, x, bias=None):
         # Products of integers added up in float64 are exact below 2**53.
         sums = part.astype(np.float64) @ w.T
         with np.errstate(over="ignore", under="ignore"):
-            total = total + sums.astype(F32) * scales[:, g]
+            part_total = sums.astype(F32) * scales[:, g]
+            if minimums is not None:
+                part_total = (
+                    part_total + minimums[:, g] * part.sum(axis=1, dtype=np.int64).astype(F32)[:, None]
+                )
+            total = total + part_total
     with np.errstate(over="ignore", under="ignore"):
         y = total * a_scales[:, None]
     return y if bias is None else y + floats(bias)

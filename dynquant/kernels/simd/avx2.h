@@ -239,6 +239,11 @@ static inline dq_floats dq_group_add(dq_floats acc, dq_acc s, dq_floats zero_poi
     const __m256 sum = _mm256_fnmadd_ps(zero_points, _mm256_set1_ps(a_sum), _mm256_cvtepi32_ps(s));
     return _mm256_add_ps(acc, _mm256_mul_ps(sum, scales));
 }
+static inline dq_floats dq_group_add_minimums(dq_floats acc, dq_acc s, dq_floats minimums, float a_sum,
+                                              dq_floats scales) {
+    const __m256 sum = _mm256_mul_ps(_mm256_cvtepi32_ps(s), scales);
+    return _mm256_add_ps(acc, _mm256_add_ps(sum, _mm256_mul_ps(minimums, _mm256_set1_ps(a_sum))));
+}
 #endif
 
 #if !defined(__AVX512BW__) && !defined(__AVXVNNI__)

@@ -46,8 +46,8 @@ DQ_INLINE dq_weights_16 dq_codes_16(const uint8_t* w) {
 /* acc32 (rows, 16) = or with `add` += four k-blocks, or with `end` both go to the float acc. A lane of part is the
    sum of 8 pairs of at most 2 * 15 * 127 = 3,810 when it ends: 30,480 < 2**15. */
 DQ_INLINE void dq_group_span(const uint8_t* w, const uint8_t* a, ptrdiff_t stride, ptrdiff_t rows, int16_t* part,
-                             int32_t* acc32, int add, int end, const float* scales, const uint8_t* zero_points,
-                             const uint8_t* a_sums, float* acc) {
+                             int32_t* acc32, int add, int end, const float* scales, const uint8_t* offsets,
+                             int minimums, const uint8_t* a_sums, float* acc) {
     const dq_weights_16 first = dq_codes_16(w);
     DQ_UNROLL_2
     for (ptrdiff_t r = 0; r < rows; r++) {
@@ -57,7 +57,8 @@ DQ_INLINE void dq_group_span(const uint8_t* w, const uint8_t* a, ptrdiff_t strid
         _mm256_storeu_si256((__m256i*)(part + 32 * r + 16), t);
     }
     const dq_weights_16 second = dq_codes_16(w + 128);
-    const dq_floats z0 = dq_zero_points_load(zero_points), z1 = dq_zero_points_load(zero_points + 8);
+    const dq_floats z0 = minimums ? dq_floats_load((const float*)offsets) : dq_zero_points_load(offsets);
+    const dq_floats z1 = minimums ? dq_floats_load((const float*)offsets + 8) : dq_zero_points_load(offsets + 8);
     const dq_floats scales0 = dq_floats_load(scales), scales1 = dq_floats_load(scales + 8);
     DQ_UNROLL_2
     for (ptrdiff_t r = 0; r < rows; r++) {
@@ -71,8 +72,11 @@ DQ_INLINE void dq_group_span(const uint8_t* w, const uint8_t* a, ptrdiff_t strid
         if (end) {
             float a_sum;
             memcpy(&a_sum, a_sums + r * stride, sizeof a_sum);
-            dq_floats_store(out, dq_group_add(dq_floats_load(out), s, z0, a_sum, scales0));
-            dq_floats_store(out + 8, dq_group_add(dq_floats_load(out + 8), t, z1, a_sum, scales1));
+            const dq_floats x = dq_floats_load(out), y = dq_floats_load(out + 8);
+            dq_floats_store(out, minimums ? dq_group_add_minimums(x, s, z0, a_sum, scales0)
+                                          : dq_group_add(x, s, z0, a_sum, scales0));
+            dq_floats_store(out + 8, minimums ? dq_group_add_minimums(y, t, z1, a_sum, scales1)
+                                              : dq_group_add(y, t, z1, a_sum, scales1));
         } else {
             dq_acc_store(sums, s);
             dq_acc_store(sums + 8, t);
@@ -81,15 +85,15 @@ DQ_INLINE void dq_group_span(const uint8_t* w, const uint8_t* a, ptrdiff_t strid
 }
 
 #define DQ_KEPT_ROWS 32 /* more rows, each in a page of its own, would be more than the first TLB holds */
-static inline void dq_group_rows(const uint8_t* w, const float* scales, const uint8_t* zero_points, const uint8_t* a,
-                                 const uint8_t* a_sums, ptrdiff_t stride, ptrdiff_t rows, float* acc, ptrdiff_t k_blocks,
-                                 ptrdiff_t prefetch_distance) {
+DQ_INLINE void dq_group_rows(const uint8_t* w, const float* scales, const uint8_t* offsets, int minimums,
+                             const uint8_t* a, const uint8_t* a_sums, ptrdiff_t stride, ptrdiff_t rows, float* acc,
+                             ptrdiff_t k_blocks, ptrdiff_t prefetch_distance) {
     int16_t part[32 * DQ_KEPT_ROWS];
     int32_t acc32[16 * DQ_KEPT_ROWS];
     for (ptrdiff_t i = 0; i < k_blocks; i += 4, w += 256, a += 32) {
         dq_prefetch(w + prefetch_distance, 256);
 #define DQ_SPAN(add, end) \
-    dq_group_span(w, a, stride, rows, part, acc32, add, end, scales, zero_points, a_sums, acc)
+    dq_group_span(w, a, stride, rows, part, acc32, add, end, scales, offsets, minimums, a_sums, acc)
         if (k_blocks == 4) DQ_SPAN(0, 1);
         else if (i == 0) DQ_SPAN(0, 0);
         else if (i + 4 < k_blocks) DQ_SPAN(1, 0);

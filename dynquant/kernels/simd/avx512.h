@@ -184,3 +184,8 @@ static inline dq_floats dq_group_add(dq_floats acc, dq_acc s, dq_floats zero_poi
     const __m512 sum = _mm512_fnmadd_ps(zero_points, _mm512_set1_ps(a_sum), _mm512_cvtepi32_ps(s));
     return _mm512_add_ps(acc, _mm512_mul_ps(sum, scales));
 }
+static inline dq_floats dq_group_add_minimums(dq_floats acc, dq_acc s, dq_floats minimums, float a_sum,
+                                              dq_floats scales) {
+    const __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(s), scales);
+    return _mm512_add_ps(acc, _mm512_add_ps(sum, _mm512_mul_ps(minimums, _mm512_set1_ps(a_sum))));
+}

@@ -90,22 +90,21 @@ static inline void dq_four_k_blocks(const uint8_t* w, const uint8_t* a, dq_acc* 
     *s1 = (dq_acc){s02, s03};
 }
 
-#define DQ_GROUP_ADD_4(r, c) \
-    vst1q_f32(out + 4 * c, dq_group_add_4(vld1q_f32(out + 4 * c), s##r##c, z[c], a_sum, vld1q_f32(scales + 4 * c)));
-#define DQ_GROUP_ADD(r) \
+#define DQ_GROUP_ADD(r, add) \
     if (r < rows) { \
         float* out = acc + 16 * r; \
+        dq_acc s0 = {s##r##0, s##r##1}, s1 = {s##r##2, s##r##3}; \
         float a_sum; \
         memcpy(&a_sum, a_sums + r * stride, sizeof a_sum); \
-        DQ_GROUP_ADD_4(r, 0) \
-        DQ_GROUP_ADD_4(r, 1) \
-        DQ_GROUP_ADD_4(r, 2) \
-        DQ_GROUP_ADD_4(r, 3) \
+        dq_floats_store(out, add(dq_floats_load(out), s0, z0, a_sum, dq_floats_load(scales))); \
+        dq_floats_store(out + 8, add(dq_floats_load(out + 8), s1, z1, a_sum, dq_floats_load(scales + 8))); \
     }
+#define DQ_GROUP_ADD_ZERO_POINTS(r) DQ_GROUP_ADD(r, dq_group_add)
+#define DQ_GROUP_ADD_MINIMUMS(r) DQ_GROUP_ADD(r, dq_group_add_minimums)
 #define DQ_KEPT_ROWS 4
-static inline void dq_group_rows(const uint8_t* w, const float* scales, const uint8_t* zero_points, const uint8_t* a,
-                                 const uint8_t* a_sums, ptrdiff_t stride, ptrdiff_t rows, float* acc, ptrdiff_t k_blocks,
-                                 ptrdiff_t prefetch_distance) {
+static inline void dq_group_rows(const uint8_t* w, const float* scales, const uint8_t* offsets, int minimums,
+                                 const uint8_t* a, const uint8_t* a_sums, ptrdiff_t stride, ptrdiff_t rows, float* acc,
+                                 ptrdiff_t k_blocks, ptrdiff_t prefetch_distance) {
     int8x16_t even, odd;
     uint8x16_t v;
     DQ_4_ROWS(DQ_ROW_BEGIN)
@@ -115,7 +114,12 @@ static inline void dq_group_rows(const uint8_t* w, const float* scales, const ui
         DQ_K_BLOCK_STEP(0, DQ_CODES_4_ROWS)
         DQ_K_BLOCK_STEP(1, DQ_CODES_4_ROWS)
     }
-    const dq_floats z0 = dq_zero_points_load(zero_points), z1 = dq_zero_points_load(zero_points + 8);
-    const float32x4_t z[4] = {z0.low, z0.high, z1.low, z1.high};
-    DQ_4_ROWS(DQ_GROUP_ADD)
+    if (minimums) {
+        const float* floats = (const float*)offsets;
+        const dq_floats z0 = dq_floats_load(floats), z1 = dq_floats_load(floats + 8);
+        DQ_4_ROWS(DQ_GROUP_ADD_MINIMUMS)
+    } else {
+        const dq_floats z0 = dq_zero_points_load(offsets), z1 = dq_zero_points_load(offsets + 8);
+        DQ_4_ROWS(DQ_GROUP_ADD_ZERO_POINTS)
+    }
 }

@@ -273,3 +273,13 @@ static inline dq_floats dq_group_add(dq_floats acc, dq_acc s, dq_floats zero_poi
     return (dq_floats){dq_group_add_4(acc.low, s.low, zero_points.low, a_sum, scales.low),
                        dq_group_add_4(acc.high, s.high, zero_points.high, a_sum, scales.high)};
 }
+static inline float32x4_t dq_group_add_minimums_4(float32x4_t acc, int32x4_t s, float32x4_t minimums, float a_sum,
+                                                  float32x4_t scales) {
+    const float32x4_t sum = vmulq_f32(vcvtq_f32_s32(s), scales);
+    return vaddq_f32(acc, vaddq_f32(sum, vmulq_n_f32(minimums, a_sum)));
+}
+static inline dq_floats dq_group_add_minimums(dq_floats acc, dq_acc s, dq_floats minimums, float a_sum,
+                                              dq_floats scales) {
+    return (dq_floats){dq_group_add_minimums_4(acc.low, s.low, minimums.low, a_sum, scales.low),
+                       dq_group_add_minimums_4(acc.high, s.high, minimums.high, a_sum, scales.high)};
+}

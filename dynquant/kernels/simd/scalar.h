@@ -189,6 +189,10 @@ static inline dq_floats dq_group_add(dq_floats acc, dq_acc s, dq_floats zero_poi
                                      dq_floats scales) {
     return acc + ((float)s - zero_points * a_sum) * scales;
 }
+static inline dq_floats dq_group_add_minimums(dq_floats acc, dq_acc s, dq_floats minimums, float a_sum,
+                                              dq_floats scales) {
+    return acc + ((float)s * scales + minimums * a_sum);
+}
 #endif
 
 #ifndef DQ_FOUR_K_BLOCKS
@@ -200,10 +204,10 @@ static inline void dq_four_k_blocks(const uint8_t* w, const uint8_t* a, dq_acc* 
 
 #ifndef DQ_KEPT_ROWS
 #define DQ_KEPT_ROWS 1
-static inline void dq_group_rows(const uint8_t* w, const float* scales, const uint8_t* zero_points, const uint8_t* a,
-                                 const uint8_t* a_sums, ptrdiff_t stride, ptrdiff_t rows, float* acc, ptrdiff_t k_blocks,
-                                 ptrdiff_t prefetch_distance) {
-    (void)w, (void)scales, (void)zero_points, (void)a, (void)a_sums, (void)stride, (void)rows, (void)acc;
+static inline void dq_group_rows(const uint8_t* w, const float* scales, const uint8_t* offsets, int minimums,
+                                 const uint8_t* a, const uint8_t* a_sums, ptrdiff_t stride, ptrdiff_t rows, float* acc,
+                                 ptrdiff_t k_blocks, ptrdiff_t prefetch_distance) {
+    (void)w, (void)scales, (void)offsets, (void)minimums, (void)a, (void)a_sums, (void)stride, (void)rows, (void)acc;
     (void)k_blocks, (void)prefetch_distance;
 }
 #endif

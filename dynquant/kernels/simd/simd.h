@@ -284,13 +284,18 @@ enum { DQ_PAIRS, DQ_EIGHTS, DQ_CENTERED, DQ_WIDE };
    s0 and s1, the sums of 2 * DQ_LANES outputs for one row, += four k-blocks. DQ_FOUR_K_BLOCKS is 0 where there is
    no such form.
 
-   void dq_group_rows(const uint8_t* w, const float* scales, const uint8_t* zero_points, const uint8_t* a,
+   dq_floats dq_group_add_minimums(dq_floats acc, dq_acc s, dq_floats minimums, float a_sum, dq_floats scales)
+
+   The same for codes that stand for code * scale + minimum: acc + (float(s) * scale + minimum * a_sum), each product
+   and sum rounded. No form may use a fused multiply-add.
+
+   void dq_group_rows(const uint8_t* w, const float* scales, const uint8_t* offsets, int minimums, const uint8_t* a,
                       const uint8_t* a_sums, ptrdiff_t stride, ptrdiff_t rows, float* acc, ptrdiff_t k_blocks,
                       ptrdiff_t prefetch_distance)
 
-   acc (rows, 2 * DQ_LANES): dq_group_add of a group of `k_blocks` k-blocks, a multiple of 4, for at most DQ_KEPT_ROWS
-   rows of a and of their sums, both `stride` bytes apart. The codes `prefetch_distance` bytes on are prefetched.
-   DQ_KEPT_ROWS is 1 where there is no such form. */
+   acc (rows, 2 * DQ_LANES): dq_group_add, or with `minimums` dq_group_add_minimums, of a group of `k_blocks`
+   k-blocks, a multiple of 4, for at most DQ_KEPT_ROWS rows of a and of their sums, both `stride` bytes apart. The
+   codes `prefetch_distance` bytes on are prefetched. DQ_KEPT_ROWS is 1 where there is no such form. */
 #define DQ_K_BLOCK 8
 
 /* ---- Rotation ------------------------------------------------------------------------------------------- */

@@ -98,6 +98,11 @@ static inline dq_floats dq_group_add(dq_floats acc, dq_acc s, dq_floats zero_poi
     const __m128 sum = _mm_sub_ps(_mm_cvtepi32_ps(s), _mm_mul_ps(zero_points, _mm_set1_ps(a_sum)));
     return _mm_add_ps(acc, _mm_mul_ps(sum, scales));
 }
+static inline dq_floats dq_group_add_minimums(dq_floats acc, dq_acc s, dq_floats minimums, float a_sum,
+                                              dq_floats scales) {
+    const __m128 sum = _mm_mul_ps(_mm_cvtepi32_ps(s), scales);
+    return _mm_add_ps(acc, _mm_add_ps(sum, _mm_mul_ps(minimums, _mm_set1_ps(a_sum))));
+}
 #endif
 
 #define DQ_TRANSPOSES
