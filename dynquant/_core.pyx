@@ -49,12 +49,16 @@ cdef extern from "cpu.h" nogil:
     bint dq_cpu_has_avx512()
     bint dq_cpu_has_avx512vnni()
     bint dq_cpu_has_amx()
+    bint dq_cpu_has_dotprod()
+    bint dq_cpu_has_i8mm()
     bint dq_permit_tiles()
     enum: DQ_BUILT_AVX2
     enum: DQ_BUILT_AVXVNNI
     enum: DQ_BUILT_AVX512
     enum: DQ_BUILT_AVX512VNNI
     enum: DQ_BUILT_AMX
+    enum: DQ_BUILT_DOTPROD
+    enum: DQ_BUILT_I8MM
 
 
 cdef extern from "Python.h":
@@ -110,18 +114,19 @@ def amx_refused():
 
 def isas_built():
     """Names of the instruction sets that this build has, weakest first."""
-    return named(DQ_BUILT_AVX2, DQ_BUILT_AVXVNNI, DQ_BUILT_AVX512, DQ_BUILT_AVX512VNNI, DQ_BUILT_AMX)
+    return named(DQ_BUILT_AVX2, DQ_BUILT_AVXVNNI, DQ_BUILT_AVX512, DQ_BUILT_AVX512VNNI, DQ_BUILT_AMX,
+                 DQ_BUILT_DOTPROD, DQ_BUILT_I8MM)
 
 
 def isas_supported():
     """Names of the instruction sets that this CPU and operating system run, weakest first."""
     return named(dq_cpu_has_avx2(), dq_cpu_has_avxvnni(), dq_cpu_has_avx512(), dq_cpu_has_avx512vnni(),
-                 dq_cpu_has_amx())
+                 dq_cpu_has_amx(), dq_cpu_has_dotprod(), dq_cpu_has_i8mm())
 
 
-cdef tuple named(bint avx2, bint avxvnni, bint avx512, bint avx512vnni, bint amx):
+cdef tuple named(bint avx2, bint avxvnni, bint avx512, bint avx512vnni, bint amx, bint dotprod, bint i8mm):
     return (("baseline",) + ("avx2",) * avx2 + ("avxvnni",) * avxvnni + ("avx512",) * avx512
-            + ("avx512vnni",) * avx512vnni + ("amx",) * amx)
+            + ("avx512vnni",) * avx512vnni + ("amx",) * amx + ("dotprod",) * dotprod + ("i8mm",) * i8mm)
 
 
 def permit_amx():

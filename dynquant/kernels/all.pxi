@@ -32,6 +32,8 @@ cdef extern from "kernels/simd/simd.h" nogil:
     void dq_widen_step(const uint16_t* x, float* out)
     enum: DQ_LANES
     enum: DQ_DEPTH
+    enum: DQ_PANEL_DEPTH
+    enum: DQ_STEP_BYTES
     enum: DQ_BIAS
     enum: DQ_SPLIT
     enum: DQ_PAIR
@@ -97,6 +99,8 @@ cdef extern from "kernels/simd/simd.h" nogil:
     dq_floats dq_hadamard_lanes(dq_floats x)
     dq_floats dq_zero_points_load(const uint8_t* z)
     dq_floats dq_group_add(dq_floats acc, dq_acc s, dq_floats zero_points, float a_sum, dq_floats scales)
+    enum: DQ_FOUR_K_BLOCKS
+    void dq_four_k_blocks(const uint8_t* w, const uint8_t* a, dq_acc* s0, dq_acc* s1)
     enum: DQ_KEPT_ROWS
     dq_floats dq_group_add_minimums(dq_floats acc, dq_acc s, dq_floats minimums, float a_sum,
                                     dq_floats scales)
