@@ -455,8 +455,8 @@ cdef inline int64_t group_of(int64_t k, int64_t group_size) noexcept nogil:
     return group_size if group_size < k else k
 
 
-# With offsets of `offset_size` bytes. A weight that is a group of its own takes up to twelve bytes, and outputs
-# are filled up to a panel.
+# With offsets of `offset_size` bytes. A weight that is a group of its own takes up to twelve bytes, and
+# outputs are filled up to a panel.
 cdef inline int64_t packed_4_bit_bytes(int64_t n, int64_t k, int64_t group_size,
                                        int64_t offset_size) noexcept nogil:
     cdef int64_t group = group_of(k, group_size)
