@@ -23,7 +23,7 @@ cdef enum:
 cdef struct ActSegment:
     int32_t compensation  # subtracted from every sum
     int32_t residuals
-    int32_t form  # one of DQ_FORMS, for all segments of a row
+    int32_t form  # DQ_PAIRS, DQ_EIGHTS, DQ_CENTERED or DQ_WIDE; the same for all segments of a row
     int32_t steps_out_of_range  # k-steps with a pair out of range
     int32_t eights_out_of_range  # lanes of eight codes out of the range of DQ_EIGHTS
     int32_t centered_out_of_range  # the same of DQ_CENTERED
@@ -190,8 +190,8 @@ cdef void pack_activation_s8(int8_t* codes, uint8_t* a, Py_ssize_t start, Py_ssi
             wide[i] = codes[i]
 
 
-# acc (PANEL,) = one segment of a panel times one row of activations. No int32 wraps: a sum is at most
-# 2**16 * 127 * 255 = 2,122,383,360 < 2**31 in magnitude before the compensation is subtracted.
+# acc (PANEL,) = one segment of a panel times one row of activations. No int32 can overflow: a sum is
+# at most 2**16 * 127 * 255 = 2,122,383,360 < 2**31 in magnitude before the compensation is subtracted.
 cdef inline void gemv(const uint8_t* segment, const uint8_t* a, int32_t* acc,
                       Py_ssize_t k_steps) noexcept nogil:
     cdef dq_acc s0 = dq_acc_zero(), s1 = s0
