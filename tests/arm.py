@@ -1,8 +1,8 @@
 """Builds and tests for 64-bit ARM on another machine: with its cross compiler, and an emulated Python.
 
-Run as `python tests/arm.py test` on Debian, in a checkout. It needs gcc-aarch64-linux-gnu and
-qemu-user-static. All else goes to build/arm: Debian's Python and C libraries for arm64, which are unpacked
-and not installed, and Python packages for them.
+Run as `python tests/arm.py test` (or `build`, `wheel`) on Debian, in a checkout. It needs
+gcc-aarch64-linux-gnu and qemu-user-static. All else goes to build/arm: Debian's Python and C libraries for
+arm64, which are unpacked and not installed, and Python packages for them.
 
 Debian's Python for arm64 calls its compiler aarch64-linux-gnu-gcc, which is the name of the cross compiler
 too. The emulator starts that as what it is, a program of this machine. So setup.py, with its probes and
@@ -124,16 +124,36 @@ def run_tests(package, pytest_args, cpus=ISAS):
         run(*command, "-m", "pytest", "-q", "-p", "no:cacheprovider", *pytest_args, *files, **environment)
 
 
+def build_wheel(compiler):
+    """The folder of a wheel, unpacked, of what `build` built, tagged for the oldest systems that run it."""
+    package = build(compiler)
+    for folder in ("raw", "wheel", "unpacked", "bdist"):
+        shutil.rmtree(ARM / folder, ignore_errors=True)
+    command, environment = emulated("max")
+    folders = ["--build-lib", package, "--build-temp", package.parent / "temp"]
+    options = ["--skip-build", "--dist-dir", ARM / "raw", "--bdist-dir", ARM / "bdist"]
+    environment["PYTHONPATH"] = str(PACKAGES)
+    run(*command, "setup.py", "-q", "build", *folders, "bdist_wheel", *options, **environment)
+    (raw,) = (ARM / "raw").glob("*.whl")
+    run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", ARM / "wheel", raw)
+    (wheel,) = (ARM / "wheel").glob("*manylinux*_aarch64.whl")
+    tag = wheel.stem.rpartition("-")[2].split(".")[0]
+    options = ["--no-deps", "--only-binary=:all:", f"--python-version={python()[1]}", f"--platform={tag}"]
+    run(sys.executable, "-m", "pip", "install", "-q", "--target", ARM / "unpacked", *options, wheel)
+    print(f"{wheel.stat().st_size:,} bytes: {wheel}")
+    return ARM / "unpacked"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["build", "test"])
+    parser.add_argument("what", choices=["build", "test", "wheel"])
     parser.add_argument(
         "--compiler", help="a command such as 'clang --target=aarch64-linux-gnu'; gcc by default"
     )
     parser.add_argument("--pytest-args", type=shlex.split, default=[])
     arguments = parser.parse_args()
-    package = build(arguments.compiler)
-    if arguments.what == "test":
+    package = (build_wheel if arguments.what == "wheel" else build)(arguments.compiler)
+    if arguments.what != "build":
         run_tests(package, arguments.pytest_args)
 
 
