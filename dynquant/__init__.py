@@ -25,8 +25,10 @@ except ImportError as error:
         "Python in another folder to import what is installed, or run `python setup.py build_ext --inplace`"
     ) from error
 
+from ._alpha_search import AlphaSearch, search_alpha
 from ._array_file import quantize_array
-from ._calibrate import Calibrator, CalibStats
+from ._calibrate import CalibStats
+from ._calibrator import Calibrator
 from ._format import DynamicScaleMode, DynQuantFormat, MaxAbs, Percentile
 from ._hadamard import hadamard_transform
 from ._include import get_include
@@ -46,7 +48,6 @@ from ._quantize import (
     quantize,
 )
 from ._recall import RecallReport, RecallRow, recall_report
-from ._search import AlphaSearch, search_alpha
 from ._smooth import (
     SmoothQuantConfig,
     compute_smooth_factors,
@@ -69,6 +70,7 @@ from .errors import (
     NonFiniteError,
     ParameterError,
     ShapeMismatchError,
+    SilentChannelWarning,
 )
 
 __version__ = "0.2.0.dev0"
@@ -98,6 +100,7 @@ __all__ = [
     "RecallReport",
     "RecallRow",
     "ShapeMismatchError",
+    "SilentChannelWarning",
     "SmoothQuantConfig",
     "compute_scale",
     "compute_smooth_factors",

@@ -39,7 +39,7 @@ from libc.math cimport INFINITY, ceil, pow, sqrt
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcpy, memset
 
-from dynquant._table cimport CHANNEL_BINS, NON_FINITE, Kernels, groups_of
+from dynquant._table cimport OCTAVE_BINS, NON_FINITE, Kernels, groups_of
 
 
 cdef extern from "cpu.h" nogil:
@@ -77,7 +77,7 @@ kernels = NULL
 cdef Kernels* without_amx = NULL
 cdef bint amx_is_refused = False
 
-BINS_PER_CHANNEL = CHANNEL_BINS
+BINS_PER_OCTAVE = OCTAVE_BINS
 
 
 def set_table(table not None, instead=None):

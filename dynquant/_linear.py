@@ -10,6 +10,7 @@ import numpy as np
 
 from . import _core
 from ._batches import row_batches
+from ._calibrator import Calibrator
 from ._compensate import SecondMoments
 from ._format import DynQuantFormat
 from ._packed import (
@@ -225,7 +226,7 @@ class QuantLinear:
         search: bool = False,
         smooth: ArrayLike | None = None,
         hadamard: bool = False,
-        calibration: ArrayLike | Iterable[ArrayLike] | None = None,
+        calibration: ArrayLike | Iterable[ArrayLike] | Calibrator | None = None,
         relative: bool = True,
         activation_symmetric: bool = True,
         activation_bits: int | None = 8,
@@ -249,9 +250,10 @@ class QuantLinear:
             an odd in_features there is nothing to rotate. Each channel is multiplied by a fixed sign before,
             the same for every layer of this width, so that inputs of one sign do not gather in one channel.
             Rotation needs no calibration, and gains where some channels are much larger than others.
-        calibration : array_like of floats, (..., in_features), or an iterable of such arrays, optional
-            Inputs that the layer has had, neither smoothed nor rotated: codes are chosen so that their errors
-            cancel in the output, as in `quantize_weights`.
+        calibration : array_like of floats, (..., in_features), an iterable of them, or a Calibrator, optional
+            Inputs that the layer has had, neither smoothed nor rotated; those that a Calibrator has sampled,
+            which was made with `rows`. Codes are chosen so that their errors cancel in the output, as in
+            `quantize_weights`.
         activation_symmetric : bool
             False: activations are quantized to uint8 with a zero point for each row, which uses all 256 codes
             where inputs are of one sign or off center. Only with ``bits=8``. It costs 4 bytes for each scale

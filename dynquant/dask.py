@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise ImportError("dynquant.dask needs Dask: install dynquant with the extra dask") from error
 
-from ._calibrate import Calibrator
+from ._calibrator import Calibrator
 from ._format import DynamicScaleMode, DynQuantFormat, MaxAbs, packed_format
 from ._quantize import dynamic_quantize, rank_of
 from ._tensor import DynQuantTensor

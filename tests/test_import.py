@@ -297,15 +297,15 @@ def test_signatures():
         "num_threads=1",
         "dynamic_quantize_int4": "x, mode=MaxAbs(), *, packed=False, num_threads=1",
         "dynamic_quantize_int8": "x, mode=MaxAbs(), *, out=None, num_threads=1",
-        "dynamic_quantize_int8_per_row": "x, mode=MaxAbs(), *, out=None, num_threads=1",
+        "dynamic_quantize_int8_per_row": "x, mode=MaxAbs(), *, out=None, check_finite=True, num_threads=1",
         "quantization_mae": "original, quantized",
         "compute_smooth_factors": "activations, weights, config=SmoothQuantConfig(alpha=0.5, epsilon=1e-05), "
-        "*, mode=MaxAbs()",
+        "*, mode=MaxAbs(), num_threads=1",
         "fold_smooth_factors": "factors, gamma, beta=None",
         "search_alpha": "activations, weights, *, alphas=None, epsilon=1e-05, mode=MaxAbs(), relative=False, "
-        "bits=8, group_size=None, symmetric=None, hadamard=False",
-        "smooth_activations": "activations, factors, *, out=None",
-        "smooth_weights": "weights, factors, *, out=None",
+        "bits=8, group_size=None, symmetric=None, hadamard=False, num_threads=1",
+        "smooth_activations": "activations, factors, *, out=None, check_finite=True, num_threads=1",
+        "smooth_weights": "weights, factors, *, out=None, check_finite=True, num_threads=1",
         "top_k": "queries, corpus, k, *, metric='dot', allowed=None, rescore=None, oversample=4, "
         "num_threads=1",
         "quantize_array": "source, target, *, bits=8, group_size=None, rows_per_block=None, num_threads=1, "

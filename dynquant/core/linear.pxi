@@ -11,7 +11,7 @@ cdef Floats prepared_row(Floats x, const float* factors, bint divide, Py_ssize_t
     if factors == NULL and block == 0:
         return x
     if factors != NULL:
-        scale_columns_of_block(&x, factors, divide, prepared, 1, x.n)
+        scale_columns_of_block(&x, factors, divide, 0, prepared, 1, x.n)  # finite; one row shares nothing
     else:
         while start < x.n:
             n = block_len(start, x.n)

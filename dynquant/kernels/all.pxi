@@ -5,7 +5,7 @@ from libc.math cimport copysignf, fabs
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcpy, memset
 
-from dynquant._table cimport CHANNEL_BINS, Kernels, groups_of
+from dynquant._table cimport OCTAVE_BINS, Kernels, groups_of
 
 
 cdef extern from "kernels/simd/simd.h" nogil:
@@ -202,6 +202,8 @@ kernels.abs_error_row_f32_f64 = abs_error_row_f32_f64
 kernels.error_sums_row_f32_f64 = error_sums_row_f32_f64
 kernels.count_bins_f32 = count_bins_f32
 kernels.count_channel_bins_row_f32 = count_channel_bins_row_f32
+kernels.min_nonzero_row_f32 = min_nonzero_row_f32
+kernels.mark_octaves_row_f32 = mark_octaves_row_f32
 kernels.hadamard_row_f32 = hadamard_row_f32
 kernels.collect_above_f32 = collect_above_f32
 kernels.negative_distance_row_f32 = negative_distance_row_f32
