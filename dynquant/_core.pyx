@@ -35,7 +35,7 @@ from cpython.buffer cimport (
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_RawCalloc, PyMem_RawFree, PyMem_RawMalloc
 from cpython.object cimport PyObject, PyObject_GenericSetAttr
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.math cimport INFINITY, ceil, pow, sqrt
+from libc.math cimport INFINITY, NAN, ceil, pow, sqrt
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcpy, memset
 

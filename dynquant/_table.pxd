@@ -127,6 +127,12 @@ ctypedef struct Kernels:
     # top_k.pxi
     Py_ssize_t (*collect_above_f32)(const float* scores, float threshold, uint32_t first,
                                     const uint8_t* allowed, uint64_t* keys, Py_ssize_t n) noexcept nogil
+    bint (*nibble_rows_fit)(Py_ssize_t k, Py_ssize_t group) noexcept nogil
+    Py_ssize_t (*nibble_query_bytes)(Py_ssize_t k, Py_ssize_t group) noexcept nogil
+    void (*pack_nibble_query)(const int8_t* codes, uint8_t* a, Py_ssize_t k, Py_ssize_t group) noexcept nogil
+    void (*matvec_u4s8_f32)(const uint8_t* w, const float* scales, const uint8_t* zero_points,
+                            const uint8_t* a, float a_scale, float* out, Py_ssize_t rows, Py_ssize_t k,
+                            Py_ssize_t group) noexcept nogil
     void (*negative_distance_row_f32)(float* scores, float norm, const float* norms,
                                       Py_ssize_t n) noexcept nogil
     double (*dot_row_f32_f64)(const float* x, const float* y, Py_ssize_t n) noexcept nogil

@@ -79,8 +79,8 @@ def smooth_factors(const float[::1] act_amax not None, const float[::1] weight_a
 
 
 # out = x / factors or x * factors for m rows of k, some columns at a time; out may be x itself. max_bits: the
-# largest |x|, as float bits; -1 where it is looked for in the part of a row that is next, which is then in L1.
-# Several rows share the reciprocals of what they are divided by. Returns whether x is finite.
+# largest |x|, as float bits; -1 where it is looked for in the part of a row that is next, which is then in
+# L1. Several rows share the reciprocals of what they are divided by. Returns whether x is finite.
 cdef bint scale_columns_of_block(const Floats* x, const float* factors, bint divide, int32_t max_bits,
                                  float* out, Py_ssize_t m, Py_ssize_t k) noexcept nogil:
     cdef float scratch[COLUMNS]

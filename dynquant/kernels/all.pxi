@@ -112,6 +112,8 @@ cdef extern from "kernels/simd/simd.h" nogil:
     dq_dot_acc dq_dot_biased_step(dq_dot_acc acc, const int8_t* w, const int8_t* a)
     dq_dot_acc dq_dot_add(dq_dot_acc x, dq_dot_acc y)
     int32_t dq_dot_sum(dq_dot_acc acc)
+    enum: DQ_NIBBLES
+    void dq_nibble_sums(const uint8_t* w, const int8_t* a, uint8_t flip, int32_t* sums, Py_ssize_t blocks)
 
 
 cdef enum:
@@ -206,6 +208,10 @@ kernels.min_nonzero_row_f32 = min_nonzero_row_f32
 kernels.mark_octaves_row_f32 = mark_octaves_row_f32
 kernels.hadamard_row_f32 = hadamard_row_f32
 kernels.collect_above_f32 = collect_above_f32
+kernels.nibble_rows_fit = nibble_rows_fit
+kernels.nibble_query_bytes = nibble_query_bytes
+kernels.pack_nibble_query = pack_nibble_query
+kernels.matvec_u4s8_f32 = matvec_u4s8_f32
 kernels.negative_distance_row_f32 = negative_distance_row_f32
 kernels.dot_row_f32_f64 = dot_row_f32_f64
 kernels.square_distance_row_f32_f64 = square_distance_row_f32_f64

@@ -2,50 +2,33 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .._calibrate import Calibrator
 from .._linear import as_activations
+from .._metrics import error_metrics
 from .._validate import as_flag, as_thread_count
 from .._weights import weight_format
-from ..errors import ParameterError, shown
-from ._module import QuantLinear, is_conv1d, prepared
+from ..errors import ParameterError
+from ._calibration import as_calibration, smooth_factors
+from ._module import QuantLinear, float_arrays, is_conv1d, prepared
+from ._select import LM_HEAD, Layer, found_in, identity_of, select_layers
 from ._summary import forget_skipped, note_skipped
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# Fewer inputs or outputs gain no time.
-_LEAST_WIDTH = 32
-
 _MAX_RANGE = float(np.finfo(np.float32).max)
 
-# As many names as an error lists.
-_NAMES_SHOWN = 8
-
-_LM_HEAD = ("*lm_head",)
-
-
-@dataclass
-class Layer:
-    """A linear layer of a model: where it is, and why it is left as it is, if it is.
-
-    `places` are the modules that hold it, each with the name that it has there; `names` the qualified ones.
-    """
-
-    module: nn.Module
-    places: list[tuple[nn.Module, str]]
-    names: list[str]
-    reason: str | None = None
-
-    @property
-    def name(self) -> str:
-        return self.names[0]
+# Calibration rows that the output error is measured on.
+_SQNR_ROWS = 256
 
 
 def quantize(
@@ -56,8 +39,10 @@ def quantize(
     hadamard: bool = False,
     activation_symmetric: bool = True,
     include: str | Iterable[str] | None = None,
-    exclude: str | Iterable[str] | None = _LM_HEAD,
+    exclude: str | Iterable[str] | None = LM_HEAD,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    smooth: float | str | None = None,
     num_threads: int | None = None,
 ) -> Model:
     """Quantize the linear layers of a model, in place.
@@ -73,6 +58,13 @@ def quantize(
         Layers are taken that match one of `include`, by default all, and none of `exclude`.
     filter_fn : callable, optional
         ``filter_fn(module, name)`` has the last word on each layer that would be taken.
+    calibration : mapping of str to ndarray or Calibrator, optional
+        What reached the layers, by their names, as `observe` gives it. From rows, codes of 4 bits are chosen
+        so that their errors cancel in the output, and `summary` shows the output SQNR on them. Layers that
+        it does not name are quantized without.
+    smooth : float or "search", optional
+        SmoothQuant: a migration strength in [0, 1], or the one that costs the outputs least on the rows of
+        each input. Layers with one calibration object together get the same factors. Needs `calibration`.
     num_threads : int, optional
         The most threads that a call of a layer uses; by default ``torch.get_num_threads()``, asked for in
         each call. Results do not depend on it.
@@ -86,9 +78,11 @@ def quantize(
     ------
     ParameterError
         If an option has a value that it cannot take, a pattern matches no linear layer, there is no layer to
-        quantize, or one is on another device than the CPU.
+        quantize, one is on another device than the CPU, or `calibration` is not for this model.
     NonFiniteError
         If a weight is NaN or infinite; ``argument`` has its qualified name.
+    DynQuantError
+        If rows of `calibration` are not as `observe` gives them.
 
     Notes
     -----
@@ -114,37 +108,59 @@ def quantize(
     layers = select_layers(model, include, exclude, filter_fn)
     chosen = [layer for layer in layers if layer.reason is None]
     if not chosen:
-        raise ParameterError(f"model: expected a linear layer to quantize, got {_found(model, layers)}")
+        raise ParameterError(f"model: expected a linear layer to quantize, got {found_in(model, layers)}")
+    seen = as_calibration(calibration, layers, smooth)
     for layer in chosen:
-        _check(layer, options["hadamard"])
+        _check(layer, options["hadamard"], None)
+    factors = smooth_factors(chosen, seen, smooth, options)
+    for layer in chosen:
+        if layer.name in factors:
+            _check(layer, options["hadamard"], factors[layer.name])
     quantized: dict[Any, QuantLinear] = {}
     for layer in chosen:
-        _replace(layer, options, quantized)
+        rows = seen.get(layer.name)
+        rows = None if isinstance(rows, Calibrator) else rows
+        _replace(layer, {**options, "smooth": factors.get(layer.name)}, rows, quantized)
     forget_skipped(model, [name for layer in chosen for name in layer.names])
     note_skipped(model, {layer.name: layer.reason for layer in layers if layer.reason is not None})
     return model
 
 
-def _check(layer: Layer, hadamard: bool) -> None:
+def _check(layer: Layer, hadamard: bool, factors: NDArray[np.float32] | None) -> None:
     """Raise for what would stop the layer from being quantized."""
-    w, _, _ = prepared(layer.module, layer.name, None, hadamard)
+    w, _, _ = prepared(layer.module, layer.name, factors, hadamard)
     if not float(w.max()) - float(w.min()) <= _MAX_RANGE:
         raise ParameterError(f"{layer.name}.weight: expected a range within float32, got one beyond it")
 
 
-def _replace(layer: Layer, options: dict[str, Any], quantized: dict[Any, QuantLinear]) -> None:
+def _replace(
+    layer: Layer, options: dict[str, Any], rows: NDArray[np.float32] | None, quantized: dict[Any, QuantLinear]
+) -> None:
     """Put a QuantLinear in each place of the layer; `quantized` has those made so far, by their weight."""
     old = layer.module
-    key = (*_identity(old.weight), old.weight.shape, is_conv1d(old))
+    key = (*identity_of(old.weight), old.weight.shape, is_conv1d(old))
     if key in quantized:
         new = quantized[key].tied(old, layer.name)
     else:
-        new = quantized[key] = QuantLinear.from_float(old, name=layer.name, **options)
+        compensated = rows if options["bits"] == 4 else None
+        new = QuantLinear.from_float(old, name=layer.name, calibration=compensated, **options)
+        quantized[key] = new
+    new.sqnr_db = None if rows is None else _output_sqnr(old, new, rows[:_SQNR_ROWS])
     for hooks in _HOOKS:
         if hasattr(old, hooks):
             setattr(new, hooks, getattr(old, hooks))
     for parent, attribute in layer.places:
         parent._modules[attribute] = new
+
+
+def _output_sqnr(old: nn.Module, new: QuantLinear, rows: NDArray[np.float32]) -> float:
+    w, bias = float_arrays(old, "linear")
+    y = rows @ w.astype(np.float32, copy=False).T
+    if bias is not None:
+        y += bias
+    with torch.no_grad():
+        quantized = new(torch.from_numpy(rows)).numpy()
+    return float(error_metrics(y, quantized).sqnr_db)
 
 
 _HOOKS = (
@@ -156,145 +172,3 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-
-
-def select_layers(
-    model: Any,
-    include: Any = None,
-    exclude: Any = None,
-    filter_fn: Callable[[nn.Module, str], bool] | None = None,
-) -> list[Layer]:
-    """The linear layers of a model, in its order, with the reason where one is to stay as it is."""
-    if not isinstance(model, nn.Module):
-        raise ParameterError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if filter_fn is not None and not callable(filter_fn):
-        raise ParameterError(f"filter_fn: expected a callable, got {shown(filter_fn)}")
-    layers = _linear_layers(model)
-    quantized = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
-    names = [name for layer in layers for name in layer.names] + quantized
-    included = _as_patterns(include, "include", names)
-    excluded = _as_patterns(exclude, "exclude", names if exclude is not _LM_HEAD else None)
-    for layer in layers:
-        if layer.reason is None:
-            layer.reason = _reason(layer)
-        if included is not None and not _matches(layer, included):
-            layer.reason = "not included"
-        elif excluded is not None and _matches(layer, excluded):
-            layer.reason = "excluded"
-        elif layer.reason is None and filter_fn is not None and not filter_fn(layer.module, layer.name):
-            layer.reason = "excluded by filter_fn"
-    _skip_tied(model, layers)
-    return layers
-
-
-def _linear_layers(model: nn.Module) -> list[Layer]:
-    """Every module of a model that is an nn.Linear, or one of its subclasses, or a Conv1D."""
-    layers: dict[int, Layer] = {}
-    if _is_linear(model):
-        raise ParameterError(
-            f"model: expected a module that contains linear layers, got a {type(model).__name__} itself; "
-            "dynquant.torch.QuantLinear.from_float quantizes one layer"
-        )
-    for name, parent in model.named_modules():
-        for attribute, module in parent._modules.items():
-            if module is None or not _is_linear(module):
-                continue
-            layer = layers.setdefault(id(module), Layer(module, [], []))
-            layer.places.append((parent, attribute))
-            layer.names.append(f"{name}.{attribute}" if name else attribute)
-            if isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention)):
-                layer.reason = f"{type(parent).__name__} reads its weight"
-    return [layers[id(module)] for module in model.modules() if id(module) in layers]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def _reason(layer: Layer) -> str | None:
-    """Why a layer by itself cannot be replaced, or should not be."""
-    module = layer.module
-    if hasattr(module, "parametrizations"):
-        return "parametrized"
-    if type(module) is not nn.Linear and not is_conv1d(module):
-        return f"a subclass of nn.Linear: {type(module).__name__}"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is no parameter of its own"
-    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
-        return f"its weight is a {type(weight.data).__name__}"
-    if not weight.is_floating_point() or weight.element_size() == 1:
-        return f"its weight is of {weight.dtype}"
-    if "forward" in vars(module):
-        return "its forward was replaced"
-    if min(weight.shape) < _LEAST_WIDTH:
-        return f"too small to gain: {weight.shape[0]} x {weight.shape[1]}"
-    return None
-
-
-def _skip_tied(model: nn.Module, layers: list[Layer]) -> None:
-    """Leave layers whose weight is also that of a module that stays."""
-    owners: dict[Any, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
-        for tensor in module._parameters.values():
-            if tensor is not None:
-                owners.setdefault(_identity(tensor), []).append((name, module))
-    taken = {id(layer.module) for layer in layers if layer.reason is None}
-    changed = True
-    while changed:
-        changed = False
-        for layer in layers:
-            if layer.reason is not None:
-                continue
-            for name, module in owners[_identity(layer.module.weight)]:
-                if id(module) not in taken:
-                    layer.reason = f"tied to {name or 'the model'}"
-                    taken.discard(id(layer.module))
-                    changed = True
-                    break
-
-
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for tensors of the same memory."""
-    if tensor.device.type == "meta" or tensor.numel() == 0 or tensor.layout is not torch.strided:
-        return (id(tensor),)
-    try:
-        return tensor.data_ptr(), tensor.device
-    except RuntimeError:  # no memory of its own, as in some subclasses
-        return (id(tensor),)
-
-
-def _as_patterns(value: Any, name: str, names: list[str] | None) -> list[str] | None:
-    """`value` as a list of patterns, each of which matches one of `names`, unless that is None."""
-    if value is None:
-        return None
-    patterns = [value] if isinstance(value, str) else value
-    try:
-        patterns = list(patterns)
-    except TypeError as error:
-        raise ParameterError(f"{name}: expected patterns of names, got {shown(value)}") from error
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise ParameterError(f"{name}: expected patterns of names, got {shown(pattern)}")
-        if names is not None and not fnmatch.filter(names, pattern):
-            raise ParameterError(
-                f"{name}: expected patterns that match a linear layer, got {pattern!r}; the layers are "
-                f"{_listed(names)}"
-            )
-    return patterns
-
-
-def _matches(layer: Layer, patterns: list[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for name in layer.names for pattern in patterns)
-
-
-def _listed(items: list[str]) -> str:
-    more = len(items) - _NAMES_SHOWN
-    return ", ".join(items[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def _found(model: nn.Module, layers: list[Layer]) -> str:
-    if layers:
-        return _listed([f"{layer.name} ({layer.reason})" for layer in layers])
-    quantized = sum(isinstance(module, QuantLinear) for module in model.modules())
-    return f"{quantized} that are quantized already" if quantized else f"none in {type(model).__name__}"

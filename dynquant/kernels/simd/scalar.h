@@ -80,6 +80,19 @@ static inline dq_dot_acc dq_dot_biased_step(dq_dot_acc acc, const int8_t* w, con
 static inline int32_t dq_dot_sum(dq_dot_acc acc) { return acc; }
 #endif
 
+#ifndef DQ_NIBBLE_SUMS
+static inline void dq_nibble_sums(const uint8_t* w, const int8_t* a, uint8_t flip, int32_t* sums, ptrdiff_t blocks) {
+    for (ptrdiff_t i = 0; i < blocks; i++, w += DQ_NIBBLES / 2, a += DQ_NIBBLES) {
+        int32_t sum = 0;
+        for (int j = 0; j < DQ_NIBBLES / 2; j++) {
+            const uint8_t two = w[j] ^ flip;
+            sum += (two & 15) * a[j] + (two >> 4) * a[DQ_NIBBLES / 2 + j];
+        }
+        sums[i] = sum;
+    }
+}
+#endif
+
 #ifndef DQ_LANES
 typedef int32_t dq_acc;
 typedef struct {

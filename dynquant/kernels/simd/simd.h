@@ -182,6 +182,12 @@ static inline float dq_widen(uint16_t h) {
    dq_dot_biased_step takes plain w, biases it to unsigned bytes, and takes a as dq_bias_step leaves it: fewer
    instructions, and a compensation that is subtracted from the sum. */
 
+/* void dq_nibble_sums(const uint8_t* w, const int8_t* a, uint8_t flip, int32_t* sums, ptrdiff_t blocks)
+
+   sums[i] = the sum over the DQ_NIBBLES codes of a block: two of w, 0 to 15, in each byte, the even one in the low
+   half, after `flip` is XORed to it; and those of a, in [-127, 127], the ones with an even index first. Exact. */
+#define DQ_NIBBLES 32
+
 /* ---- Matrix products, 8 bits ---------------------------------------------------------------------------- */
 
 /* dq_acc dq_acc_step(dq_acc acc, dq_weights w, dq_broadcast_act a)
