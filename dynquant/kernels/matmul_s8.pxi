@@ -412,8 +412,8 @@ cdef inline Py_ssize_t rows_of_form(const uint8_t* a, Py_ssize_t m) noexcept nog
     return (n + parts - 1) // parts
 
 
-# How many of m rows are taken together when `done` are done. With AMX, where fewer than TILE are left, too few
-# for a tile, some rows before them are computed again. With VNNI the last two parts are nearly equal.
+# How many of m rows are taken together when `done` are done. With AMX, where fewer than TILE are left, too
+# few for a tile, some rows before them are computed again. With VNNI the last two parts are nearly equal.
 cdef inline Py_ssize_t rows_at_once(Py_ssize_t done, Py_ssize_t m) noexcept nogil:
     cdef Py_ssize_t left = m - done
     if DQ_TILES_FROM <= left < TILE <= m:
