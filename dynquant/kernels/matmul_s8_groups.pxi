@@ -514,8 +514,8 @@ cdef void gemm_s8_groups_f32(const uint8_t* panel, const float* scales, const in
             rows = 1
             if group > SEGMENT_K:
                 s8_long_groups(panel, scales, w_sums, a + r * stride, total, k, group)
-            elif m == 1:
-                s8_groups_gemv(panel, panels, scales, w_sums, a, total, k, group)
+            elif m - r == 1:
+                s8_groups_gemv(panel, panels, scales, w_sums, a + r * stride, total, k, group)
             else:
                 rows = m - r if m - r < ROWS else ROWS
                 s8_groups_4_rows(panel, scales, w_sums, a + r * stride, stride, rows, total, k, group)

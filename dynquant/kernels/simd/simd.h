@@ -265,7 +265,7 @@ enum { DQ_PAIRS, DQ_EIGHTS, DQ_CENTERED, DQ_WIDE };
    rows, or from 16 to 32: the second tile ends at the last row and shares some with the first. dq_tiles_end
    releases the tiles, because a thread that holds them is expensive to switch.
 
-   With VNNI, 16 accumulators hide the latency of VPDPBUSD, which Intel cores issue twice per cycle. `add` is
+   With VNNI, 10 accumulators hide the latency of VPDPBUSD, which Intel cores issue twice per cycle. `add` is
    supported where DQ_GROUP_TILES_FROM is not 0, which alone needs it.
 
    void dq_unpack_k_blocks(const uint8_t* w, uint8_t* k_steps, ptrdiff_t k_blocks)
