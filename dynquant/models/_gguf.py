@@ -11,8 +11,8 @@ import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ._safetensors import Planned, TensorWriter
-from ._stored import GGML_NUMBERS, Stored, bad_file, bytes_of, ggml_name
+from ._stored import Stored, bad_file, bytes_of, ggml_name, ggml_number
+from ._writer import Planned, TensorWriter
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -171,7 +171,9 @@ def name_fits(name: str, shape: tuple[int, ...]) -> bool:
     return len(name.encode()) <= _LONGEST_NAME and 1 <= len(shape) <= _MOST_AXES
 
 
-def gguf_writer(path: str, tensors: Sequence[Planned], pairs: Sequence[bytes], alignment: int) -> TensorWriter:
+def gguf_writer(
+    path: str, tensors: Sequence[Planned], pairs: Sequence[bytes], alignment: int
+) -> TensorWriter:
     """A writer of a GGUF file whose tensors lie in the order given."""
     header = bytearray(_MAGIC + struct.pack("<IQQ", _VERSIONS[-1], len(tensors), len(pairs)))
     header += b"".join(pairs)
@@ -180,7 +182,7 @@ def gguf_writer(path: str, tensors: Sequence[Planned], pairs: Sequence[bytes], a
         offsets[tensor.name] = offset
         header += _string(tensor.name) + struct.pack("<I", len(tensor.shape))
         header += struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape[::-1])
-        header += struct.pack("<IQ", GGML_NUMBERS[tensor.dtype], offset)
+        header += struct.pack("<IQ", ggml_number(tensor.dtype), offset)
         offset += tensor.n_bytes + -tensor.n_bytes % alignment
     header += b"\0" * (-len(header) % alignment)
     starts = {name: len(header) + at for name, at in offsets.items()}

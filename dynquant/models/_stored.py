@@ -105,6 +105,15 @@ def ggml_name(number: int) -> str | None:
     return names.get(number)
 
 
+def ggml_number(dtype: str) -> int:
+    """The number of a type of ggml that is known."""
+    if dtype in GGML_NUMBERS:
+        return GGML_NUMBERS[dtype]
+    import gguf
+
+    return int(gguf.GGMLQuantizationType[dtype])
+
+
 def is_float(dtype: str) -> bool:
     """Whether `rows_of` gives the values: floats, or blocks of a type of ggml."""
     return dtype in FLOATS or dtype not in PLAIN
