@@ -12,10 +12,13 @@ outliers           hadamard_transform; compute_smooth_factors, search_alpha, smo
 calibration        Calibrator: streams, merges, saves; CalibStats.collect
 search             top_k, EmbeddingIndex: the best of a corpus of embeddings, exactly; recall_report;
                    quantize_array: files larger than memory
+model files        open_model, quantize_model, compare_recipes; `python -m dynquant` (extra: models)
 measuring          error_metrics, quantization_mae
 errors             all derive from DynQuantError and from the built-in exception that fits
 C, Cython, CPU     get_include, from dynquant.capi cimport ..., simd_info
 """
+
+from typing import TYPE_CHECKING, Any
 
 try:
     from . import _core  # noqa: F401
@@ -71,6 +74,9 @@ from .errors import (
     ShapeMismatchError,
 )
 
+if TYPE_CHECKING:
+    from .models import ModelFile, ModelReport, TensorReport, open_model, quantize_model
+
 __version__ = "0.2.0.dev0"
 
 __all__ = [
@@ -91,6 +97,8 @@ __all__ = [
     "IsaError",
     "LayoutError",
     "MaxAbs",
+    "ModelFile",
+    "ModelReport",
     "NonFiniteError",
     "ParameterError",
     "Percentile",
@@ -99,6 +107,7 @@ __all__ = [
     "RecallRow",
     "ShapeMismatchError",
     "SmoothQuantConfig",
+    "TensorReport",
     "compute_scale",
     "compute_smooth_factors",
     "dynamic_quantize",
@@ -111,9 +120,11 @@ __all__ = [
     "get_include",
     "hadamard_transform",
     "int8_inner",
+    "open_model",
     "quantization_mae",
     "quantize",
     "quantize_array",
+    "quantize_model",
     "quantize_weights",
     "recall_report",
     "search_alpha",
@@ -126,3 +137,18 @@ __all__ = [
     "w8a8_matmul",
     "w8a8_matvec",
 ]
+
+# Of `dynquant.models`, which is imported when one of them is first used: most programs read no model files.
+_MODELS = {"ModelFile", "ModelReport", "TensorReport", "open_model", "quantize_model"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODELS:
+        from . import models
+
+        return getattr(models, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODELS})

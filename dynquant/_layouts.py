@@ -28,9 +28,9 @@ _AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 _ONES = np.uint32(0x11111111)
 
 # ggml's numbers of block types, and how many bytes 32 weights take.
-Q4_0, Q8_0 = 2, 8
+Q4_0, Q4_1, Q8_0 = 2, 3, 8
 BLOCK = 32
-BLOCK_BYTES = {Q4_0: 18, Q8_0: 34}
+BLOCK_BYTES = {Q4_0: 18, Q4_1: 20, Q8_0: 34}
 
 _MATMULNBITS_BLOCKS = (16, 32, 64, 128, 256)
 
@@ -39,8 +39,8 @@ def to_layout(tensor: DynQuantTensor, name: str, scale_dtype: DTypeLike | None) 
     """`DynQuantTensor.to_layout`."""
     layout = _layout(name)
     check_weight(tensor, "tensor", INT8_ROWS, INT8_GROUPS, INT4)
-    if tensor.minimums is not None:
-        raise ParameterError(f"tensor: expected codes without minimums, got {shown(tensor)}")
+    if tensor.minimums is not None and name != "gguf":
+        raise ParameterError(f"tensor: expected codes without minimums for {name}, got {shown(tensor)}")
     if tensor.element_count == 0:
         raise EmptyInputError(f"tensor: expected at least one element, got shape {tensor.shape}")
     if scale_dtype is None:
@@ -112,7 +112,8 @@ def _bytes_of_words(words: NDArray[Any]) -> NDArray[np.uint8]:
 
 def unsigned(tensor: DynQuantTensor) -> NDArray[np.uint8]:
     """The packed codes of a 4-bit tensor as 0..15: symmetric ones with 8 added."""
-    return tensor.data if tensor.zero_points is not None else tensor.data ^ U8.type(0x88)
+    symmetric = tensor.zero_points is None and tensor.minimums is None
+    return tensor.data ^ U8.type(0x88) if symmetric else tensor.data
 
 
 def _zero_points(tensor: DynQuantTensor) -> NDArray[np.uint8] | None:
@@ -128,18 +129,20 @@ def _int4(
     scales: NDArray[np.float32],
     zero_points: NDArray[np.uint8] | None,
     group: int,
+    minimums: NDArray[np.float32] | None = None,
 ) -> DynQuantTensor:
-    """Weights of packed codes 0..15; scales and zero points are (out_features, groups)."""
+    """Weights of packed codes 0..15; scales, and zero points or minimums, are (out_features, groups)."""
     n, groups = scales.shape
     fmt = DynQuantFormat.INT4_PER_ROW_PACKED
-    if groups > 1:
+    if groups > 1 or minimums is not None:
         fmt = DynQuantFormat.int4_per_group_packed(group)
     shape = fmt.scales_shape((n, k))
-    if zero_points is None:
+    if minimums is not None:
+        minimums = minimums.reshape(shape)
+    elif zero_points is None:
         zero_points = np.full(shape, 8, U8)
-    return DynQuantTensor(
-        data[:, : (k + 1) // 2], scales.reshape(shape), zero_points.reshape(shape), (n, k), fmt
-    )
+    zeros = None if zero_points is None else zero_points.reshape(shape)
+    return DynQuantTensor(data[:, : (k + 1) // 2], scales.reshape(shape), zeros, (n, k), fmt, minimums)
 
 
 def _int8(data: NDArray[np.int8], scales: NDArray[np.float32], group: int) -> DynQuantTensor:
@@ -414,46 +417,58 @@ def _read_awq(arrays: Mapping[str, Any]) -> DynQuantTensor:
 
 def _write_gguf(tensor: DynQuantTensor, scales: NDArray[Any]) -> Arrays:
     n, k = tensor.shape
-    bits = tensor.format.bits
-    if tensor.format.group_size != BLOCK or k % BLOCK or _zero_points(tensor) is not None:
+    if (
+        tensor.format.group_size != BLOCK
+        or k % BLOCK
+        or (tensor.minimums is None and _zero_points(tensor) is not None)
+    ):
         raise ParameterError(
             f"tensor: expected groups of {BLOCK} without zero points besides 8, and in_features in multiples "
             f"of {BLOCK} for gguf, got {tensor}"
         )
-    with np.errstate(over="ignore", under="ignore"):
-        halves = scales.astype(F16)
-    if (halves != scales).any():
-        raise ParameterError(
-            "tensor: expected scales that are float16 values for gguf, got others; scale_dtype=np.float16 "
-            "rounds them"
-        )
-    number = Q8_0 if bits == 8 else Q4_0
+    number = Q8_0 if tensor.format.bits == 8 else Q4_0 if tensor.minimums is None else Q4_1
     blocks = np.empty((n, k // BLOCK, BLOCK_BYTES[number]), U8)
-    blocks[..., :2] = halves.astype("<f2")[..., np.newaxis].view(U8)
-    if bits == 8:
+    blocks[..., :2] = _halves(scales)
+    if number == Q8_0:
         blocks[..., 2:] = tensor.data.reshape(n, -1, BLOCK).view(U8)
-    else:
-        codes = nibbles(unsigned(tensor)).reshape(n, -1, BLOCK)
-        blocks[..., 2:] = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << U8.type(4)
+        return {"data": blocks.reshape(n, -1), "type": np.array(number)}
+    if tensor.minimums is not None:
+        blocks[..., 2:4] = _halves(tensor.minimums.astype(scales.dtype))
+    codes = nibbles(unsigned(tensor)).reshape(n, -1, BLOCK)
+    blocks[..., -BLOCK // 2 :] = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << U8.type(4)
     return {"data": blocks.reshape(n, -1), "type": np.array(number)}
+
+
+def _halves(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """The bytes (..., 2) of float16 values; nothing is rounded."""
+    with np.errstate(over="ignore", under="ignore"):
+        halves = values.astype(F16)
+    if (halves != values).any():
+        raise ParameterError(
+            "tensor: expected scales and minimums that are float16 values for gguf, got others; "
+            "scale_dtype=np.float16 rounds them"
+        )
+    return halves.astype("<f2")[..., np.newaxis].view(U8)
 
 
 def _read_gguf(arrays: Mapping[str, Any]) -> DynQuantTensor:
     check_names(arrays, {"data", "type"}, set())
-    number = _number(arrays["type"], "type", {Q4_0: " (Q4_0)", Q8_0: " (Q8_0)"})
+    number = _number(arrays["type"], "type", {Q4_0: " (Q4_0)", Q4_1: " (Q4_1)", Q8_0: " (Q8_0)"})
     data = _integers(arrays, "data", 2, np.uint8)
     size = BLOCK_BYTES[number]
     if data.shape[1] % size:
         raise ShapeMismatchError(f"(out_features, blocks of {size} bytes)", data.shape, "data")
     n, blocks = data.shape[0], data.shape[1] // size
     parts = np.ascontiguousarray(data).reshape(n, blocks, size)
-    scales = np.ascontiguousarray(parts[..., :2]).view("<f2")[..., 0].astype(F32)
-    check_finite(scales, "data")
-    codes = parts[..., 2:]
+    halves = np.ascontiguousarray(parts[..., : 4 if number == Q4_1 else 2]).view("<f2").astype(F32)
+    check_finite(halves, "data")
+    scales = np.ascontiguousarray(halves[..., 0])
     if number == Q8_0:
-        return _int8(np.ascontiguousarray(codes).view(I8).reshape(n, -1), scales, BLOCK)
+        return _int8(np.ascontiguousarray(parts[..., 2:]).view(I8).reshape(n, -1), scales, BLOCK)
+    codes = parts[..., -BLOCK // 2 :]
     codes = np.concatenate([codes & U8.type(15), codes >> U8.type(4)], axis=-1)
-    return _int4(_packed(codes.reshape(n, -1)), blocks * BLOCK, scales, None, BLOCK)
+    minimums = np.ascontiguousarray(halves[..., 1]) if number == Q4_1 else None
+    return _int4(_packed(codes.reshape(n, -1)), blocks * BLOCK, scales, None, BLOCK, minimums)
 
 
 # ---- MatMulNBits of ONNX Runtime ----
@@ -499,8 +514,10 @@ def _read_matmulnbits(arrays: Mapping[str, Any]) -> DynQuantTensor:
     zero_points = arrays.get("zero_points")
     if zero_points is not None:
         given = as_array(zero_points, "zero_points")
+        if bits == 4 and given.dtype in (F32, F16):
+            return _with_float_zeros(arrays, data, k, scales, group)
         if given.dtype != U8:
-            raise DTypeError(f"zero_points: expected dtype uint8, got {given.dtype}")
+            raise DTypeError(f"zero_points: expected dtype uint8 or, of 4 bits, floats, got {given.dtype}")
         given = _of_blocks(given, n, -(-blocks * bits // 8), "zero_points")
         zero_points = nibbles(given)[:, :blocks] if bits == 4 else given
     rows = np.ascontiguousarray(data).reshape(n, -1)
@@ -509,6 +526,18 @@ def _read_matmulnbits(arrays: Mapping[str, Any]) -> DynQuantTensor:
     if zero_points is not None and (zero_points != 128).any():
         raise ParameterError("zero_points: expected 128 for 8-bit weights, got others")
     return _int8((rows[:, :k] ^ U8.type(0x80)).view(I8), scales, group)
+
+
+def _with_float_zeros(
+    arrays: Mapping[str, Any], data: NDArray[np.uint8], k: int, scales: NDArray[np.float32], group: int
+) -> DynQuantTensor:
+    """4-bit weights whose zero points are floats: these become minimums, rounded to float32."""
+    zeros = _of_blocks(_scales(arrays, "zero_points"), len(scales), scales.shape[1], "zero_points")
+    with np.errstate(over="ignore"):
+        minimums = -zeros * scales
+    check_finite(minimums, "zero_points")
+    rows = np.ascontiguousarray(data).reshape(len(data), -1)
+    return _int4(rows, k, scales, None, group, minimums)
 
 
 def _of_blocks(array: NDArray[Any], n: int, length: int, name: str) -> NDArray[Any]:

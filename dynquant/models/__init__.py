@@ -1,6 +1,7 @@
-"""Model files: read, quantized tensor by tensor, and reported on. The extra ``models`` installs what it needs.
+"""Model files: read, quantized tensor by tensor, and reported on.
 
-The public names are those of `dynquant`, which imports this package when one of them is first used.
+The extra ``models`` installs the libraries that some files need. The public names are those of `dynquant`,
+which imports this package when one of them is first used.
 """
 
 from ._file import ModelFile, open_model

@@ -1,12 +1,13 @@
 """GGUF files: the header, with every length held against the file; and what a writer puts in front.
 
-The gguf library makes NumPy views of each element of each value, which takes seconds and gigabytes where a file
-has a vocabulary, and believes the lengths that it finds. So the header is read here; the library tells sizes
-of block types and dequantizes those that dynquant has no form for.
+The gguf library makes NumPy views of each element of each value, which takes seconds and gigabytes where a
+file has a vocabulary, and believes the lengths that it finds. So the header is read here; the library tells
+sizes of block types and dequantizes those that dynquant has no form for.
 """
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -118,7 +119,7 @@ def _read(path: str, cursor: _Cursor) -> GgufHeader:
         _located(path, name, *entry, start, alignment, len(cursor.data)) for name, entry in entries.items()
     ]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.n_bytes))
-    for before, after in zip(tensors, tensors[1:], strict=False):
+    for before, after in itertools.pairwise(tensors):
         if before.start + before.n_bytes > after.start:
             raise ValueError(f"tensors {before.name!r} and {after.name!r} that overlap")
     return GgufHeader(values, pairs, tensors)

@@ -74,6 +74,8 @@ def _count_zeros(q: DynQuantTensor) -> int:
     if q.format.bits == 8:
         return int(q.data.size - np.count_nonzero(q.data))
     codes = nibbles(unsigned(q))[:, : q.shape[1]]
+    if q.minimums is not None:
+        return int(np.count_nonzero(q.dequantize() == 0))
     zero = 8 if q.zero_points is None else _of_each(q.zero_points, q)
     return int(np.count_nonzero(codes == zero))
 
@@ -81,9 +83,10 @@ def _count_zeros(q: DynQuantTensor) -> int:
 def _at_ends(q: DynQuantTensor) -> NDArray[np.bool_]:
     """Which codes are the smallest or the largest one."""
     if q.format.bits == 8:
-        return np.abs(q.data.astype(np.int16)) >= q.format.clip
+        ends: NDArray[np.bool_] = np.abs(q.data.astype(np.int16)) >= q.format.clip
+        return ends
     codes = nibbles(unsigned(q))[:, : q.shape[1]]
-    lowest = 1 if q.zero_points is None else 0
+    lowest = 1 if q.zero_points is None and q.minimums is None else 0
     return (codes <= lowest) | (codes == 15)
 
 

@@ -241,8 +241,6 @@ class Job:
     def run(self, threads: int, progress: Callable[[int, int], object]) -> tuple[TensorReport, ...]:
         with _replacing(self.target, self.overwrite, self._is_one_file) as partial:
             outputs = self._outputs(partial)
-            for path, plans in outputs:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
             reports = self._write(outputs, threads, progress)
             if not self._is_one_file:
                 self._write_index(partial, outputs)
@@ -354,15 +352,16 @@ class Job:
             meter.add(stored.n_bytes * len(x) // n)
         for key, part in recipe.constants(stored.shape).items():
             writer.write(f"{layer}.{key}", part)
+        output_db = None
+        if kept is not None:
+            output_db = output_sqnr(self.model.rows(stored.name), values[0], kept)
         return replace(
             report,
             sqnr_db=errors.sqnr_db,
             max_abs=errors.max_abs,
             zero_share=errors.zero_share,
             clipped_share=errors.clipped_share,
-            output_sqnr_db=None
-            if kept is None
-            else output_sqnr(self.model.rows(stored.name), values[0], kept),
+            output_sqnr_db=output_db,
         )
 
     def _write_index(self, partial: str, outputs: list[tuple[str, list[Plan]]]) -> None:
@@ -602,7 +601,7 @@ def _verify(path: str, plans: Sequence[Plan], writer: TensorWriter) -> None:
         data = model._bytes(stored)
         checksum = 0
         for start in range(0, data.size, _COPY_BYTES):
-            checksum = zlib.crc32(data[start : start + _COPY_BYTES], checksum)
+            checksum = zlib.crc32(data[start : start + _COPY_BYTES].data, checksum)
         if (stored.dtype, stored.shape, stored.n_bytes) != part[1:] or checksum != writer.checksums[name]:
             damaged.add(name)
     if damaged:

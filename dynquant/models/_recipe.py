@@ -11,12 +11,12 @@ import numpy as np
 from .. import _core
 from .._compensate import SecondMoments
 from .._format import DynQuantFormat
-from .._layouts import BLOCK, Q4_0, Q8_0, unsigned, words, words_of_rows
+from .._layouts import BLOCK, BLOCK_BYTES, Q4_0, Q4_1, Q8_0, unsigned, words, words_of_rows
 from .._tensor import DynQuantTensor
 from .._validate import U8, as_flag, float_matrix
 from .._weights import quantize_matrix, weight_format
 from ..errors import ParameterError, shown
-from ._stored import GGML_BLOCK_BYTES, GGML_NAMES, PLAIN, Q4_1, round_scales, stored_scales
+from ._stored import GGML_NAMES, PLAIN, round_scales, stored_scales
 from ._writer import Planned
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Recipe:
         """What a weight becomes in the file."""
         n, k = shape
         if self.format == "gguf":
-            n_bytes = n * (k // BLOCK) * GGML_BLOCK_BYTES[self.ggml_type]
+            n_bytes = n * (k // BLOCK) * BLOCK_BYTES[self.ggml_type]
             return [Planned(weight, GGML_NAMES[self.ggml_type], shape, n_bytes)]
         groups = -(-k // self.weights.group_of(k))
         scales = _planned(f"{layer}.weight_scale", _scale_dtype(dtype), (n, groups))
@@ -105,7 +105,7 @@ class Recipe:
     def quantize(
         self, x: NDArray[np.float32], name: str, dtype: str, moments: SecondMoments | None, threads: int
     ) -> tuple[Parts, DynQuantTensor]:
-        """A block of finite rows, a multiple of 8 unless it is the last -> what is written, and its values."""
+        """A block of finite rows, 8 or a multiple unless it is the last: what is written, and its values."""
         if self.format == "gguf":
             return self._blocks(x, name, threads)
         stored = _scale_dtype(dtype)
@@ -131,7 +131,7 @@ class Recipe:
     def _blocks(self, x: NDArray[np.float32], name: str, threads: int) -> tuple[Parts, DynQuantTensor]:
         n, k = x.shape
         number = self.ggml_type
-        blocks = np.empty((n, k // BLOCK * GGML_BLOCK_BYTES[number]), U8)
+        blocks = np.empty((n, k // BLOCK * BLOCK_BYTES[number]), U8)
         if not _core.quantize_blocks(float_matrix(x, n, k), blocks, number, threads):
             raise ParameterError(f"{name}: expected scales within float16 for gguf, got one beyond it")
         return {"": blocks}, tensor_of_blocks(blocks, number)

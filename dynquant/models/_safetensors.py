@@ -7,11 +7,12 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ._stored import PLAIN, Stored, bad_file
+from ._stored import Stored, bad_file
 from ._writer import Planned, TensorWriter
 
-# As the library has it.
+# As the library has it: headers in multiples of 8 bytes, wide dtypes first.
 _ALIGNMENT = 8
+_ORDER = ("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "I8", "U8", "BOOL")
 
 
 def read_safetensors(path: str) -> tuple[dict[str, str], list[Stored]]:
@@ -56,7 +57,7 @@ def _library() -> Any:
 
 def safetensors_writer(path: str, tensors: Sequence[Planned], metadata: Mapping[str, str]) -> TensorWriter:
     """A writer of a safetensors file. Tensors lie in the order that the library writes them in."""
-    ordered = sorted(tensors, key=lambda t: (-PLAIN[t.dtype].itemsize, t.name))
+    ordered = sorted(tensors, key=lambda t: (_ORDER.index(t.dtype), t.name))
     content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset, offsets = 0, {}
     for tensor in ordered:

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .._layouts import BLOCK, BLOCK_BYTES, Q4_0, Q8_0, from_layout
-from .._validate import F16, F32, U8
+from .._layouts import BLOCK, BLOCK_BYTES, Q4_0, Q4_1, Q8_0, from_layout
+from .._validate import F16, F32
 from ..errors import DTypeError, ParameterError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Plain numbers: the dtype that NumPy reads; bfloat16 as its bits.
-PLAIN = {
+PLAIN: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -32,8 +32,7 @@ PLAIN = {
 }
 FLOATS = ("F32", "F16", "BF16", "F64")
 
-# ggml's numbers of types; blocks of 32 weights and their bytes.
-Q4_1 = 3
+# ggml's numbers of types.
 GGML_NAMES = {
     0: "F32",
     1: "F16",
@@ -48,7 +47,6 @@ GGML_NAMES = {
     30: "BF16",
 }
 GGML_NUMBERS = {name: number for number, name in GGML_NAMES.items()}
-GGML_BLOCK_BYTES = {**BLOCK_BYTES, Q4_1: 20}
 
 
 class Stored(NamedTuple):
@@ -79,15 +77,15 @@ def bytes_of(dtype: str, shape: tuple[int, ...]) -> int | None:
 def _block_of(dtype: str) -> tuple[int, int] | None:
     """Weights and bytes of a block of a type of ggml."""
     number = GGML_NUMBERS.get(dtype)
-    if number in GGML_BLOCK_BYTES:
-        return BLOCK, GGML_BLOCK_BYTES[number]
+    if number in BLOCK_BYTES:
+        return BLOCK, BLOCK_BYTES[number]
     return _other_types().get(dtype)
 
 
 def _other_types() -> dict[str, tuple[int, int]]:
     """The types of ggml that the gguf library knows, where it is installed."""
     try:
-        import gguf  # type: ignore[import-untyped, import-not-found, unused-ignore]
+        import gguf
     except ImportError:
         return {}
     return {kind.name: size for kind, size in gguf.GGML_QUANT_SIZES.items()}
@@ -149,8 +147,6 @@ def _as_float32(array: NDArray[Any], dtype: str) -> NDArray[np.float32]:
 def _rows_of_blocks(stored: Stored, memory: NDArray[np.uint8], first: int, end: int) -> NDArray[np.float32]:
     """Values of rows first .. end along the last axis."""
     data = block_rows(stored, memory)[first:end]
-    if stored.dtype == "Q4_1":
-        return values_of_q4_1(data)
     number = GGML_NUMBERS.get(stored.dtype)
     if number in BLOCK_BYTES:
         if len(data) == 0:
@@ -171,18 +167,6 @@ def block_rows(stored: Stored, memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A tensor of blocks as (rows, bytes)."""
     rows = math.prod(stored.shape[:-1])
     return memory[stored.start : stored.start + stored.n_bytes].reshape(rows, -1)
-
-
-def values_of_q4_1(data: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """(rows, blocks of 20 bytes) -> the values code * d + m, as ggml computes them."""
-    n, size = len(data), GGML_BLOCK_BYTES[Q4_1]
-    blocks = np.ascontiguousarray(data).reshape(-1, size)
-    halves = blocks[:, :4].copy().view("<f2").astype(F32)
-    codes = blocks[:, 4:]
-    values = np.concatenate([codes & U8.type(15), codes >> U8.type(4)], axis=1).astype(F32)
-    values *= halves[:, :1]
-    values += halves[:, 1:]
-    return values.reshape(n, -1)
 
 
 def round_scales(scales: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:

@@ -46,7 +46,7 @@ class TensorWriter:
 
     def write(self, name: str, part: NDArray[Any]) -> None:
         """Append C-contiguous bytes to a tensor."""
-        data = memoryview(part.reshape(-1).view("u1"))
+        data = part.reshape(-1).view("u1").data
         self._file.seek(self._at[name])
         self._write(data)
         self._at[name] += data.nbytes
