@@ -6,6 +6,17 @@ which imports this package when one of them is first used.
 
 from ._file import ModelFile, open_model
 from ._quantize import quantize_model
+from ._recipes import LayerView, RecipeRow, RecipeTable, compare_recipes
 from ._report import ModelReport, TensorReport
 
-__all__ = ["ModelFile", "ModelReport", "TensorReport", "open_model", "quantize_model"]
+__all__ = [
+    "LayerView",
+    "ModelFile",
+    "ModelReport",
+    "RecipeRow",
+    "RecipeTable",
+    "TensorReport",
+    "compare_recipes",
+    "open_model",
+    "quantize_model",
+]

@@ -83,11 +83,12 @@ def _count_zeros(q: DynQuantTensor) -> int:
 def _at_ends(q: DynQuantTensor) -> NDArray[np.bool_]:
     """Which codes are the smallest or the largest one."""
     if q.format.bits == 8:
-        ends: NDArray[np.bool_] = np.abs(q.data.astype(np.int16)) >= q.format.clip
-        return ends
+        codes = np.abs(q.data.astype(np.int16))
+        return np.greater_equal(codes, q.format.clip)
     codes = nibbles(unsigned(q))[:, : q.shape[1]]
     lowest = 1 if q.zero_points is None and q.minimums is None else 0
-    return (codes <= lowest) | (codes == 15)
+    ends: NDArray[np.bool_] = (codes <= lowest) | (codes == 15)
+    return ends
 
 
 def _of_each(of_groups: NDArray[np.generic], q: DynQuantTensor) -> NDArray[np.generic]:

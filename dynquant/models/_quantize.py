@@ -491,6 +491,19 @@ def _choose(
             raise ParameterError(f"{name}: expected patterns that match a linear layer, got {shown(pattern)}")
 
 
+def chosen_layers(model: ModelFile, include: Any = None, exclude: Any = _EXCLUDE) -> list[str]:
+    """The weights of a float model that `quantize_model` quantizes."""
+    _check_source(model)
+    plans = [Plan(model._stored(name), [], None) for name in model.names]
+    recipe = Recipe.checked("compressed-tensors", 8, None, None, False)
+    patterns = _patterns(include, "include"), _patterns(exclude, "exclude")
+    _choose(plans, model, recipe, *patterns, exclude is not _EXCLUDE)
+    names = [plan.stored.name for plan in plans if plan.reason is None]
+    if not names:
+        raise ParameterError(f"source: expected linear layers, got none in {model!r}")
+    return names
+
+
 def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(layer_of(name), pattern)
 
