@@ -75,7 +75,17 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .models import ModelFile, ModelReport, TensorReport, open_model, quantize_model
+    from .models import (
+        LayerView,
+        ModelFile,
+        ModelReport,
+        RecipeRow,
+        RecipeTable,
+        TensorReport,
+        compare_recipes,
+        open_model,
+        quantize_model,
+    )
 
 __version__ = "0.2.0.dev0"
 
@@ -95,6 +105,7 @@ __all__ = [
     "InvalidAlphaError",
     "InvalidPercentileError",
     "IsaError",
+    "LayerView",
     "LayoutError",
     "MaxAbs",
     "ModelFile",
@@ -105,9 +116,12 @@ __all__ = [
     "QuantLinear",
     "RecallReport",
     "RecallRow",
+    "RecipeRow",
+    "RecipeTable",
     "ShapeMismatchError",
     "SmoothQuantConfig",
     "TensorReport",
+    "compare_recipes",
     "compute_scale",
     "compute_smooth_factors",
     "dynamic_quantize",
@@ -139,7 +153,17 @@ __all__ = [
 ]
 
 # Of `dynquant.models`, which is imported when one of them is first used: most programs read no model files.
-_MODELS = {"ModelFile", "ModelReport", "TensorReport", "open_model", "quantize_model"}
+_MODELS = {
+    "LayerView",
+    "ModelFile",
+    "ModelReport",
+    "RecipeRow",
+    "RecipeTable",
+    "TensorReport",
+    "compare_recipes",
+    "open_model",
+    "quantize_model",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -296,6 +296,8 @@ def test_signatures():
         "error_metrics": "original, quantized, *, per_row=False",
         "get_include": "",
         "open_model": "path",
+        "compare_recipes": "weight, rows=None, *, recipes=None, budget=None, quantized_rows=None, "
+        "num_threads=1",
         "quantize_model": "source, target, *, bits=8, group_size=None, symmetric=None, include=None, "
         "exclude=('lm_head*', '*embed*'), search=False, calibration=None, format='compressed-tensors', "
         "num_threads=1, progress=None, overwrite=False",

@@ -224,6 +224,16 @@ class ModelFile:
         """
         return self._stored(n).dtype
 
+    def n_bytes(self, n: str) -> int:
+        """Bytes of a tensor in its file.
+
+        Raises
+        ------
+        ParameterError
+            If there is no tensor of this name.
+        """
+        return self._stored(n).n_bytes
+
     def rows(self, n: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Rows of a tensor along its first axis, as float32.
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ._recipes import LayerView, RecipeRow, RecipeTable
     from ._report import ModelReport
 
-# Layers whose histograms are drawn, the worst ones, and below how many decibels a layer is proposed to exclude.
+# Layers whose histograms are drawn, the worst ones; and decibels below which layers are listed to exclude.
 _DRAWN = 12
 _EXCLUDE_BELOW = (40.0, 30.0, 20.0)
 
@@ -29,7 +29,8 @@ _SHAPES = (
 )
 
 _STYLE = """
-:root { color-scheme: light dark; --fg: #1a1a1a; --bg: #fff; --line: #767676; --grid: #e3e3e3; --mark: #fff3c4; }
+:root { color-scheme: light dark; --fg: #1a1a1a; --bg: #fff; --line: #767676; --grid: #e3e3e3;
+ --mark: #fff3c4; }
 @media (prefers-color-scheme: dark) {
  :root { --fg: #eee; --bg: #16181c; --line: #999; --grid: #33363c; --mark: #4d4213; }
 }
@@ -40,14 +41,16 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
 .scroll:focus-visible, summary:focus-visible { outline: 3px solid #0072b2; outline-offset: 2px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 caption { text-align: left; padding-bottom: .4rem; font-weight: 600; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--grid); text-align: right; white-space: nowrap; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--grid); text-align: right;
+ white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 tr.picked > * { background: var(--mark); }
 svg { display: block; max-width: 100%; height: auto; }
 svg.wide { min-width: 34rem; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--fg); }
 .axis { stroke: var(--line); fill: none; } .grid { stroke: var(--grid); }
-pre { overflow-x: auto; padding: .7rem; border: 1px solid var(--grid); font-size: .85rem; white-space: pre-wrap;
+pre { overflow-x: auto; padding: .7rem; border: 1px solid var(--grid); font-size: .85rem;
+ white-space: pre-wrap;
  overflow-wrap: anywhere; }
 summary { cursor: pointer; padding: .3rem 0; }
 .pair { display: flex; flex-wrap: wrap; gap: 1.5rem; }
@@ -142,7 +145,7 @@ def _text(text: str) -> str:
 
 
 def _shape(shape: Sequence[int]) -> str:
-    return " × ".join(map(str, shape))
+    return "x".join(map(str, shape))
 
 
 def _db(value: float | None) -> str:
@@ -416,15 +419,15 @@ def _view(view: LayerView, open_first: bool) -> str:
 
 def _histogram(view: LayerView) -> str:
     """How many weights have which magnitude, on a logarithmic scale, with the end of each recipe's codes."""
-    width, height, left, top = 440.0, 200.0, 46.0, 12.0
+    width, height, left, top = 460.0, 200.0, 66.0, 12.0
     high = max([view.amax, *_finite(view.clips.values())]) or 1.0
-    x_at = _scale([0, high], left, width - left - 14)
+    x_at = _scale([0, high], left, width - left - 24)
     most = math.log10(max(view.histogram) + 1) or 1.0
     step = (x_at(view.amax or high) - left) / len(view.histogram)
     parts = []
     for power in range(math.floor(most) + 1):
         y = top + height * (1 - power / most)
-        parts.append(f'<path class="grid" d="M{left} {y:.1f}H{width - 14}"/>')
+        parts.append(f'<path class="grid" d="M{left} {y:.1f}H{width - 24}"/>')
         parts.append(_label(left - 6, y + 4, f"{10**power:,}", "end"))
     for i, count in enumerate(view.histogram):
         bar = height * math.log10(count + 1) / most
@@ -440,7 +443,7 @@ def _histogram(view: LayerView) -> str:
         )
     for tick in (0.0, high / 2, high):
         parts.append(_label(x_at(tick), top + height + 18, f"{tick:.3g}", "middle"))
-    parts.append(f'<path class="axis" d="M{left} {top}v{height}H{width - 14}"/>')
+    parts.append(f'<path class="axis" d="M{left} {top}v{height}H{width - 24}"/>')
     parts.append(_label(left, top + height + 38, "|w|; dashed: where the codes of a recipe end"))
     title = f"Histogram of the magnitudes of the weights of {view.layer}"
     return _svg(width, top + height + 48, title, "".join(parts), wide=False)
@@ -448,15 +451,15 @@ def _histogram(view: LayerView) -> str:
 
 def _channels(before: Sequence[float], after: Sequence[float]) -> str:
     """The largest magnitude of channels of the inputs, before and after smoothing, on a logarithmic scale."""
-    width, height, left, top = 440.0, 200.0, 46.0, 12.0
+    width, height, left, top = 460.0, 200.0, 66.0, 12.0
     positive = [v for v in (*before, *after) if v > 0 and math.isfinite(v)] or [1.0]
     low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)) + 1e-9)
     high = max(high, low + 1)
     y_at = _scale([low, high], top + height, -height)
-    x_at = _scale([0, max(len(before) - 1, 1)], left, width - left - 14)
+    x_at = _scale([0, max(len(before) - 1, 1)], left, width - left - 24)
     parts = []
     for power in range(low, high + 1):
-        parts.append(f'<path class="grid" d="M{left} {y_at(power):.1f}H{width - 14}"/>')
+        parts.append(f'<path class="grid" d="M{left} {y_at(power):.1f}H{width - 24}"/>')
         parts.append(_label(left - 6, y_at(power) + 4, f"{10.0**power:g}", "end"))
     for values, color, dash, name in (
         (before, _COLORS[1], "", "before"),
@@ -469,7 +472,7 @@ def _channels(before: Sequence[float], after: Sequence[float]) -> str:
             f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2" '
             f'stroke-dasharray="{dash}"><title>{name} smoothing</title></polyline>'
         )
-    parts.append(f'<path class="axis" d="M{left} {top}v{height}H{width - 14}"/>')
+    parts.append(f'<path class="axis" d="M{left} {top}v{height}H{width - 24}"/>')
     parts.append(_label(left, top + height + 18, "channels, largest first"))
     parts.append(_label(left, top + height + 38, "solid: max|x| before smoothing; dashed: after"))
     return _svg(

@@ -28,7 +28,7 @@ from ._calibration import checked_calibration
 from ._file import ModelFile, open_model
 from ._gguf import gguf_writer, name_fits, pair_of
 from ._measure import WeightErrors, ratio_db
-from ._recipe import Recipe, quantization_config
+from ._recipe import FORMATS, Recipe, quantization_config
 from ._report import ModelReport, TensorReport, layer_of
 from ._safetensors import safetensors_writer
 from ._stored import FLOATS, GGML_NUMBERS, PLAIN, Stored
@@ -166,6 +166,7 @@ class Plan:
     stored: Stored
     written: list[Planned]
     reason: str | None  # why it is copied; None if it is quantized
+    layer: str = ""  # of a quantized layer that is converted
 
 
 @dataclass
@@ -201,7 +202,7 @@ class Job:
         included, excluded = _patterns(include, "include"), _patterns(exclude, "exclude")
         overwrite = as_flag(overwrite, "overwrite")
         model = open_model(source)
-        path = _checked_target(model, as_path(target), recipe.format, overwrite)
+        path = check_target(model, as_path(target), recipe.format, overwrite)
         _check_source(model)
         plans = [Plan(model._stored(name), [], None) for name in model.names]
         _choose(plans, model, recipe, included, excluded, exclude is not _EXCLUDE)
@@ -220,7 +221,32 @@ class Job:
             "calibration": calibration is not None,
         }
         rows = checked_calibration(calibration, chosen)
-        return cls(model, path, recipe, plans, rows, settings, overwrite)
+        job = cls(model, path, recipe, plans, rows, settings, overwrite)
+        job.check_plans()
+        return job
+
+    def check_plans(self) -> None:
+        """Raise unless what is to be written fits the format."""
+        names: set[str] = set()
+        for plan in self.plans:
+            if plan.reason is not None:
+                _check_copy(plan.stored, self.recipe.format)
+            for part in plan.written:
+                if part.name in names:
+                    raise ParameterError(f"source: expected no tensor called {shown(part.name)}, got one")
+                names.add(part.name)
+                if self.recipe.format == "gguf" and not name_fits(part.name, part.shape):
+                    raise ParameterError(
+                        "source: expected names of at most 63 bytes and 1 to 4 axes for gguf, got "
+                        f"{shown(part.name)} of shape {part.shape}"
+                    )
+
+    @classmethod
+    def planned_by_options(cls, source: Any, target: Any, options: dict[str, Any]) -> Job:
+        """The same with the options of `quantize_model` by name."""
+        defaults = {"bits": 8, "group_size": None, "symmetric": None, "include": None, "exclude": _EXCLUDE}
+        more = {"search": False, "calibration": None, "format": FORMATS[0], "overwrite": False}
+        return cls.planned(source, target, **{**defaults, **more, **options})
 
     def report(self) -> ModelReport:
         """What would be written, without errors."""
@@ -283,7 +309,9 @@ class Job:
             architecture = str(self.model.config.get("model_type", "unknown"))
             pairs["general.architecture"] = pair_of("general.architecture", architecture)
         pairs["general.quantization_version"] = pair_of("general.quantization_version", 2)
-        pairs["general.file_type"] = pair_of("general.file_type", _FILE_TYPES[str(self.recipe)])
+        kinds = [part.dtype for plan in self.plans if plan.reason is None for part in plan.written]
+        kind = max(sorted(set(kinds)), key=kinds.count)
+        pairs["general.file_type"] = pair_of("general.file_type", _FILE_TYPES[kind])
         alignment = 32 if gguf is None else gguf.values.get("general.alignment", 32)
         return list(pairs.values()), alignment
 
@@ -291,7 +319,10 @@ class Job:
         matrices = (plan for plan in self.plans if plan.reason is not None and _is_matrix(plan.stored))
         ignored = [layer_of(plan.stored.name) for plan in matrices]
         # A head that shares the weights of the embeddings is a layer without a tensor of its own.
-        return quantization_config(self.recipe, iter(dict.fromkeys([*ignored, "lm_head"])))
+        return self._configuration(list(dict.fromkeys([*ignored, "lm_head"])))
+
+    def _configuration(self, ignored: list[str]) -> dict[str, Any]:
+        return quantization_config({self.recipe.scheme: ["Linear"]}, ignored)
 
     def _write(
         self,
@@ -457,7 +488,6 @@ def _choose(
     """Decide what is quantized, and what each tensor becomes."""
     used = set()
     vocabulary = model.config.get("vocab_size")
-    names: set[str] = set()
     for plan in plans:
         stored = plan.stored
         plan.reason = _reason_of(stored, recipe)
@@ -475,16 +505,6 @@ def _choose(
             plan.written = recipe.planned(layer_of(stored.name), stored.name, stored.dtype, stored.shape)
         else:
             plan.written = [Planned(stored.name, stored.dtype, stored.shape, stored.n_bytes)]
-            _check_copy(stored, recipe.format)
-        for part in plan.written:
-            if part.name in names:
-                raise ParameterError(f"source: expected no tensor called {shown(part.name)}, got one")
-            names.add(part.name)
-            if recipe.format == "gguf" and not name_fits(part.name, part.shape):
-                raise ParameterError(
-                    f"source: expected names of at most 63 bytes and 1 to 4 axes for gguf, got "
-                    f"{shown(part.name)} of shape {part.shape}"
-                )
     asked = [("include", p) for p in include] + [("exclude", p) for p in exclude if excluded_by_caller]
     for name, pattern in asked:
         if pattern not in used:
@@ -535,7 +555,7 @@ def _check_copy(stored: Stored, format: str) -> None:
 # ---- The target ----
 
 
-def _checked_target(model: ModelFile, path: str, format: str, overwrite: bool) -> str:
+def check_target(model: ModelFile, path: str, format: str, overwrite: bool) -> str:
     if format == "gguf" and not path.endswith(".gguf"):
         raise ParameterError(f"target: expected a file .gguf, got {path!r}")
     if path.endswith(".safetensors") and len(model.files) > 1:

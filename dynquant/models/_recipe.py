@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -67,6 +67,11 @@ class Recipe:
         if self.weights.bits == 8:
             return Q8_0
         return Q4_0 if self.symmetric else Q4_1
+
+    @property
+    def scheme(self) -> Scheme:
+        """What config.json says."""
+        return Scheme(self.weights.bits, self.weights.group_size, self.symmetric)
 
     def refusal(self, k: int) -> str | None:
         """Why rows of k cannot be quantized so; None if they can."""
@@ -159,27 +164,46 @@ def _scale_dtype(dtype: str) -> str:
     return dtype if dtype in ("F16", "BF16") else "F32"
 
 
-def quantization_config(recipe: Recipe, ignored: Iterator[str]) -> dict[str, Any]:
+class Scheme(NamedTuple):
+    """What config.json says of a weight."""
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+
+
+def quantization_config(targets: Mapping[Scheme, Sequence[str]], ignored: Sequence[str]) -> dict[str, Any]:
     """What config.json says of weights in the format of compressed-tensors, in the fewest keys.
 
-    Readers refuse keys that they do not know.
+    `targets` are names of layers, or of the class of all of them. Readers refuse keys that they do not know.
     """
-    weights: dict[str, Any] = {
-        "num_bits": recipe.weights.bits,
-        "type": "int",
-        "symmetric": recipe.symmetric,
-        "strategy": "channel" if recipe.weights.group_size is None else "group",
-    }
-    if recipe.weights.group_size is not None:
-        weights["group_size"] = recipe.weights.group_size
-    scheme: dict[str, Any] = {"targets": ["Linear"], "weights": weights}
-    if recipe.weights.bits == 8:
-        tokens = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-        scheme["input_activations"] = tokens
+    formats = {"int-quantized" if scheme.bits == 8 else "pack-quantized" for scheme in targets}
+    groups = {}
+    for i, (scheme, names) in enumerate(targets.items()):
+        groups[f"group_{i}"] = _config_group(scheme, names)
+        if len(formats) > 1:
+            format = "int-quantized" if scheme.bits == 8 else "pack-quantized"
+            groups[f"group_{i}"]["format"] = format
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized" if recipe.weights.bits == 8 else "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": scheme},
+        "config_groups": groups,
         "ignore": list(ignored),
     }
+
+
+def _config_group(scheme: Scheme, names: Sequence[str]) -> dict[str, Any]:
+    weights: dict[str, Any] = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if scheme.group_size is None else "group",
+    }
+    if scheme.group_size is not None:
+        weights["group_size"] = scheme.group_size
+    group: dict[str, Any] = {"targets": list(names), "weights": weights}
+    if scheme.bits == 8:
+        tokens = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+        group["input_activations"] = tokens
+    return group

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -265,9 +266,9 @@ def compare_recipes(
     Notes
     -----
     Everything is measured, nothing is estimated. Of up to 16,384 rows the last quarter, at most 512, are held
-    out: outputs are compared on these, codes and factors come from the others. With ``{"bytes": n}`` layers begin with their smallest
-    recipe, and as long as bytes remain the step is taken that removes the most error power for each byte,
-    relative to the power of the layer's output; layers then count alike.
+    out: outputs are compared on these, codes and factors come from the others. With ``{"bytes": n}`` layers
+    begin with their smallest recipe, and as long as bytes remain the step is taken that removes the most
+    error power for each byte, relative to the power of the layer's output; layers then count alike.
 
     Examples
     --------
@@ -492,7 +493,7 @@ def _within(by_layer: dict[str, list[RecipeRow]], most: float) -> dict[str, str]
                 b.memory_bytes - a.memory_bytes,
             )
             for layer, hull in hulls.items()
-            for i, (a, b) in enumerate(zip(hull, hull[1:], strict=False))
+            for i, (a, b) in enumerate(itertools.pairwise(hull))
         ),
         key=lambda step: (step[0], step[2]),
     )
