@@ -112,7 +112,7 @@ def _read(path: str, cursor: _Cursor) -> GgufHeader:
     alignment = values.get("general.alignment", _ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
         raise ValueError(f"an alignment of {alignment}")
-    if values.get("split.count", 0) > 1:
+    if values.get("split.count", 1) not in (0, 1):
         raise ValueError("one part of several; llama.cpp's gguf-split merges them")
     start = cursor.at + -cursor.at % alignment
     tensors = [

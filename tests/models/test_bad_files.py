@@ -106,7 +106,9 @@ GGUF = {
     "no axes": models.gguf_bytes([("a", 0, (), 0, DATA)]),
     "an unknown type": models.gguf_bytes([("a", 4711, (2, 4), 0, DATA)]),
     "no whole blocks": models.gguf_bytes([("a", 8, (2, 33), 0, DATA)]),
-    "an offset beyond the end": models.gguf_bytes([("a", 0, (2, 4), 1 << 40, b"")])[:200],
+    "an offset beyond the end": models.gguf_bytes([TENSOR]).replace(
+        struct.pack("<IQ", 0, 0), struct.pack("<IQ", 0, 1 << 40)
+    ),
     "an offset of 2**64 - 32": models.gguf_bytes([("a", 0, (2, 4), 0, DATA)]).replace(
         struct.pack("<IQ", 0, 0), struct.pack("<IQ", 0, (1 << 64) - 32)
     ),
@@ -150,7 +152,7 @@ def test_every_changed_byte_of_a_header(tmp_path):
     safetensors = header({"a": entry()})
     for content, end in ((gguf, len(gguf) - 32), (safetensors, len(safetensors) - 32)):
         for i in range(end):
-            for value in (0, 0xFF, content[i] ^ 1, content[i] ^ 0x80):
+            for value in (0xFF, content[i] ^ 1):
                 (tmp_path / "m").write_bytes(content[:i] + bytes([value]) + content[i + 1 :])
                 try:
                     model = open_model(tmp_path / "m")
@@ -296,9 +298,8 @@ def test_archives(tmp_path, content):
 def test_an_archive_is_not_read_whole(tmp_path):
     from dynquant.models._calibration import read_rows
 
-    np.savez(
-        tmp_path / "rows.npz", **{"a.b": np.arange(12.0).reshape(3, 4), "f": np.asfortranarray(X), "e": X[:0]}
-    )
+    arrays = {"a.b": np.arange(12.0).reshape(3, 4), "f": np.asfortranarray(X), "e": X[:0]}
+    np.savez(tmp_path / "rows.npz", **arrays)
     rows = read_rows(str(tmp_path / "rows.npz"))
     assert isinstance(rows["a.b"], np.memmap)
     assert (rows["a.b"] == np.arange(12).reshape(3, 4)).all()
