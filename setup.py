@@ -54,12 +54,16 @@ GNU_ISA_FLAGS = {
     "avx512vnni": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512vnni"],
 }
 GNU_ISA_FLAGS["amx"] = [*GNU_ISA_FLAGS["avx512vnni"], "-mamx-tile", "-mamx-int8"]
-# Of the modules without an instruction set, where it is for this target: CFLAGS may hold -march=native, with
-# which the detector would not run elsewhere, and the baseline would use tiles without asking the system.
-# Flags for single instructions stay in force after it, and are taken away.
-PORTABLE = "-march=x86-64"
-INSTRUCTIONS = re.compile(r"-m(s?sse|avx|amx|fma|f16c|bmi|popcnt|lzcnt|gfni|vaes|vpclmul).*")
-# No switch of MSVC stands for VNNI or AMX.
+# gcc takes armv8-a+dotprod too, but then refuses the intrinsics.
+GNU_ISA_FLAGS["dotprod"] = ["-march=armv8.2-a+dotprod"]
+GNU_ISA_FLAGS["i8mm"] = ["-march=armv8.2-a+dotprod+i8mm"]
+# Of the modules without an instruction set, by the macro of the target: CFLAGS may hold -march=native, with
+# which the detector would not run elsewhere, and the baseline would use tiles without asking the system. The
+# compilers of macOS have dot products by default. Flags for single instructions stay in force after it, and
+# are taken away; so are processors, which gcc does not take beside an architecture.
+PORTABLE = {"__x86_64__": "-march=x86-64", "__aarch64__": "-march=armv8-a"}
+INSTRUCTIONS = re.compile(r"-m(s?sse|avx|amx|fma|f16c|bmi|popcnt|lzcnt|gfni|vaes|vpclmul|cpu=).*")
+# No switch of MSVC stands for VNNI or AMX, nor does it say that it compiles dot products of ARM.
 MSVC_ISA_FLAGS = {"baseline": [], "avx2": ["/arch:AVX2"], "avx512": ["/arch:AVX512"]}
 ISA_MACROS = {
     "avx2": "__AVX2__",
@@ -67,6 +71,8 @@ ISA_MACROS = {
     "avx512": "__AVX512BW__",
     "avx512vnni": "__AVX512VNNI__",
     "amx": "DQ_AMX",
+    "dotprod": "__ARM_FEATURE_DOTPROD",
+    "i8mm": "__ARM_FEATURE_MATMUL_INT8",
 }
 
 # Cython sees the #include in its own files alone.
@@ -129,8 +135,7 @@ class BuildKernels(build_ext):
             print(f"dynquant: leaving out {', '.join(left_out)}: not for this processor or compiler")
         self.extensions = [e for e in self.extensions if isa_of(e) in ("", *isas)]
         self.translate()
-        not_for_this = msvc or self.refusal("#ifndef __x86_64__\n#error\n#endif", [PORTABLE])
-        portable = [] if not_for_this else [PORTABLE]
+        portable = [] if msvc else [flag for macro, flag in PORTABLE.items() if self.can_be_for(macro, flag)]
         for extension in self.extensions:
             extension.extra_compile_args = flags + (isa_flags.get(isa_of(extension)) or portable)
             extension.extra_link_args = [] if msvc else [*STRICT, "-pthread"]
@@ -162,6 +167,10 @@ class BuildKernels(build_ext):
         if refusal := self.refusal("#include <Python.h>"):
             folders = ", ".join(self.compiler.include_dirs)
             raise PlatformError(f"dynquant needs Python.h, and none that compiles is in {folders}; {INSTALL}")
+
+    def can_be_for(self, macro, flag):
+        """Whether the target is the one that `macro` stands for, and `flag` is for it."""
+        return not self.refusal(f"#ifndef {macro}\n#error\n#endif", [flag])
 
     def can_compile(self, isa, flags):
         """Whether the compiler takes the flags for this target, and then the vector steps."""

@@ -28,8 +28,10 @@ except ImportError as error:
         "Python in another folder to import what is installed, or run `python setup.py build_ext --inplace`"
     ) from error
 
+from ._alpha_search import AlphaSearch, search_alpha
 from ._array_file import quantize_array
-from ._calibrate import Calibrator, CalibStats
+from ._calibrate import CalibStats
+from ._calibrator import Calibrator
 from ._format import DynamicScaleMode, DynQuantFormat, MaxAbs, Percentile
 from ._hadamard import hadamard_transform
 from ._include import get_include
@@ -49,7 +51,6 @@ from ._quantize import (
     quantize,
 )
 from ._recall import RecallReport, RecallRow, recall_report
-from ._search import AlphaSearch, search_alpha
 from ._smooth import (
     SmoothQuantConfig,
     compute_smooth_factors,
@@ -72,6 +73,7 @@ from .errors import (
     NonFiniteError,
     ParameterError,
     ShapeMismatchError,
+    SilentChannelWarning,
 )
 
 if TYPE_CHECKING:
@@ -119,6 +121,7 @@ __all__ = [
     "RecipeRow",
     "RecipeTable",
     "ShapeMismatchError",
+    "SilentChannelWarning",
     "SmoothQuantConfig",
     "TensorReport",
     "compare_recipes",

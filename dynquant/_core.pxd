@@ -64,6 +64,12 @@ cdef Py_ssize_t panel_scales(const Kernels* table, Py_ssize_t k, Py_ssize_t grou
 cdef Py_ssize_t activation_bytes(const Kernels* table, Py_ssize_t k, Py_ssize_t group) noexcept nogil
 cdef void pack_weights(const PackedWeights* w, const uint8_t* codes, const float* scales,
                        const uint8_t* offsets) noexcept nogil
+cdef void pack_int8_groups(const PackedWeights* w, const int8_t* codes, const float* scales) noexcept nogil
+cdef bint quantize_group_row(const Kernels* table, const Floats* x, Py_ssize_t group, bint symmetric,
+                             float* scale, int8_t* codes, uint8_t* a) noexcept nogil
+cdef Py_ssize_t int8_inner_bytes(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k) noexcept nogil
+cdef void int8_inner_rows(const int8_t* a, const int8_t* b, void* out, Py_ssize_t m, Py_ssize_t n,
+                          Py_ssize_t k, bint wide, uint8_t* scratch) noexcept nogil
 cdef void quantize_activation(const Kernels* table, const Floats* x, float scale, Py_ssize_t group,
                               int8_t* scratch, uint8_t* a) noexcept nogil
 cdef void multiply_panels(const PackedWeights* w, const uint8_t* a, const float* a_scales, float* out,

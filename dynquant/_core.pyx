@@ -35,11 +35,11 @@ from cpython.buffer cimport (
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_RawCalloc, PyMem_RawFree, PyMem_RawMalloc
 from cpython.object cimport PyObject, PyObject_GenericSetAttr
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.math cimport INFINITY, ceil, pow, sqrt
+from libc.math cimport INFINITY, NAN, ceil, pow, sqrt
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcpy, memset
 
-from dynquant._table cimport CHANNEL_BINS, NON_FINITE, Kernels, groups_of
+from dynquant._table cimport OCTAVE_BINS, NON_FINITE, Kernels, groups_of
 
 
 cdef extern from "cpu.h" nogil:
@@ -49,12 +49,16 @@ cdef extern from "cpu.h" nogil:
     bint dq_cpu_has_avx512()
     bint dq_cpu_has_avx512vnni()
     bint dq_cpu_has_amx()
+    bint dq_cpu_has_dotprod()
+    bint dq_cpu_has_i8mm()
     bint dq_permit_tiles()
     enum: DQ_BUILT_AVX2
     enum: DQ_BUILT_AVXVNNI
     enum: DQ_BUILT_AVX512
     enum: DQ_BUILT_AVX512VNNI
     enum: DQ_BUILT_AMX
+    enum: DQ_BUILT_DOTPROD
+    enum: DQ_BUILT_I8MM
 
 
 cdef extern from "Python.h":
@@ -73,7 +77,7 @@ kernels = NULL
 cdef Kernels* without_amx = NULL
 cdef bint amx_is_refused = False
 
-BINS_PER_CHANNEL = CHANNEL_BINS
+BINS_PER_OCTAVE = OCTAVE_BINS
 
 
 def set_table(table not None, instead=None):
@@ -110,18 +114,19 @@ def amx_refused():
 
 def isas_built():
     """Names of the instruction sets that this build has, weakest first."""
-    return named(DQ_BUILT_AVX2, DQ_BUILT_AVXVNNI, DQ_BUILT_AVX512, DQ_BUILT_AVX512VNNI, DQ_BUILT_AMX)
+    return named(DQ_BUILT_AVX2, DQ_BUILT_AVXVNNI, DQ_BUILT_AVX512, DQ_BUILT_AVX512VNNI, DQ_BUILT_AMX,
+                 DQ_BUILT_DOTPROD, DQ_BUILT_I8MM)
 
 
 def isas_supported():
     """Names of the instruction sets that this CPU and operating system run, weakest first."""
     return named(dq_cpu_has_avx2(), dq_cpu_has_avxvnni(), dq_cpu_has_avx512(), dq_cpu_has_avx512vnni(),
-                 dq_cpu_has_amx())
+                 dq_cpu_has_amx(), dq_cpu_has_dotprod(), dq_cpu_has_i8mm())
 
 
-cdef tuple named(bint avx2, bint avxvnni, bint avx512, bint avx512vnni, bint amx):
+cdef tuple named(bint avx2, bint avxvnni, bint avx512, bint avx512vnni, bint amx, bint dotprod, bint i8mm):
     return (("baseline",) + ("avx2",) * avx2 + ("avxvnni",) * avxvnni + ("avx512",) * avx512
-            + ("avx512vnni",) * avx512vnni + ("amx",) * amx)
+            + ("avx512vnni",) * avx512vnni + ("amx",) * amx + ("dotprod",) * dotprod + ("i8mm",) * i8mm)
 
 
 def permit_amx():

@@ -15,7 +15,7 @@ from ._format import DynQuantFormat
 from ._hadamard import hadamard_transform
 from ._quantize import dynamic_quantize
 from ._tensor import DynQuantTensor, tensor_of_checked
-from ._top_k import TopK, as_queries, checked_metric, float_scores, search
+from ._top_k import TopK, as_queries, checked_metric, float_scores, raise_overflow, search
 from ._transform import fixed_signs
 from ._validate import (
     F32,
@@ -236,7 +236,15 @@ class EmbeddingIndex:
         if center is None:
             return x, None
         x = x.astype(F32, copy=False) - center
-        return x, None if self._metric == "l2" else float_products(center, x)
+        if self._metric == "l2":
+            return x, None
+        bias = float_products(center, x)
+        if not np.isfinite(bias).all():
+            raise ParameterError(
+                "vectors: expected products with the center within float32, got vectors that are too long: "
+                "divide them by a constant"
+            )
+        return x, bias
 
     def _rotated(self, x: NDArray[Any]) -> NDArray[Any]:
         return hadamard_transform(x.astype(F32, copy=False) * fixed_signs(self._dim)) if self._hadamard else x
@@ -339,7 +347,10 @@ class EmbeddingIndex:
             start += len(segment.ids)
         best, where = _best(np.hstack(scores[1:] or scores), np.hstack(positions[1:] or positions), k)
         if self._center is not None and self._metric != "l2":
-            best += float_products(self._center, x)[:, None]
+            with np.errstate(invalid="ignore"):
+                best += float_products(self._center, x)[:, None]
+            if np.isnan(best).any():
+                raise_overflow()
         return best, where
 
     def _by_floats(
@@ -592,5 +603,5 @@ def _best(
     """The best k of lists that stand side by side in ascending order of positions."""
     if scores.shape[1] <= k:
         return scores, positions
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    order = np.lexsort((positions < 0, -scores), axis=1)[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(positions, order, 1)

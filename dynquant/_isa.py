@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TypedDict
 
 from . import _core
@@ -35,6 +36,10 @@ def _table(isa: str) -> object:
         from ._isa_avxvnni import table  # type: ignore[import-not-found, unused-ignore]
     elif isa == "avx2":
         from ._isa_avx2 import table  # type: ignore[import-not-found, unused-ignore]
+    elif isa == "i8mm":
+        from ._isa_i8mm import table  # type: ignore[import-not-found, unused-ignore]
+    elif isa == "dotprod":
+        from ._isa_dotprod import table  # type: ignore[import-not-found, unused-ignore]
     else:
         from ._isa_baseline import table  # type: ignore[import-not-found, unused-ignore]
     return table
@@ -61,6 +66,9 @@ def select(isa: str | None = None) -> None:
             + "; Linux refuses AMX, as where the stack of a signal handler is too small for it"
             * refused
         )
+    # On the cores of Apple SMMLA is no faster than SDOT, and takes more instructions around it.
+    if isa is None and usable[-1] == "i8mm" and sys.platform == "darwin":
+        usable = usable[:-1]
     _selected, _weaker = isa or usable[-1], ""
     if isa is None and _selected == "amx":
         _weaker = usable[-2]
@@ -74,13 +82,15 @@ def simd_info() -> SimdInfo:
     -------
     dict
         ``selected``, the name of the one in use; ``built``, the names that this build has; ``supported``,
-        the names that this CPU and operating system run. The names are ``"baseline"``, ``"avx2"``
-        (x86-64-v3), ``"avxvnni"`` (the same with AVX-VNNI), ``"avx512"`` (x86-64-v4), ``"avx512vnni"`` and
-        ``"amx"`` (AVX512-VNNI and AMX-INT8), weakest first.
+        the names that this CPU and operating system run. The names are, weakest first, ``"baseline"``; on
+        x86-64 ``"avx2"`` (x86-64-v3), ``"avxvnni"`` (the same with AVX-VNNI), ``"avx512"`` (x86-64-v4),
+        ``"avx512vnni"`` and ``"amx"`` (AVX512-VNNI and AMX-INT8); on 64-bit ARM, where the baseline has NEON,
+        ``"dotprod"`` (Armv8.2 with SDOT) and ``"i8mm"`` (the same with SMMLA).
 
     Notes
     -----
-    The best one in both lists is selected when dynquant is imported. The environment variable
+    The best one in both lists is selected when dynquant is imported; on macOS ``"dotprod"`` rather than
+    ``"i8mm"``, which is no faster on the processors of Apple. The environment variable
     ``DYNQUANT_ISA``, set before that, selects one by name, and importing dynquant raises `IsaError` when it
     cannot be had. Results do not depend on the choice in any bit.
 

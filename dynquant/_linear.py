@@ -10,6 +10,7 @@ import numpy as np
 
 from . import _core
 from ._batches import row_batches
+from ._calibrator import Calibrator
 from ._compensate import SecondMoments
 from ._format import DynQuantFormat
 from ._packed import (
@@ -133,7 +134,7 @@ class QuantLinear:
             raise ParameterError("signs: expected None unless hadamard is True, got an array")
         span = rotated_span(k) if hadamard else 0
         transform = InputTransform(factors, None if signs is None else _as_signs(signs, k), span)
-        activations = _as_activations(activation_bits, activation_symmetric, weight.format.bits)
+        activations = as_activations(activation_bits, activation_symmetric, weight.format.bits)
         self._set(weight, offset, transform, hadamard, *activations)
 
     def _set(
@@ -225,7 +226,7 @@ class QuantLinear:
         search: bool = False,
         smooth: ArrayLike | None = None,
         hadamard: bool = False,
-        calibration: ArrayLike | Iterable[ArrayLike] | None = None,
+        calibration: ArrayLike | Iterable[ArrayLike] | Calibrator | None = None,
         relative: bool = True,
         activation_symmetric: bool = True,
         activation_bits: int | None = 8,
@@ -249,9 +250,10 @@ class QuantLinear:
             an odd in_features there is nothing to rotate. Each channel is multiplied by a fixed sign before,
             the same for every layer of this width, so that inputs of one sign do not gather in one channel.
             Rotation needs no calibration, and gains where some channels are much larger than others.
-        calibration : array_like of floats, (..., in_features), or an iterable of such arrays, optional
-            Inputs that the layer has had, neither smoothed nor rotated: codes are chosen so that their errors
-            cancel in the output, as in `quantize_weights`.
+        calibration : array_like of floats, (..., in_features), an iterable of them, or a Calibrator, optional
+            Inputs that the layer has had, neither smoothed nor rotated; those that a Calibrator has sampled,
+            which was made with `rows`. Codes are chosen so that their errors cancel in the output, as in
+            `quantize_weights`.
         activation_symmetric : bool
             False: activations are quantized to uint8 with a zero point for each row, which uses all 256 codes
             where inputs are of one sign or off center. Only with ``bits=8``. It costs 4 bytes for each scale
@@ -291,7 +293,7 @@ class QuantLinear:
         every batch. Where partial sums leave float32, BLAS may give NaN for infinity minus infinity.
         """
         fmt, symmetric = weight_format(bits, group_size, symmetric)
-        activations = _as_activations(activation_bits, activation_symmetric, fmt.bits)
+        activations = as_activations(activation_bits, activation_symmetric, fmt.bits)
         search, hadamard = as_flag(search, "search"), as_flag(hadamard, "hadamard")
         threads = as_thread_count(num_threads)
         w = as_matrix(weight, "weight", "(out_features, in_features)")
@@ -299,10 +301,9 @@ class QuantLinear:
         offset = None if bias is None else as_finite_vector(bias, "bias", n)
         factors = None if smooth is None else as_factors(smooth, "smooth", k)
         relative = as_flag(relative, "relative")
-        span = rotated_span(k) if hadamard else 0
-        transform = InputTransform(factors, fixed_signs(k) if span else None, span)
+        transform = transform_of(k, factors, hadamard)
         w = transform.of_weights(w, "weight")
-        moments = None if calibration is None else _moments(calibration, k, relative, transform)
+        moments = None if calibration is None else moments_of(calibration, k, relative, transform)
         tensor = quantize_matrix(w, fmt, symmetric, search, moments, threads, "weight")
         layer = cls.__new__(cls)
         layer._set(tensor, offset, transform, hadamard, *activations)
@@ -574,7 +575,19 @@ class QuantLinear:
         )
 
 
-def _moments(calibration: Any, k: int, relative: bool, transform: InputTransform) -> SecondMoments:
+def packed_form(layer: QuantLinear) -> _core.PackedLinear:
+    """The weights of a layer with quantized activations as the kernels take them."""
+    assert isinstance(layer._layer, _core.PackedLinear)
+    return layer._layer
+
+
+def transform_of(k: int, smooth: NDArray[np.float32] | None, hadamard: bool) -> InputTransform:
+    """What a new layer of k inputs does to them."""
+    span = rotated_span(k) if hadamard else 0
+    return InputTransform(smooth, fixed_signs(k) if span else None, span)
+
+
+def moments_of(calibration: Any, k: int, relative: bool, transform: InputTransform) -> SecondMoments:
     """Those of calibration rows as the layer meets them, with rotation still to come."""
     smoothing = InputTransform(transform.smooth, None, 0)
     rotation = InputTransform(None, transform.signs, transform.span)
@@ -587,7 +600,7 @@ def _moments(calibration: Any, k: int, relative: bool, transform: InputTransform
     return SecondMoments(smoothed, k, relative, rotate if transform.span else None)
 
 
-def _as_activations(bits: Any, symmetric: Any, weight_bits: int) -> tuple[int | None, bool]:
+def as_activations(bits: Any, symmetric: Any, weight_bits: int) -> tuple[int | None, bool]:
     """The options `activation_bits` and `activation_symmetric`, checked."""
     symmetric = as_flag(symmetric, "activation_symmetric")
     if bits is not None and (not is_integer(bits) or bits != 8):

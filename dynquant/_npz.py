@@ -55,10 +55,22 @@ class NpzReader:
     No size in the file is believed before it is held against the file itself: members must be stored without
     compression, so that none is larger than the file, and each must have the size and the header of the array
     that is asked for. What does not is a ParameterError.
+
+    Parameters
+    ----------
+    file, path
+    *layouts : iterable of str
+        Names of the arrays in the archive: those of one of the layouts.
+
+    Attributes
+    ----------
+    names : list of str
+        Those of the layout that was found, sorted.
     """
 
-    def __init__(self, file: IO[bytes], path: str, names: Iterable[str]) -> None:
-        self._path, self._names = path, sorted(names)
+    def __init__(self, file: IO[bytes], path: str, *layouts: Iterable[str]) -> None:
+        self._path, self._layouts = path, [sorted(names) for names in layouts]
+        self.names = self._layouts[0]
         with self._refusing():
             self._archive = self._open(file)
 
@@ -69,8 +81,11 @@ class NpzReader:
         self._check_end(file, size)
         archive = ZipFile(file)
         members = archive.infolist()
-        if sorted(m.filename for m in members) != [f"{name}.npy" for name in self._names]:
+        found = sorted(m.filename for m in members)
+        matching = [names for names in self._layouts if found == [f"{name}.npy" for name in names]]
+        if not matching:
             raise ValueError("other names")
+        self.names = matching[0]
         if any(m.compress_type != ZIP_STORED or m.compress_size != m.file_size for m in members):
             raise ValueError("compressed members")
         if any(m.file_size > size for m in members):
@@ -86,7 +101,7 @@ class NpzReader:
         signature, *entries, directory_bytes, _, comment_bytes = _END.unpack(file.read(_END.size))
         if signature != b"PK\x05\x06" or pointer.startswith(b"PK\x06\x07"):
             raise ValueError("no end of an archive")
-        if entries != [0, 0, len(self._names), len(self._names)] or comment_bytes:
+        if comment_bytes or entries not in ([0, 0, len(names), len(names)] for names in self._layouts):
             raise ValueError("another number of members, or a comment")
         if directory_bytes > _DIRECTORY_BYTES:
             raise ValueError("a directory that is too long")
@@ -119,7 +134,7 @@ class NpzReader:
         try:
             yield
         except damage as error:
-            names = ", ".join(self._names)
+            names = ", ".join(self.names)
             raise ParameterError(
                 f"path: expected an archive of {names}, got {self._path!r} with damage or other content "
                 f"({error})"

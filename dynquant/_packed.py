@@ -149,7 +149,7 @@ def _multiply_rows(
     ``load(rows, a, first, end, threads)`` brings rows first .. end into the form of the kernels.
     """
     m = rows.m
-    max_rows = max(_CHUNK_ROWS, CHUNK_BYTES // layer.activation_bytes())
+    max_rows = rows_of_part(layer)
     chunk = m if m <= max_rows else _chunk_rows(m, max_rows)
     a = _core.Activations(layer, chunk, threads)  # all that takes memory: what raises has changed nothing
     starts = range(0, m, chunk or 1)
@@ -161,6 +161,11 @@ def _multiply_rows(
             return False
         layer.multiply(a, y, threads)
     return True
+
+
+def rows_of_part(layer: _core.PackedLinear) -> int:
+    """The most rows that are quantized before the weights are read for them."""
+    return max(_CHUNK_ROWS, CHUNK_BYTES // layer.activation_bytes())
 
 
 def _chunk_rows(m: int, max_rows: int) -> int:

@@ -121,6 +121,7 @@ def dynamic_quantize_int8_per_row(
     mode: DynamicScaleMode = _MAX_ABS,
     *,
     out: NDArray[np.int8] | None = None,
+    check_finite: bool = True,
     num_threads: int = 1,
 ) -> DynQuantTensor:
     """Quantize every row of `x` to int8 with a scale of its own.
@@ -133,7 +134,8 @@ def dynamic_quantize_int8_per_row(
     >>> t.data.tolist(), t.scales.shape
     ([[64, -127], [0, 0]], (2,))
     """
-    return quantize_named(x, DynQuantFormat.INT8_PER_ROW, mode, out, as_thread_count(num_threads))
+    check, threads = as_flag(check_finite, "check_finite"), as_thread_count(num_threads)
+    return quantize_named(x, DynQuantFormat.INT8_PER_ROW, mode, out, threads, check=check)
 
 
 def dynamic_quantize_int4(

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import _core
-from ._format import DynamicScaleMode, MaxAbs
+from ._batches import ActivationRows, is_one_batch
+from ._calibrator import Calibrator
+from ._format import DynamicScaleMode, MaxAbs, Percentile
 from ._quantize import rank_of
 from ._validate import (
     F32,
     as_exported,
     as_finite_vector,
+    as_flag,
     as_floats,
     as_matrices,
-    as_matrix,
     as_number,
-    check_finite,
+    as_thread_count,
     checked_out,
     float_matrix,
     raise_non_finite,
@@ -30,6 +33,7 @@ from .errors import (
     InvalidAlphaError,
     ParameterError,
     ShapeMismatchError,
+    SilentChannelWarning,
     shown,
 )
 
@@ -83,18 +87,21 @@ _DEFAULT = SmoothQuantConfig()
 
 
 def compute_smooth_factors(
-    activations: ArrayLike,
+    activations: ArrayLike | Iterable[ArrayLike] | Calibrator,
     weights: ArrayLike | Sequence[ArrayLike],
     config: SmoothQuantConfig = _DEFAULT,
     *,
     mode: DynamicScaleMode = _MAX_ABS,
+    num_threads: int = 1,
 ) -> NDArray[np.float32]:
     """SmoothQuant factors of one linear layer, or of several that share their input.
 
     Parameters
     ----------
-    activations : array_like of floats, (tokens, in_features) or (in_features,)
-        What reached the layer on calibration data; or what is known of it: the largest or a ranked magnitude
+    activations : array_like of floats, (..., in_features), an iterable of such arrays, or a Calibrator
+        What reached the layer on calibration data. Batches of an iterable are read once, one at a time, and
+        empty ones are passed over; with a percentile they are kept until all have come. Or what is known of
+        the data: a Calibrator with `channels`; or one axis, (in_features,), the largest or a ranked magnitude
         of each channel, none below 0.
     weights : array_like of floats, (out_features, in_features), or a list or tuple of such arrays
         Of several arrays, such as those of query, key and value, the largest magnitude over all counts.
@@ -103,6 +110,8 @@ def compute_smooth_factors(
         Which magnitude stands for a channel of the activations. A percentile leaves out the few largest, so
         that one extreme token does not set every factor; where it is 0 and the largest magnitude is not, the
         largest counts. Channels of magnitudes, which are such a choice already, take MaxAbs() only.
+    num_threads : int
+        As in `dynamic_quantize`.
 
     Returns
     -------
@@ -110,10 +119,15 @@ def compute_smooth_factors(
         ``max((act_amax + eps)**alpha / (weight_amax + eps)**(1 - alpha), eps)``. Activations are divided by
         it and weights multiplied. Channels that were never active have 1; see the notes.
 
+    Warns
+    -----
+    SilentChannelWarning
+        If a channel was never active and its factor follows from the equation all the same; see the notes.
+
     Raises
     ------
     ShapeMismatchError
-        If `activations` has neither one axis nor two, or a weight array not two.
+        If `activations` has no axis, or a weight array not two.
     FeatureDimMismatchError
         If they differ in in_features.
     EmptyInputError
@@ -122,7 +136,8 @@ def compute_smooth_factors(
         If an array does not hold floats, or holds NaN or infinity.
     ParameterError
         If `config` is no SmoothQuantConfig, `mode` no scale mode or not MaxAbs() beside magnitudes, a
-        magnitude is below 0, or a factor overflows float32.
+        magnitude is below 0, a Calibrator has no channels, a factor overflows float32, or `num_threads` is no
+        int above 0 or -1.
 
     Notes
     -----
@@ -131,9 +146,10 @@ def compute_smooth_factors(
     over the activations, through a transposed copy of 256 KiB or 16 columns.
 
     Equation 4 gives a channel without any activation a factor near `epsilon`, and should it become active
-    later it would drown its row. Activations with two axes and MaxAbs() follow the equation to the letter
-    all the same; with Percentile(p) (Percentile(1.0) is the largest magnitude) or given magnitudes such a
-    channel has factor 1. A channel without weights has a large factor: it drops out of the rows' scales.
+    later it would drown its row. Rows and MaxAbs() follow the equation to the letter all the same, with a
+    `SilentChannelWarning` unless alpha is 0, where activations play no part. With Percentile(p)
+    (Percentile(1.0) is the largest magnitude), given magnitudes or a Calibrator such a channel has factor 1.
+    A channel without weights has a large factor: it drops out of the rows' scales.
 
     Examples
     --------
@@ -145,40 +161,93 @@ def compute_smooth_factors(
     """
     if not isinstance(config, SmoothQuantConfig):
         raise ParameterError(f"config: expected a SmoothQuantConfig, got {shown(config)}")
-    a = as_floats(activations, "activations")
-    if a.ndim == 1:
-        act_amax = _as_magnitudes(a, mode)
-        weight_amax = largest_weights(as_weights(weights, a.size))
+    threads = as_thread_count(num_threads)
+    if isinstance(activations, Calibrator):
+        w = as_weights(weights, as_channels(activations, "activations"))
+        return factors_of(known_magnitudes(activations, mode), largest_weights(w, threads), config)
+    if is_one_batch(activations) or not isinstance(activations, Iterable):
+        a = as_floats(activations, "activations")
+        if a.ndim == 1:
+            act_amax = _as_magnitudes(a, mode)
+            return factors_of(act_amax, largest_weights(as_weights(weights, a.size), threads), config)
+    rows, w = activation_rows(activations, weights, once=True)
+    act_amax = channel_magnitudes(rows, mode, threads)
+    weight_amax = largest_weights(w, threads)
+    if not isinstance(mode, MaxAbs):
         return factors_of(act_amax, weight_amax, config)
-    a = as_matrix(a, "activations", "(tokens, in_features) or (in_features,)")
-    w = as_weights(weights, a.shape[1])
-    act_amax, weight_amax = channel_magnitudes(a, mode), largest_weights(w)
-    equation = _equation_4 if isinstance(mode, MaxAbs) else factors_of
-    return equation(act_amax, weight_amax, config)
+    if config.alpha > 0 and not act_amax.all():
+        silent = tuple(np.flatnonzero(act_amax == 0).tolist())
+        warnings.warn(SilentChannelWarning(silent, act_amax.size), stacklevel=2)
+    return _equation_4(act_amax, weight_amax, config)
 
 
-def as_weights(weights: Any, in_features: int) -> dict[str, NDArray[Any]]:
-    """Name -> matrix, of one weight array or of several that share their input."""
+def as_weights(weights: Any, in_features: int | None) -> dict[str, NDArray[Any]]:
+    """Name -> matrix, of one weight array or of several that share their input; their in_features if None."""
     matrices = as_matrices(weights, "weights", "(out_features, in_features)")
+    if in_features is None:
+        in_features = next(iter(matrices.values())).shape[1]
     for name, w in matrices.items():
         if w.shape[1] != in_features:
             raise FeatureDimMismatchError(in_features, w.shape[1], name)
     return matrices
 
 
-def largest_weights(matrices: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+def activation_rows(
+    activations: Any, weights: Any, once: bool
+) -> tuple[ActivationRows, dict[str, NDArray[Any]]]:
+    """Rows that reached a layer, which may be gone over but `once`, and its weights, all of them checked."""
+    if is_one_batch(activations) or not isinstance(activations, Iterable):
+        rows = ActivationRows.of_array(as_floats(activations, "activations"), "activations")
+        return rows, as_weights(weights, rows.in_features)
+    matrices = as_weights(weights, None)
+    k = next(iter(matrices.values())).shape[1]
+    return ActivationRows.of_batches(activations, "activations", k, once), matrices
+
+
+def as_channels(calibrator: Calibrator, name: str) -> int:
+    """How many channels a Calibrator that was passed as `name` keeps."""
+    if calibrator.channels is None:
+        raise ParameterError(f"{name}: expected a Calibrator made with channels, got {calibrator}")
+    return calibrator.channels
+
+
+def known_magnitudes(calibrator: Calibrator, mode: DynamicScaleMode) -> NDArray[np.float32]:
+    """`channel_magnitudes` of all that a calibrator has seen."""
+    rank_of(mode, 1)
+    amax = calibrator.channel_amax()
+    if isinstance(mode, Percentile):
+        ranked = calibrator.channel_percentile(mode.p)
+        return np.where(ranked == 0, amax, ranked)
+    return amax
+
+
+def largest_weights(matrices: dict[str, NDArray[Any]], threads: int) -> NDArray[np.float32]:
     """The largest magnitude of each channel over all the matrices."""
-    first, *others = (_column_amax(w, name) for name, w in matrices.items())
+    first, *others = (_column_amax(w, name, threads) for name, w in matrices.items())
     for amax in others:
         np.maximum(first, amax, out=first)
     return first
 
 
-def channel_magnitudes(matrix: NDArray[Any], mode: DynamicScaleMode) -> NDArray[np.float32]:
+def channel_magnitudes(rows: ActivationRows, mode: DynamicScaleMode, threads: int) -> NDArray[np.float32]:
     """The magnitude that stands for each channel of the activations; 0 only if all of its values are 0."""
+    rank_of(mode, 1)
+    if isinstance(mode, Percentile) and mode.p < 1:
+        rows = rows.joined()
+    amax, tokens = np.zeros(rows.in_features, np.int32), 0
+    for matrix in rows:
+        _core.column_amax(float_matrix(matrix, *matrix.shape), amax, threads)
+        tokens += len(matrix)
+    if amax.max() >= _NON_FINITE_BITS:
+        rows.raise_non_finite()
+    if not tokens:
+        raise EmptyInputError("activations: expected at least one row, got none")
+    return _ranked(matrix, amax.view(F32), rank_of(mode, tokens), threads)
+
+
+def _ranked(matrix: NDArray[Any], amax: NDArray[np.float32], rank: int, threads: int) -> NDArray[np.float32]:
+    """The magnitude at `rank` of each column, unless it is 0 or `rank` stands for the largest."""
     tokens, k = matrix.shape
-    rank = rank_of(mode, tokens)
-    amax = _column_amax(matrix, "activations")
     if not 0 <= rank < tokens - 1:
         return amax
     ranked = np.empty(k, F32)
@@ -186,7 +255,7 @@ def channel_magnitudes(matrix: NDArray[Any], mode: DynamicScaleMode) -> NDArray[
     for first in range(0, k, width):
         columns = np.ascontiguousarray(matrix[:, first : first + width].T)
         part = ranked[first : first + width]
-        _core.scale_rows(float_matrix(columns, *columns.shape), part, 1.0, rank, rank, tokens)
+        _core.scale_rows(float_matrix(columns, *columns.shape), part, 1.0, rank, rank, tokens, threads)
     # A ranked 0 says that the channel is rarely active, and nothing of its size when it is.
     np.copyto(ranked, amax, where=ranked == 0)
     return ranked
@@ -222,16 +291,21 @@ def _equation_4(
     return factors
 
 
-def _column_amax(matrix: NDArray[Any], name: str) -> NDArray[np.float32]:
+def _column_amax(matrix: NDArray[Any], name: str, threads: int) -> NDArray[np.float32]:
     bits = np.zeros(matrix.shape[1], np.int32)
-    _core.column_amax(float_matrix(matrix, *matrix.shape), bits)
+    _core.column_amax(float_matrix(matrix, *matrix.shape), bits, threads)
     if bits.max() >= _NON_FINITE_BITS:
         raise_non_finite(matrix, name)
     return bits.view(F32)
 
 
 def smooth_activations(
-    activations: ArrayLike, factors: ArrayLike, *, out: NDArray[np.float32] | None = None
+    activations: ArrayLike,
+    factors: ArrayLike,
+    *,
+    out: NDArray[np.float32] | None = None,
+    check_finite: bool = True,
+    num_threads: int = 1,
 ) -> NDArray[np.float32]:
     """Divide every row of the activations by the factors.
 
@@ -244,6 +318,11 @@ def smooth_activations(
     out : ndarray of float32, optional
         Of the shape of `activations`, C-contiguous. May be `activations` itself; otherwise apart from both
         inputs. Allocated if not given.
+    check_finite : bool
+        Check all of `activations` for NaN and infinity before the first row is written to `out`, which reads
+        it twice. With False they are an error too, but `out` may then have rows of the result.
+    num_threads : int
+        As in `dynamic_quantize`.
 
     Returns
     -------
@@ -255,27 +334,33 @@ def smooth_activations(
     FeatureDimMismatchError
         If there are not in_features factors.
     ParameterError
-        If a factor is not above zero.
+        If a factor is not above zero, or an option has a value that it cannot take.
     DTypeError, NonFiniteError, ShapeMismatchError, LayoutError
-        If an argument is not as described. After any of these the arrays are as they were.
+        If an argument is not as described. After any of these the arrays are as they were, unless
+        `check_finite` is False.
 
     Examples
     --------
     >>> smooth_activations([[4.0, 1.0]], [2.0, 1.0]).tolist()
     [[2.0, 1.0]]
     """
-    return _scale_columns(activations, factors, out, "activations", divide=True)
+    return _scale_columns(activations, factors, out, check_finite, num_threads, "activations", divide=True)
 
 
 def smooth_weights(
-    weights: ArrayLike, factors: ArrayLike, *, out: NDArray[np.float32] | None = None
+    weights: ArrayLike,
+    factors: ArrayLike,
+    *,
+    out: NDArray[np.float32] | None = None,
+    check_finite: bool = True,
+    num_threads: int = 1,
 ) -> NDArray[np.float32]:
     """Multiply every row of the weights by the factors.
 
     Parameters
     ----------
     weights : array_like of floats, (out_features, in_features)
-    factors, out
+    factors, out, check_finite, num_threads
         As in `smooth_activations`.
 
     Returns
@@ -294,23 +379,31 @@ def smooth_weights(
     >>> smooth_weights([[1.0, 3.0]], [2.0, 1.0]).tolist()
     [[2.0, 3.0]]
     """
-    return _scale_columns(weights, factors, out, "weights", divide=False)
+    return _scale_columns(weights, factors, out, check_finite, num_threads, "weights", divide=False)
 
 
 def _scale_columns(
-    x: Any, factors: Any, out: NDArray[np.float32] | None, name: str, *, divide: bool
+    x: Any,
+    factors: Any,
+    out: NDArray[np.float32] | None,
+    check_finite: bool,
+    num_threads: int,
+    name: str,
+    *,
+    divide: bool,
 ) -> NDArray[np.float32]:
+    check, threads = as_flag(check_finite, "check_finite"), as_thread_count(num_threads)
     x, factors = as_exported(x, name), as_exported(factors, "factors")
     array = as_floats(x, name)
     if array.ndim == 0:
         raise ShapeMismatchError("(..., in_features)", array.shape, name)
     f = as_factors(factors, "factors", array.shape[-1])
     if out is None:
-        out = np.empty(array.shape, F32)
+        out, check = np.empty(array.shape, F32), False
     else:
         checked_out(out, array.shape, F32, f, factors, in_place=x)
     m, k = out.size // max(f.size, 1), f.size
-    if not _core.scale_columns(float_matrix(array, m, k), f, divide, out):
+    if not _core.scale_columns(float_matrix(array, m, k), f, divide, out, threads, check):
         raise_non_finite(array, name)
     return out
 
@@ -381,5 +474,6 @@ def _folded(x: ArrayLike, factors: NDArray[np.float32], name: str) -> NDArray[np
     quotients = np.empty(factors.size, F32)
     with np.errstate(over="ignore", under="ignore"):
         np.divide(vector, factors, out=quotients)
-    check_finite(quotients, f"{name} / factors")
+    if not _core.all_finite(float_matrix(quotients, 1, quotients.size)):
+        raise_non_finite(quotients, f"{name} / factors")
     return quotients

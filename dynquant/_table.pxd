@@ -4,7 +4,7 @@ from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, 
 
 
 cdef enum:
-    CHANNEL_BINS = 90  # bins of the histogram that a calibration keeps of one channel
+    OCTAVE_BINS = 8  # bins that a calibration has for the magnitudes of one channel in [2**e, 2**(e + 1))
     NON_FINITE = 0x7F800000  # the bits of infinity; those of NaN are above them
 
 
@@ -118,13 +118,21 @@ ctypedef struct Kernels:
     void (*error_sums_row_f32_f64)(const float* x, const float* value, double* sums,
                                    Py_ssize_t n) noexcept nogil
     void (*count_bins_f32)(const float* x, int64_t* counts, Py_ssize_t n) noexcept nogil
-    void (*count_channel_bins_row_f32)(const float* x, const int32_t* amax_bits, uint32_t* counts,
+    void (*count_channel_bins_row_f32)(const float* x, uint32_t* const* bins, Py_ssize_t first,
                                        Py_ssize_t n) noexcept nogil
+    void (*min_nonzero_row_f32)(const float* x, uint32_t* low, int32_t* zeros, Py_ssize_t n) noexcept nogil
+    void (*mark_octaves_row_f32)(const float* x, uint8_t* seen, Py_ssize_t n) noexcept nogil
     # hadamard.pxi
     void (*hadamard_row_f32)(float* x, Py_ssize_t n, float scale) noexcept nogil
     # top_k.pxi
     Py_ssize_t (*collect_above_f32)(const float* scores, float threshold, uint32_t first,
                                     const uint8_t* allowed, uint64_t* keys, Py_ssize_t n) noexcept nogil
+    bint (*nibble_rows_fit)(Py_ssize_t k, Py_ssize_t group) noexcept nogil
+    Py_ssize_t (*nibble_query_bytes)(Py_ssize_t k, Py_ssize_t group) noexcept nogil
+    void (*pack_nibble_query)(const int8_t* codes, uint8_t* a, Py_ssize_t k, Py_ssize_t group) noexcept nogil
+    void (*matvec_u4s8_f32)(const uint8_t* w, const float* scales, const uint8_t* zero_points,
+                            const uint8_t* a, float a_scale, float* out, Py_ssize_t rows, Py_ssize_t k,
+                            Py_ssize_t group) noexcept nogil
     void (*negative_distance_row_f32)(float* scores, float norm, const float* norms,
                                       Py_ssize_t n) noexcept nogil
     double (*dot_row_f32_f64)(const float* x, const float* y, Py_ssize_t n) noexcept nogil

@@ -105,7 +105,8 @@ def top_k(
     NonFiniteError
         If `queries`, the scales of `corpus` or rows of `rescore` that are read hold NaN or infinity.
     ParameterError
-        If `corpus` is of another format, or an option has a value that it cannot take.
+        If `corpus` is of another format, or an option has a value that it cannot take; if the vectors are
+        so long that infinities of both signs meet in a score.
 
     Notes
     -----
@@ -117,9 +118,12 @@ def top_k(
 
     With `rescore` sums are taken in float64, in one order, and rounded once.
 
+    Scores beyond float32, of vectors longer than some 1e19, are infinite, and ordered as such: vectors with
+    such scores are told apart by their indices only.
+
     Memory grows with ``q * k``, not with n: scores are compared with the k-th best so far while they are in
-    the cache. A few queries read int8 codes as they lie. Otherwise a block of vectors at a time is packed for
-    the matrix product.
+    the cache. A few queries read codes as they lie. Otherwise a block of vectors at a time is packed for the
+    matrix product.
 
     Examples
     --------
@@ -227,8 +231,18 @@ def search(
         mask = allowed if allowed is None or len(allowed) == 1 else allowed[rows]
         hits = np.full((threads, len(scores[rows]), keep), _NO_HIT)
         used = _core.top_k(matrix, codes.data[rows], codes.scales[rows], metric, bias, mask, hits, threads)
+        if used == 0:
+            raise_overflow()
         _decode(_merged(hits[:used]), scores[rows, :keep], indices[rows, :keep])
     return TopK(scores, indices)
+
+
+def raise_overflow() -> NoReturn:
+    """Raise because infinities of both signs met in a score."""
+    raise ParameterError(
+        "queries, corpus: expected scores within float32, got sums of infinities: divide the vectors by a "
+        "constant"
+    )
 
 
 def _merged(hits: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -53,7 +53,7 @@ class InputTransform:
             check_finite(w, name)
             return w if self.span == 0 else self._rotated(w.astype(F32), name)
         out = np.empty(w.shape, F32)
-        if not _core.scale_columns(float_matrix(w, *w.shape), self.factors, False, out):
+        if not _core.scale_columns(float_matrix(w, *w.shape), self.factors, False, out, check_first=False):
             raise_non_finite(w, name)
         if self.smooth is not None:
             check_finite(out, f"{name} * smooth")
@@ -64,7 +64,7 @@ class InputTransform:
         if self.factors is None:
             return x if self.span == 0 else self._rotated(x.astype(F32), name)
         out = np.empty(x.shape, F32)
-        _core.scale_columns(float_matrix(x, *x.shape), self.factors, self.divides, out)
+        _core.scale_columns(float_matrix(x, *x.shape), self.factors, self.divides, out, check_first=False)
         if self.smooth is not None:
             check_finite(out, f"{name} / smooth")
         return self._rotated(out, name)

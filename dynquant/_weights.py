@@ -9,6 +9,7 @@ import numpy as np
 
 from . import _core
 from ._batches import row_batches
+from ._calibrator import Calibrator
 from ._compensate import SecondMoments, compensate
 from ._format import DynQuantFormat
 from ._tensor import DynQuantTensor, tensor_of_checked
@@ -26,7 +27,7 @@ def quantize_weights(
     group_size: int | None = None,
     symmetric: bool | None = None,
     search: bool = False,
-    calibration: ArrayLike | Iterable[ArrayLike] | None = None,
+    calibration: ArrayLike | Iterable[ArrayLike] | Calibrator | None = None,
     relative: bool = True,
     num_threads: int = 1,
 ) -> DynQuantTensor:
@@ -47,11 +48,12 @@ def quantize_weights(
     search : bool
         Choose each range by the least squared error among the whole one and its 31/32 ... 10/32, instead of
         the whole one. Takes some 25 times as long.
-    calibration : array_like of floats, (..., in_features), or an iterable of such arrays, optional
+    calibration : array_like of floats, (..., in_features), an iterable of them, or a Calibrator, optional
         Inputs that the layer has had: one array with any number of leading axes, such as (batch, tokens,
         in_features), or a list, generator, data loader or other iterable of such arrays, which are read once,
-        one after the other. Arrays without elements are passed over, and rows of zeros do not count. Codes
-        are then chosen so that their errors cancel in the output on such inputs.
+        one after the other. Arrays without elements are passed over, and rows of zeros do not count. Of a
+        Calibrator, made with `rows`, they are those that it has sampled. Codes are then chosen so that their
+        errors cancel in the output on such inputs.
     relative : bool
         Count each row of `calibration` alike, whatever its length. Otherwise rows count by their squared
         length, and the few longest, such as massive tokens, may decide alone.
@@ -167,4 +169,6 @@ def quantize_matrix(
         scales[...] = round_scales(scales)
     _core.quantize_rows(rows, codes, fmt.clip, not search and round_scales is None, threads)
     tensor = tensor_of_checked(data, scales, w.shape, fmt, zero_points)
-    return tensor if moments is None else compensate(w, tensor, moments, search, threads)
+    if moments is not None:
+        compensate(w, tensor, moments, search, threads)
+    return tensor

@@ -52,3 +52,19 @@ cdef int dynquant_w4a8_pack(const uint8_t* w, const float* w_scales, const uint8
 cdef int64_t dynquant_w4a8_scratch_bytes(int64_t m, int64_t k, int64_t group_size) noexcept nogil
 cdef int dynquant_w4a8_matmul(const void* packed, const float* bias, const float* x, int64_t m, int64_t n,
                               int64_t k, int64_t group_size, void* scratch, float* out) noexcept nogil
+cdef int64_t dynquant_w4a8_minimums_packed_bytes(int64_t n, int64_t k, int64_t group_size) noexcept nogil
+cdef int dynquant_w4a8_minimums_pack(const uint8_t* w, const float* w_scales, const float* minimums,
+                                     int64_t n, int64_t k, int64_t group_size, void* packed) noexcept nogil
+cdef int64_t dynquant_w8a8_groups_packed_bytes(int64_t n, int64_t k, int64_t group_size,
+                                               int32_t symmetric) noexcept nogil
+cdef int dynquant_w8a8_groups_pack(const int8_t* w, const float* w_scales, int64_t n, int64_t k,
+                                   int64_t group_size, int32_t symmetric, void* packed) noexcept nogil
+cdef int64_t dynquant_w8a8_groups_scratch_bytes(int64_t m, int64_t k, int64_t group_size) noexcept nogil
+cdef int dynquant_w8a8_groups_matmul(const void* packed, const float* bias, const float* x, int64_t m,
+                                     int64_t n, int64_t k, int64_t group_size, int32_t symmetric,
+                                     void* scratch, float* out) noexcept nogil
+cdef int64_t dynquant_int8_inner_scratch_bytes(int64_t m, int64_t n, int64_t k) noexcept nogil
+cdef int dynquant_int8_inner_s32(const int8_t* a, const int8_t* b, int64_t m, int64_t n, int64_t k,
+                                 void* scratch, int32_t* out) noexcept nogil
+cdef int dynquant_int8_inner_s64(const int8_t* a, const int8_t* b, int64_t m, int64_t n, int64_t k,
+                                 void* scratch, int64_t* out) noexcept nogil

@@ -20,8 +20,11 @@ from dynquant._core cimport (
     QuantRow,
     activation_bytes,
     dequantize_row,
+    int8_inner_bytes,
+    int8_inner_rows,
     kernels,
     multiply_panels,
+    pack_int8_groups,
     pack_weights,
     packing_kernels,
     panel_bytes,
@@ -29,6 +32,7 @@ from dynquant._core cimport (
     panels_of,
     percentile_rank,
     quantize_activation,
+    quantize_group_row,
     quantize_row,
     scale_columns_of_rows,
     scale_of,
@@ -69,6 +73,22 @@ cdef extern from "include/dynquant.h" nogil:
         int64_t (*w4a8_scratch_bytes)(int64_t m, int64_t k, int64_t group_size) noexcept
         int (*w4a8_matmul)(const void* packed, const float* bias, const float* x, int64_t m, int64_t n,
                            int64_t k, int64_t group_size, void* scratch, float* out) noexcept
+        int64_t (*w4a8_minimums_packed_bytes)(int64_t n, int64_t k, int64_t group_size) noexcept
+        int (*w4a8_minimums_pack)(const uint8_t* w, const float* w_scales, const float* minimums, int64_t n,
+                                  int64_t k, int64_t group_size, void* packed) noexcept
+        int64_t (*w8a8_groups_packed_bytes)(int64_t n, int64_t k, int64_t group_size,
+                                            int32_t symmetric) noexcept
+        int (*w8a8_groups_pack)(const int8_t* w, const float* w_scales, int64_t n, int64_t k,
+                                int64_t group_size, int32_t symmetric, void* packed) noexcept
+        int64_t (*w8a8_groups_scratch_bytes)(int64_t m, int64_t k, int64_t group_size) noexcept
+        int (*w8a8_groups_matmul)(const void* packed, const float* bias, const float* x, int64_t m, int64_t n,
+                                  int64_t k, int64_t group_size, int32_t symmetric, void* scratch,
+                                  float* out) noexcept
+        int64_t (*int8_inner_scratch_bytes)(int64_t m, int64_t n, int64_t k) noexcept
+        int (*int8_inner_s32)(const int8_t* a, const int8_t* b, int64_t m, int64_t n, int64_t k,
+                              void* scratch, int32_t* out) noexcept
+        int (*int8_inner_s64)(const int8_t* a, const int8_t* b, int64_t m, int64_t n, int64_t k,
+                              void* scratch, int64_t* out) noexcept
 
 
 cdef extern from "kernels/simd/simd.h" nogil:
@@ -266,6 +286,21 @@ cdef struct Label:
     int64_t n
     int64_t k
     int64_t group
+    int64_t kind
+
+
+# Kinds of packed weights.
+cdef enum:
+    PLAIN = 0  # int8, or 4-bit with zero points
+    MINIMUMS = 1  # 4-bit
+    INT8_GROUPS = 2
+    INT8_GROUPS_ASYMMETRIC = 3  # for activations with a zero point
+
+
+cdef inline void write_label(const void* packed, int64_t n, int64_t k, int64_t group,
+                             int64_t kind) noexcept nogil:
+    cdef Label* label = <Label*> line_of(packed)
+    label.form, label.n, label.k, label.group, label.kind = kernels, n, k, group, kind
 
 
 cdef inline char* line_of(const void* memory) noexcept nogil:
@@ -284,33 +319,40 @@ cdef int64_t dynquant_w8a8_packed_bytes(int64_t n, int64_t k) noexcept nogil:
     return bytes_of(panels_of(packing_kernels(), n), packing_kernels().panel_bytes(k))
 
 
-# The weights in memory that is packed, or is about to be; group 0 for 8 bits.
-cdef inline PackedWeights weights_in(const void* packed, int64_t n, int64_t k, int64_t group) noexcept nogil:
+# The weights in memory that is packed, or is about to be; group 0 for plain ones with 8 bits.
+cdef inline PackedWeights weights_in(const void* packed, int64_t n, int64_t k, int64_t group,
+                                     int64_t kind) noexcept nogil:
     cdef PackedWeights w
-    w.table, w.n, w.k, w.group, w.int8_groups, w.w_sums = kernels, n, k, group, False, NULL
+    cdef Py_ssize_t panels = panels_of(kernels, n)
+    w.table, w.n, w.k, w.group, w.int8_groups, w.w_sums = kernels, n, k, group, kind >= INT8_GROUPS, NULL
     w.panels = <uint8_t*> line_of(packed) + LINE
-    w.scales, w.offsets, w.bias, w.minimums = NULL, NULL, NULL, False
-    if group:
+    w.scales, w.offsets, w.bias, w.minimums = NULL, NULL, NULL, kind == MINIMUMS
+    if w.int8_groups:
+        w.scales = <float*> (w.panels + panels * kernels.s8_group_panel_bytes(k, group))
+        if kind == INT8_GROUPS_ASYMMETRIC:
+            w.w_sums = <int32_t*> (w.scales + panels * panel_scales(kernels, k, group))
+    elif group:
         w.scales = <float*> (w.panels + panels_of(kernels, n) * panel_bytes(kernels, k, group))
         w.offsets = <uint8_t*> (w.scales + panels_of(kernels, n) * panel_scales(kernels, k, group))
     return w
 
 
 cdef int dynquant_w8a8_pack(const int8_t* w, int64_t n, int64_t k, void* packed) noexcept nogil:
-    cdef Label* label = <Label*> line_of(packed)
     cdef PackedWeights weights
     if dynquant_w8a8_packed_bytes(n, k) < 0:
         return DYNQUANT_BAD_ARGUMENT
-    label.form, label.n, label.k, label.group = kernels, n, k, 0
+    write_label(packed, n, k, 0, PLAIN)
     if k:
-        weights = weights_in(packed, n, k, 0)
+        weights = weights_in(packed, n, k, 0, PLAIN)
         pack_weights(&weights, <const uint8_t*> w, NULL, NULL)
     return DYNQUANT_OK
 
 
-cdef inline bint is_packed(const void* packed, int64_t n, int64_t k, int64_t group) noexcept nogil:
+cdef inline bint is_packed(const void* packed, int64_t n, int64_t k, int64_t group,
+                           int64_t kind) noexcept nogil:
     cdef const Label* label = <const Label*> line_of(packed)
-    return label.form == kernels and label.n == n and label.k == k and label.group == group
+    return (label.form == kernels and label.n == n and label.k == k and label.group == group
+            and label.kind == kind)
 
 
 # A scale and a row of activations for each row of x: scales first, then the rows, from the next line on.
@@ -357,7 +399,7 @@ cdef int dynquant_w8a8_matmul(const void* packed, const float* w_scales, const f
     cdef int status
     cdef PackedWeights w
     if not (is_shape(m, n) and is_shape(m, k) and dynquant_w8a8_scratch_bytes(m, k) >= 0
-            and is_packed(packed, n, k, 0)):
+            and is_packed(packed, n, k, 0, PLAIN)):
         return DYNQUANT_BAD_ARGUMENT
     if not (all_finite(w_scales, n) and (bias == NULL or all_finite(bias, n))):
         return DYNQUANT_NON_FINITE
@@ -367,7 +409,7 @@ cdef int dynquant_w8a8_matmul(const void* packed, const float* w_scales, const f
     a = <uint8_t*> line_of(a_scales + m)
     status = quantize_activations(x, m, k, 0, a_scales, a, NULL)
     if status == DYNQUANT_OK:
-        w = weights_in(packed, n, k, 0)
+        w = weights_in(packed, n, k, 0, PLAIN)
         w.scales, w.bias = <float*> w_scales, bias
         multiply_panels(&w, a, a_scales, out, m, 0, panels_of(kernels, n))
     return status
@@ -413,16 +455,26 @@ cdef inline int64_t group_of(int64_t k, int64_t group_size) noexcept nogil:
     return group_size if group_size < k else k
 
 
-cdef int64_t dynquant_w4a8_packed_bytes(int64_t n, int64_t k, int64_t group_size) noexcept nogil:
+# With offsets of `offset_size` bytes. A weight that is a group of its own takes up to twelve bytes, and
+# outputs are filled up to a panel.
+cdef inline int64_t packed_4_bit_bytes(int64_t n, int64_t k, int64_t group_size,
+                                       int64_t offset_size) noexcept nogil:
     cdef int64_t group = group_of(k, group_size)
-    # A weight that is a group of its own takes nine bytes, and outputs are filled up to a panel.
     if not (group_size > 0 and is_length(n) and is_shape(k, 16 * LINE)
             and is_shape(n + LINE, 16 * k if k else 1)):
         return -1
     if k == 0:
         return bytes_of(0, 0)
     return bytes_of(panels_of(packing_kernels(), n), panel_bytes(packing_kernels(), k, group)
-                    + panel_scales(packing_kernels(), k, group) * (<int64_t> sizeof(float) + 1))
+                    + panel_scales(packing_kernels(), k, group) * (<int64_t> sizeof(float) + offset_size))
+
+
+cdef int64_t dynquant_w4a8_packed_bytes(int64_t n, int64_t k, int64_t group_size) noexcept nogil:
+    return packed_4_bit_bytes(n, k, group_size, 1)
+
+
+cdef int64_t dynquant_w4a8_minimums_packed_bytes(int64_t n, int64_t k, int64_t group_size) noexcept nogil:
+    return packed_4_bit_bytes(n, k, group_size, sizeof(float))
 
 
 cdef inline bint are_nibbles(const uint8_t* codes, int64_t n) noexcept nogil:
@@ -435,22 +487,42 @@ cdef inline bint are_nibbles(const uint8_t* codes, int64_t n) noexcept nogil:
 
 cdef int dynquant_w4a8_pack(const uint8_t* w, const float* w_scales, const uint8_t* zero_points, int64_t n,
                             int64_t k, int64_t group_size, void* packed) noexcept nogil:
-    cdef Label* label = <Label*> line_of(packed)
-    cdef PackedWeights weights
-    cdef int64_t n_scales = 0
+    cdef int64_t n_scales
     if dynquant_w4a8_packed_bytes(n, k, group_size) < 0:
         return DYNQUANT_BAD_ARGUMENT
-    if k:
-        n_scales = n * groups_of(k, group_of(k, group_size))
+    n_scales = scales_of(n, k, group_size)
     if not all_finite(w_scales, n_scales):
         return DYNQUANT_NON_FINITE
     if zero_points != NULL and not are_nibbles(zero_points, n_scales):
         return DYNQUANT_BAD_ARGUMENT
-    label.form, label.n, label.k, label.group = kernels, n, k, group_size
-    if k:
-        weights = weights_in(packed, n, k, group_of(k, group_size))
-        pack_weights(&weights, w, w_scales, zero_points)
+    pack_4_bit(w, w_scales, zero_points, n, k, group_size, PLAIN, packed)
     return DYNQUANT_OK
+
+
+cdef int dynquant_w4a8_minimums_pack(const uint8_t* w, const float* w_scales, const float* minimums,
+                                     int64_t n, int64_t k, int64_t group_size, void* packed) noexcept nogil:
+    cdef int64_t n_scales
+    if dynquant_w4a8_minimums_packed_bytes(n, k, group_size) < 0:
+        return DYNQUANT_BAD_ARGUMENT
+    n_scales = scales_of(n, k, group_size)
+    if not (all_finite(w_scales, n_scales) and all_finite(minimums, n_scales)):
+        return DYNQUANT_NON_FINITE
+    pack_4_bit(w, w_scales, <const uint8_t*> minimums, n, k, group_size, MINIMUMS, packed)
+    return DYNQUANT_OK
+
+
+# Scales of weights (n, k).
+cdef inline int64_t scales_of(int64_t n, int64_t k, int64_t group_size) noexcept nogil:
+    return n * groups_of(k, group_of(k, group_size)) if k else 0
+
+
+cdef inline void pack_4_bit(const uint8_t* w, const float* w_scales, const uint8_t* offsets, int64_t n,
+                            int64_t k, int64_t group_size, int64_t kind, void* packed) noexcept nogil:
+    cdef PackedWeights weights
+    write_label(packed, n, k, group_size, kind)
+    if k:
+        weights = weights_in(packed, n, k, group_of(k, group_size), kind)
+        pack_weights(&weights, w, w_scales, offsets)
 
 
 # For each row its scale and its activations as the kernel takes them; and the codes of one row.
@@ -469,10 +541,14 @@ cdef int dynquant_w4a8_matmul(const void* packed, const float* bias, const float
     cdef float* a_scales = <float*> line_of(scratch)
     cdef uint8_t* a
     cdef PackedWeights w
+    cdef int64_t kind = PLAIN
     cdef int status
-    if not (is_shape(m, n) and is_shape(m, k) and dynquant_w4a8_scratch_bytes(m, k, group_size) >= 0
-            and is_packed(packed, n, k, group_size)):
+    if not (is_shape(m, n) and is_shape(m, k) and dynquant_w4a8_scratch_bytes(m, k, group_size) >= 0):
         return DYNQUANT_BAD_ARGUMENT
+    if not is_packed(packed, n, k, group_size, PLAIN):
+        kind = MINIMUMS
+        if not is_packed(packed, n, k, group_size, MINIMUMS):
+            return DYNQUANT_BAD_ARGUMENT
     if bias != NULL and not all_finite(bias, n):
         return DYNQUANT_NON_FINITE
     if k == 0:
@@ -482,10 +558,116 @@ cdef int dynquant_w4a8_matmul(const void* packed, const float* bias, const float
     status = quantize_activations(x, m, k, group, a_scales, a,
                                   <int8_t*> a + m * activation_bytes(kernels, k, group))
     if status == DYNQUANT_OK:
-        w = weights_in(packed, n, k, group)
+        w = weights_in(packed, n, k, group, kind)
         w.bias = bias
         multiply_panels(&w, a, a_scales, out, m, 0, panels_of(kernels, n))
     return status
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Products with 8-bit weights in groups, and with activations that have a zero point
+
+
+# A flag as the kind of weights.
+cdef inline int64_t kind_of(int32_t symmetric) noexcept nogil:
+    return INT8_GROUPS if symmetric else INT8_GROUPS_ASYMMETRIC
+
+
+cdef int64_t dynquant_w8a8_groups_packed_bytes(int64_t n, int64_t k, int64_t group_size,
+                                               int32_t symmetric) noexcept nogil:
+    cdef int64_t group = group_of(k, group_size), width
+    # A weight that is a group of its own takes eight bytes, a scale and a sum; see w4a8_packed_bytes.
+    if not (group_size > 0 and is_length(n) and is_shape(k, 16 * LINE)
+            and is_shape(n + LINE, 16 * k if k else 1)):
+        return -1
+    if k == 0:
+        return bytes_of(0, 0)
+    width = packing_kernels().s8_group_panel_bytes(k, group)
+    width += panel_scales(packing_kernels(), k, group) * <int64_t> sizeof(float)
+    if not symmetric:
+        width += (packing_kernels().s8_group_segments(k, group) * packing_kernels().panel_outputs
+                  * <int64_t> sizeof(int32_t))
+    return bytes_of(panels_of(packing_kernels(), n), width)
+
+
+cdef int dynquant_w8a8_groups_pack(const int8_t* w, const float* w_scales, int64_t n, int64_t k,
+                                   int64_t group_size, int32_t symmetric, void* packed) noexcept nogil:
+    cdef PackedWeights weights
+    if dynquant_w8a8_groups_packed_bytes(n, k, group_size, symmetric) < 0:
+        return DYNQUANT_BAD_ARGUMENT
+    if not all_finite(w_scales, scales_of(n, k, group_size)):
+        return DYNQUANT_NON_FINITE
+    write_label(packed, n, k, group_size, kind_of(symmetric))
+    if k:
+        weights = weights_in(packed, n, k, group_of(k, group_size), kind_of(symmetric))
+        pack_int8_groups(&weights, w, w_scales)
+    return DYNQUANT_OK
+
+
+# As w4a8_scratch_bytes.
+cdef int64_t dynquant_w8a8_groups_scratch_bytes(int64_t m, int64_t k, int64_t group_size) noexcept nogil:
+    if not (group_size > 0 and is_shape(k, 64 * LINE)):
+        return -1
+    if k == 0:
+        return bytes_of(m, <int64_t> sizeof(float))
+    return bytes_of(m + 1, packing_kernels().s8_group_activation_bytes(k, group_of(k, group_size))
+                    + <int64_t> sizeof(float)) if is_length(m) else -1
+
+
+cdef int dynquant_w8a8_groups_matmul(const void* packed, const float* bias, const float* x, int64_t m,
+                                     int64_t n, int64_t k, int64_t group_size, int32_t symmetric,
+                                     void* scratch, float* out) noexcept nogil:
+    cdef int64_t group = group_of(k, group_size), kind = kind_of(symmetric)
+    cdef float* a_scales = <float*> line_of(scratch)
+    cdef uint8_t* a
+    cdef Py_ssize_t r, width
+    cdef Floats row
+    cdef PackedWeights w
+    if not (is_shape(m, n) and is_shape(m, k) and dynquant_w8a8_groups_scratch_bytes(m, k, group_size) >= 0
+            and is_packed(packed, n, k, group_size, kind)):
+        return DYNQUANT_BAD_ARGUMENT
+    if not (all_finite(x, m * k) and (bias == NULL or all_finite(bias, n))):
+        return DYNQUANT_NON_FINITE
+    if k == 0:
+        fill_rows(NULL, bias, m, n, out)
+        return DYNQUANT_OK
+    a, width = <uint8_t*> line_of(a_scales + m), kernels.s8_group_activation_bytes(k, group)
+    for r in range(m):
+        row = floats(x + r * k, k)
+        if not quantize_group_row(kernels, &row, group, symmetric != 0, &a_scales[r], <int8_t*> a + m * width,
+                                  a + r * width):
+            return DYNQUANT_BAD_ARGUMENT  # the range of a row is beyond float32
+    w = weights_in(packed, n, k, group, kind)
+    w.bias = bias
+    multiply_panels(&w, a, a_scales, out, m, 0, panels_of(kernels, n))
+    return DYNQUANT_OK
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Products of int8 matrices
+
+
+cdef int64_t dynquant_int8_inner_scratch_bytes(int64_t m, int64_t n, int64_t k) noexcept nogil:
+    if not (is_shape(m, n) and is_shape(m, k) and is_shape(n, k) and is_shape(k, 64 * LINE)):
+        return -1
+    return LINE - 1 + int8_inner_bytes(m, n, k)
+
+
+cdef int dynquant_int8_inner_s32(const int8_t* a, const int8_t* b, int64_t m, int64_t n, int64_t k,
+                                 void* scratch, int32_t* out) noexcept nogil:
+    # The most products of 2**14 that an int32 holds.
+    if k > 0x7FFFFFFF >> 14 or dynquant_int8_inner_scratch_bytes(m, n, k) < 0:
+        return DYNQUANT_BAD_ARGUMENT
+    int8_inner_rows(a, b, out, m, n, k, False, <uint8_t*> line_of(scratch))
+    return DYNQUANT_OK
+
+
+cdef int dynquant_int8_inner_s64(const int8_t* a, const int8_t* b, int64_t m, int64_t n, int64_t k,
+                                 void* scratch, int64_t* out) noexcept nogil:
+    if dynquant_int8_inner_scratch_bytes(m, n, k) < 0:
+        return DYNQUANT_BAD_ARGUMENT
+    int8_inner_rows(a, b, out, m, n, k, True, <uint8_t*> line_of(scratch))
+    return DYNQUANT_OK
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -517,5 +699,14 @@ table.w4a8_packed_bytes = dynquant_w4a8_packed_bytes
 table.w4a8_pack = dynquant_w4a8_pack
 table.w4a8_scratch_bytes = dynquant_w4a8_scratch_bytes
 table.w4a8_matmul = dynquant_w4a8_matmul
+table.w4a8_minimums_packed_bytes = dynquant_w4a8_minimums_packed_bytes
+table.w4a8_minimums_pack = dynquant_w4a8_minimums_pack
+table.w8a8_groups_packed_bytes = dynquant_w8a8_groups_packed_bytes
+table.w8a8_groups_pack = dynquant_w8a8_groups_pack
+table.w8a8_groups_scratch_bytes = dynquant_w8a8_groups_scratch_bytes
+table.w8a8_groups_matmul = dynquant_w8a8_groups_matmul
+table.int8_inner_scratch_bytes = dynquant_int8_inner_scratch_bytes
+table.int8_inner_s32 = dynquant_int8_inner_s32
+table.int8_inner_s64 = dynquant_int8_inner_s64
 
 _C_API = PyCapsule_New(&table, "dynquant.capi._C_API", NULL)

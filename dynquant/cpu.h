@@ -1,8 +1,9 @@
 /* Which instruction sets this CPU and this operating system can run.
 
    Compiled without instruction-set flags. Every feature that a build flag permits is checked, not only the one
-   that names the set, because -march=x86-64-v3 lets the compiler emit any of them. cpuid is read directly:
-   compilers differ in the names that __builtin_cpu_supports knows, and MSVC has no such function. */
+   that names the set, because -march=x86-64-v3 lets the compiler emit any of them. On x86-64 cpuid is read directly:
+   compilers differ in the names that __builtin_cpu_supports knows, and MSVC has no such function. On ARM the system
+   is asked: a program may not read the registers that tell. */
 #ifndef DQ_CPU_H
 #define DQ_CPU_H
 
@@ -103,6 +104,36 @@ static int dq_cpu_has_avx2(void) { return dq_cpu_level() >= 1; }
 static int dq_cpu_has_avx512(void) { return dq_cpu_level() >= 2; }
 static int dq_cpu_has_avx512vnni(void) { return dq_cpu_level() >= 3; }
 static int dq_cpu_has_amx(void) { return dq_cpu_level() >= 4; }
+
+/* 0 baseline, 1 armv8.2-a+dotprod, 2 the same with i8mm. armv8.2-a permits CRC32, LSE (atomics) and RDM too. The bits
+   are ours, because those of an old C library lack the newer ones. Linux reports what all cores have. */
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+static int dq_arm_level(void) {
+    const unsigned long crc32 = 1ul << 7, lse = 1ul << 8, rdm = 1ul << 12, dotprod = 1ul << 20; /* AT_HWCAP */
+    const unsigned long needed = crc32 | lse | rdm | dotprod, i8mm = 1ul << 13;                 /* AT_HWCAP2 */
+    if ((getauxval(16) & needed) != needed) return 0;
+    return getauxval(26) & i8mm ? 2 : 1;
+}
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+static int dq_arm_has(const char* feature) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(feature, &value, &size, NULL, 0) == 0 && value;
+}
+static int dq_arm_level(void) {
+    if (!dq_arm_has("hw.optional.armv8_crc32") || !dq_arm_has("hw.optional.arm.FEAT_LSE") ||
+        !dq_arm_has("hw.optional.arm.FEAT_RDM") || !dq_arm_has("hw.optional.arm.FEAT_DotProd"))
+        return 0;
+    return dq_arm_has("hw.optional.arm.FEAT_I8MM") ? 2 : 1;
+}
+#else
+static int dq_arm_level(void) { return 0; }
+#endif
+
+static int dq_cpu_has_dotprod(void) { return dq_arm_level() >= 1; }
+static int dq_cpu_has_i8mm(void) { return dq_arm_level() >= 2; }
 
 /* Asks for large pages in n bytes of memory that is not used yet, where that pays. A product with one row reads all
    weights once; with pages of 4 KiB it needs a new page translation every 64 lines. */

@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise ImportError("dynquant.dask needs Dask: install dynquant with the extra dask") from error
 
-from ._calibrate import Calibrator
+from ._calibrator import Calibrator
 from ._format import DynamicScaleMode, DynQuantFormat, MaxAbs, packed_format
 from ._quantize import dynamic_quantize, rank_of
 from ._tensor import DynQuantTensor
@@ -417,6 +417,6 @@ def _as_it_is(block: Any, axis: Any = None, keepdims: Any = None) -> Any:
 def _best(hits: NDArray[Any], k: int, metric: str, axis: Any = None, keepdims: Any = None) -> NDArray[Any]:
     """The best k of lists that stand one below the other, in ascending order of indices."""
     scores = hits["score"] if metric == "l2" else -hits["score"]
-    order = np.argsort(scores, axis=0, kind="stable")[:k]
+    order = np.lexsort((hits["index"] < 0, scores), axis=0)[:k]
     best: NDArray[Any] = np.take_along_axis(hits, order, 0)
     return best

@@ -18,6 +18,7 @@ __all__ = [
     "NonFiniteError",
     "ParameterError",
     "ShapeMismatchError",
+    "SilentChannelWarning",
 ]
 
 
@@ -175,3 +176,27 @@ class LayoutError(DynQuantError, ValueError):
 
 class IsaError(DynQuantError, ImportError):
     """The instruction set asked for by ``DYNQUANT_ISA`` cannot be had."""
+
+
+class SilentChannelWarning(UserWarning):
+    """Smoothing factors of channels that were never active, by an equation that makes them tiny.
+
+    Attributes
+    ----------
+    channels : tuple of int
+        All of them.
+    in_features : int
+    """
+
+    def __init__(self, channels: tuple[int, ...], in_features: int) -> None:
+        super().__init__(channels, in_features)
+        self.channels = channels
+        self.in_features = in_features
+
+    def __str__(self) -> str:
+        first = ", ".join(map(str, self.channels[:5])) + (", ..." if len(self.channels) > 5 else "")
+        return (
+            f"activations: {len(self.channels)} of {self.in_features} channels were never active: {first}. "
+            "Their factors are tiny, and a row in which one of them becomes active loses its other channels. "
+            "mode=Percentile(1.0) gives them factor 1; MaxAbs() with a larger epsilon limits the damage"
+        )

@@ -1,15 +1,19 @@
 """search_alpha against every candidate layer, built and measured one by one."""
 
+import collections
 import dataclasses
+import io
 import tracemalloc
 
 import numpy as np
 import pytest
-from helpers.common import F32, ISAS, assert_same_bits, real_layer, using
+from helpers.common import F32, ISAS, assert_same_bits, calibrator_of, real_layer, using
 
 from dynquant import (
     AlphaSearch,
+    DTypeError,
     MaxAbs,
+    ParameterError,
     Percentile,
     QuantLinear,
     SmoothQuantConfig,
@@ -165,6 +169,104 @@ def test_relative_errors_weigh_tokens_equally():
         quiet_errors = search_alpha(a, w, mode=mode, relative=relative).errors
         errors = search_alpha(loud, w, mode=mode, relative=relative).errors
         assert np.allclose(errors, quiet_errors, rtol=0.2) == relative
+
+
+@pytest.mark.parametrize("mode", [MaxAbs(), Percentile(0.9)], ids=str)
+@pytest.mark.parametrize("relative", [False, True])
+def test_batches_and_axes(mode, relative):
+    a, weights = layer(40, 30, 20, 3)
+    options = {"mode": mode, "relative": relative, "alphas": [0.3, 0.6]}
+    expected = search_alpha(a, weights, **options)
+    cuts = [a[:7], a[7:7], a[7:10].tolist(), a[10], a[11:].reshape(-1, 1, 30)]
+    loader = pytest.importorskip("torch.utils.data").DataLoader(a, batch_size=7)
+    for x in (
+        cuts,
+        iter(cuts),
+        dict(enumerate(cuts)).values(),
+        collections.deque(cuts),
+        loader,
+        a.reshape(2, 20, 30),
+    ):
+        found = search_alpha(x, weights, **options)
+        np.testing.assert_allclose(found.errors, expected.errors, rtol=1e-9)
+        assert found.unsmoothed_error == pytest.approx(expected.unsmoothed_error, rel=1e-9)
+        assert_same_bits(found.factors, expected.factors)
+    assert search_alpha(a.reshape(2, 20, 30), weights, **options).errors == expected.errors
+
+
+class Batches:
+    """An iterable whose batches are made anew each time that it is read."""
+
+    def __init__(self, n, tokens, k):
+        self.n, self.tokens, self.k, self.read = n, tokens, k, 0
+
+    def __iter__(self):
+        self.read += 1
+        rng = np.random.default_rng(0)
+        for _ in range(self.n):
+            yield rng.standard_normal((self.tokens, self.k), F32)
+
+
+def test_batches_are_streamed():
+    batches, w = Batches(100, 1000, 256), np.ones((2, 256), F32)
+    tracemalloc.start()
+    try:
+        search_alpha(batches, w, alphas=[0.5])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert batches.read == 2
+    assert peak < 64 << 20 < 4 * 100 * 1000 * 256
+
+
+def test_a_calibrator_gives_an_alpha():
+    """Factors from all that it has seen, errors on its sample."""
+    a, weights = layer(500, 30, 20, 3)
+    everything, some = calibrator_of(np.split(a, 5), 30, 1000), calibrator_of(np.split(a, 5), 30, 100)
+    expected = search_alpha(a, weights)
+    found = search_alpha(everything, weights)
+    np.testing.assert_allclose(found.errors, expected.errors, rtol=1e-9)
+    assert_same_bits(found.factors, expected.factors)
+    for mode in (MaxAbs(), Percentile(0.9)):
+        found = search_alpha(some, weights, alphas=[0.5], mode=mode)
+        assert_same_bits(found.factors, compute_smooth_factors(some, weights, mode=mode))
+        assert found.errors[0] == pytest.approx(measured(some.sample(), weights, found.factors), rel=1e-9)
+
+
+@pytest.mark.parametrize("threads", [2, -1])
+def test_threads(threads):
+    a, weights = layer(100, 128, 60, 7)
+    expected = search_alpha(a, weights)
+    found = search_alpha(a, weights, num_threads=threads)
+    assert found.errors == expected.errors
+    assert_same_bits(found.factors, expected.factors)
+
+
+def test_repr():
+    a, (w,) = layer(20, 30, 10)
+    found = search_alpha(a, w)
+    gain = 10 * np.log10(found.unsmoothed_error / min(found.errors))
+    expected = f"{gain:.1f} dB less squared error than unsmoothed; 21 tried"
+    assert repr(found) == f"AlphaSearch(alpha={found.alpha:g}: {expected})"
+    nothing = search_alpha(np.zeros((5, 30), F32), w, alphas=[0.5])
+    assert repr(nothing) == "AlphaSearch(alpha=0.5: squared error 0, unsmoothed 0; 1 tried)"
+
+
+def test_no_array():
+    """NumPy would save an object that it cannot read."""
+    a, (w,) = layer(5, 6, 4)
+    for make in (np.array, lambda x: np.savez(io.BytesIO(), search=x)):
+        with pytest.raises(DTypeError, match="got AlphaSearch: factors"):
+            make(search_alpha(a, w))
+
+
+def test_errors_name_the_arguments():
+    x = np.ones((3, 4), F32)
+    for weights, name in ((x * F32(3e38), "weights"), ([x, x * F32(3e38)], r"weights\[1\]")):
+        with pytest.raises(ParameterError, match=f"^{name}: expected"):
+            search_alpha(x, weights, alphas=[1.0], hadamard=True)
+        with pytest.raises(ParameterError, match=f"^{name}: expected weight"):
+            search_alpha(x * F32(8), weights, alphas=[1.0])
 
 
 def test_the_result_is_frozen():

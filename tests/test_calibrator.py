@@ -1,6 +1,7 @@
 """Calibrator against a full sort and float64: bounds, order, merging."""
 
 import copy
+import io
 import math
 import threading
 from functools import partial
@@ -8,7 +9,15 @@ from functools import partial
 import numpy as np
 import pytest
 from helpers import reference
-from helpers.common import F32, calibrator_of, channel_data, distributions, exact_state, whole_state
+from helpers.common import (
+    F32,
+    assert_same_bits,
+    calibrator_of,
+    channel_data,
+    distributions,
+    exact_state,
+    whole_state,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -16,6 +25,7 @@ from hypothesis.extra.numpy import arrays
 from dynquant import (
     Calibrator,
     CalibStats,
+    DTypeError,
     EmptyInputError,
     NonFiniteError,
     ParameterError,
@@ -172,8 +182,7 @@ def check_channels(calibrator, x):
         exact = magnitudes[reference.rank(p, len(magnitudes))]
         actual = calibrator.channel_percentile(p)
         assert (actual.dtype, actual.shape) == (F32, (x.shape[-1],))
-        low = 2**-11 * magnitudes[-1]
-        bound = np.maximum(np.where(exact >= low, 2**-4 * exact, low), 2**-129)
+        bound = np.maximum(2**-4 * exact, 2**-129)
         assert (np.abs(actual - exact) <= bound).all(), p
         assert (actual <= magnitudes[-1]).all(), p
 
@@ -198,6 +207,43 @@ def test_massive_token_moves_the_maximum_but_not_the_percentile(isa):
     np.testing.assert_allclose(calibrator.channel_percentile(0.99), before, rtol=2**-3)
 
 
+@pytest.mark.parametrize("massive", [[1e4], [1e5], [3e38] * 5, np.geomspace(1e2, 1e38, 15), [1e5, 0, 1e-40]])
+@pytest.mark.parametrize("where", ["first", "last", "alone", "merged"])
+def test_massive_values_do_not_move_the_percentile(massive, where, isa):
+    x = np.random.default_rng(0).standard_normal((20_000, 1)).astype(F32)
+    massive = np.array(massive, F32)[:, None]
+    exact = np.sort(np.abs(np.concatenate([x, massive])), axis=None)
+    calibrator = Calibrator(1)
+    if where == "first":
+        calibrator.update(np.concatenate([massive, x]))
+    elif where == "last":
+        calibrator.update(np.concatenate([x, massive]))
+    elif where == "alone":
+        for batch in (x[:50], massive, x[50:]):
+            calibrator.update(batch)
+    else:
+        calibrator.update(massive)
+        calibrator.merge(calibrator_of([x], 1))
+    for p in (0.5, 0.99, 0.999):
+        expected = exact[reference.rank(p, len(exact))]
+        assert calibrator.channel_percentile(p)[0] == pytest.approx(expected, rel=2**-4)
+        assert calibrator.percentile(p) == pytest.approx(expected, rel=2**-9)
+    if len(massive) == 1:
+        assert calibrator.channel_percentile(0.999)[0] == pytest.approx(3.21, rel=0.05)
+
+
+def test_channels_of_every_size():
+    """All exponents in every channel; and room for those that occur only."""
+    exponents = np.arange(-149, 128)
+    x = np.exp2(exponents)[:, None].repeat(3, axis=1).astype(F32)
+    calibrator = calibrator_of(x, 3)
+    check_channels(calibrator, x)
+    assert len(calibrator.__reduce__()[1][7]) == 255
+    calibrator = calibrator_of([np.full((5, 3), 1e9), np.full((5, 3), 1e-9), np.zeros((5, 3))], 3)
+    assert calibrator.channel_percentile(0.5) == pytest.approx([1e-9] * 3, rel=2**-4)
+    assert len(calibrator.__reduce__()[1][7]) == 3
+
+
 def test_channel_results_are_copies():
     calibrator = calibrator_of([np.ones((3, 2), F32)], 2)
     for p in (0.5, 1.0):
@@ -209,30 +255,33 @@ def test_channel_results_are_copies():
 # Order
 
 
-@given(data=st.data(), channels=st.sampled_from([None, 1, 3]))
+@given(data=st.data(), channels=st.sampled_from([None, 1, 3]), rows=st.sampled_from([1, 4, 100]))
 @settings(max_examples=80)
-def test_merging_is_associative_and_commutative(data, channels):
+def test_merging_is_associative_and_commutative(data, channels, rows):
+    rows = channels and rows
     elements = st.one_of(
         st.floats(width=32, allow_nan=False, allow_infinity=False), st.just(-0.0), st.just(0.0)
     )
     shape = st.integers(0, 12).map(lambda n: (n, channels or 1))
-    a, b, c = (calibrator_of([data.draw(arrays(F32, shape, elements=elements))], channels) for _ in "abc")
+    a, b, c = (
+        calibrator_of([data.draw(arrays(F32, shape, elements=elements))], channels, rows) for _ in "abc"
+    )
     before = [whole_state(one) for one in (a, b, c)]
     assert exact_state(merged([a, b])) == exact_state(merged([b, a]))
     expected = exact_state(merged([merged([a, b]), c]))
     assert exact_state(merged([a, merged([b, c])])) == expected
     assert exact_state(merged([c, a, b])) == expected
-    assert exact_state(merged([Calibrator(channels), a, b, c])) == expected
+    assert exact_state(merged([Calibrator(channels, rows=rows), a, b, c])) == expected
     assert [whole_state(one) for one in (a, b, c)] == before
 
 
 @given(x=arrays(F32, (60, 3), elements=st.floats(-(2.0**100), 2.0**100, width=32)), data=st.data())
 def test_any_order_and_any_batches(x, data):
     before = x.tobytes()
-    expected = calibrator_of([x], 3)
+    expected = calibrator_of([x], 3, 10)
     order = data.draw(st.permutations(range(60)))
     cuts = data.draw(st.lists(st.integers(0, 60), max_size=5))
-    actual = calibrator_of(np.split(x[list(order)], sorted(cuts)), 3)
+    actual = calibrator_of(np.split(x[list(order)], sorted(cuts)), 3, 10)
     assert exact_state(actual) == exact_state(expected)
     assert_close_moments(actual, expected)
     assert x.tobytes() == before
@@ -355,3 +404,73 @@ def test_empty_calibrator():
 
 def test_repr():
     assert repr(calibrator_of([np.ones((3, 4))], 4)) == "Calibrator(channels=4, count=12)"
+    assert repr(calibrator_of([np.ones((3, 4))], 4, 9)) == "Calibrator(channels=4, rows=9, count=12)"
+
+
+def test_no_array():
+    """NumPy would save an object that it cannot read."""
+    for make in (np.array, np.asarray, lambda x: np.savez(io.BytesIO(), layer=x)):
+        with pytest.raises(DTypeError, match="got Calibrator: save"):
+            make(Calibrator(2))
+
+
+# Sampled rows
+
+
+def rows_of(x):
+    return sorted(map(bytes, np.asarray(x, F32)))
+
+
+def test_all_rows_are_kept_while_they_are_few():
+    x = np.random.default_rng(0).standard_normal((50, 6)).astype(F32)
+    calibrator = calibrator_of([x[:20], x[20:], x[:30], np.zeros((9, 6))], 6, 60)
+    assert (calibrator.rows, calibrator.sample().dtype) == (60, F32)
+    assert rows_of(calibrator.sample()) == rows_of([*x, np.zeros(6)])
+    assert calibrator.sample() is not calibrator.sample()
+
+
+def test_a_sample_does_not_depend_on_order_batches_or_dtype(isa):
+    x = np.random.default_rng(0).standard_normal((5000, 70)).astype(np.float16)
+    expected = calibrator_of([x], 70, 64).sample()
+    assert len(expected) == 64
+    assert set(rows_of(expected)) <= set(rows_of(x))
+    for batches in (x[::-1], np.split(x.astype(F32), 50), [x.reshape(10, 500, 70)], [x, x[:70]]):
+        assert_same_bits(calibrator_of(batches, 70, 64).sample(), expected)
+    halves = calibrator_of([x[::2]], 70, 64), calibrator_of([x[1::2]], 70, 64)
+    assert_same_bits(merged(halves).sample(), expected)
+    assert_same_bits(merged([*halves, halves[0]]).sample(), expected)
+
+
+def test_a_sample_is_fair():
+    """Rows from everywhere, and values of every size, are as likely as others."""
+    rng = np.random.default_rng(1)
+    x = np.repeat(np.arange(1.0, 20_001.0), 2).reshape(-1, 2) * [[1, -1]]
+    x[:, 1] = rng.permutation(x[:, 1])
+    chosen = calibrator_of([x], 2, 2000).sample()
+    for column in np.abs(chosen.T):
+        parts, _ = np.histogram(column, 10, (0, 20_000))
+        assert parts.sum() == 2000
+        assert ((parts > 140) & (parts < 260)).all()  # 4.5 standard deviations
+
+
+def test_samples_need_channels_and_one_size():
+    with pytest.raises(ParameterError, match="rows: expected None without channels, got 5"):
+        Calibrator(rows=5)
+    for rows in (0, -1, 1.5, True, "5"):
+        with pytest.raises(ParameterError, match="rows: expected an int >= 1"):
+            Calibrator(3, rows=rows)
+    with pytest.raises(ParameterError, match="rows: expected a Calibrator made with rows"):
+        Calibrator(3).sample()
+    with pytest.raises(ParameterError, match="other: expected rows=5, got None"):
+        Calibrator(3, rows=5).merge(Calibrator(3))
+    assert Calibrator(3, rows=5).sample().shape == (0, 3)
+
+
+@pytest.mark.parametrize("threads", [2, 3, -1])
+def test_threads_of_an_update(threads):
+    x = channel_data(np.random.default_rng(0), 300, 200)
+    expected, actual = calibrator_of([x, x * F32(0.5)], 200, 10), Calibrator(200, rows=10)
+    for batch in (x, x * F32(0.5)):
+        actual.update(batch, num_threads=threads)
+    assert exact_state(actual) == exact_state(expected)
+    assert_close_moments(actual, expected)

@@ -12,16 +12,19 @@ import zipfile
 
 import numpy as np
 import pytest
+from helpers import reference
 from helpers.common import F32, calibrator_of, channel_data, distributions, whole_state
 
 from dynquant import Calibrator, ParameterError
 
 
-def example(channels):
+def batches(channels):
     rng = np.random.default_rng(0)
-    return calibrator_of(
-        [channel_data(rng, 50, channels or 20), channel_data(rng, 9, channels or 20)], channels
-    )
+    return [channel_data(rng, 50, channels or 20), channel_data(rng, 9, channels or 20)]
+
+
+def example(channels):
+    return calibrator_of(batches(channels), channels, channels and 7)
 
 
 def round_trip(calibrator, folder):
@@ -31,7 +34,7 @@ def round_trip(calibrator, folder):
 
 @pytest.mark.parametrize("channels", [None, 1, 20])
 def test_round_trips(channels, tmp_path):
-    for calibrator in (example(channels), Calibrator(channels)):
+    for calibrator in (example(channels), Calibrator(channels, rows=channels and 7)):
         before = whole_state(calibrator)
         twins = [
             round_trip(calibrator, tmp_path),
@@ -90,12 +93,15 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
 
 def test_numpy_reads_the_file(tmp_path):
     x = np.array([[1.0, -2.0], [0.5, 3.0]], F32)
-    calibrator_of([x], 2).save(tmp_path / "calibrator.npz")
+    calibrator_of([x], 2, 5).save(tmp_path / "calibrator.npz")
     with np.load(tmp_path / "calibrator.npz", allow_pickle=False) as archive:
         assert archive["channel_amax"].tolist() == [1, 3]
         assert archive["counts"].sum() == 4
-        assert archive["calibrator"].tolist() == [1, 4, 2]
-        assert archive["channel_counts"].nbytes + archive["channel_amax"].nbytes == 2 * 364
+        # Version, elements, channels, rows to keep, octaves, rows kept.
+        assert archive["calibrator"].tolist() == [2, 4, 2, 5, 3, 2]
+        assert archive["octaves"].tolist() == [126, 127, 128]
+        assert archive["channel_counts"].sum(axis=(1, 2)).tolist() == [1, 1, 2]
+        assert sorted(archive["sample"].tolist()) == [[0.5, 3.0], [1.0, -2.0]]
 
 
 class Refusing:
@@ -256,12 +262,15 @@ def test_sizes_larger_than_the_file(saved, tmp_path):
         for name, dtype, shape in (
             ("counts", "<i8", (n,)),
             ("channel_amax", "<f4", (n,)),
-            ("channel_counts", "<u4", (n, 90)),
+            ("channel_counts", "<u4", (n, 20, 8)),
+            ("octaves", "|u1", (n,)),
+            ("sample", "<f4", (n, 20)),
         ):
             changed = {**raw, f"{name}.npy": header_of(dtype, shape) + bytes(64)}
             check_refused(zipped(changed.items()), tmp_path)
-            header = header_of("<i8", (3,)) + np.array([1, 0, n]).astype("<i8").tobytes()
-            check_refused(zipped({**changed, "calibrator.npy": header}.items()), tmp_path)
+            for sizes in ([2, 0, n, 0, 0, 0], [2, 0, 20, 0, n, 0], [2, 0, 20, n, 0, n]):
+                header = header_of("<i8", (6,)) + np.array(sizes).astype("<i8").tobytes()
+                check_refused(zipped({**changed, "calibrator.npy": header}.items()), tmp_path)
     # Sizes in the directory itself, which are read first.
     for size in (10**9, 2**32 - 2):
         check_refused(with_entry(saved, 20, "<2L", size, size), tmp_path)
@@ -282,12 +291,14 @@ def test_zip_bombs(saved, tmp_path):
     # Valid but for its size.
     n = 1 << 20
     large = {
-        "calibrator": np.array([1, 0, n]),
+        "calibrator": np.array([2, 0, n, 0, 0, 0]),
         "extremes": F32([np.inf, -np.inf]),
         "sums": np.zeros(4),
         "counts": np.zeros(1 << 16, np.int64),
         "channel_amax": np.zeros(n, F32),
-        "channel_counts": np.zeros((n, 90), np.uint32),
+        "octaves": np.zeros(0, np.uint8),
+        "channel_counts": np.zeros((0, n, 8), np.uint32),
+        "sample": np.zeros((0, n), F32),
     }
     check_refused(npz(large, np.savez_compressed), tmp_path)
 
@@ -315,10 +326,13 @@ def inconsistent_changes(m):
     """Changes to the members of a valid file, one at a time: (name, index, value)."""
     top = int(m["counts"].nonzero()[0][-1])
     low = int(m["counts"].nonzero()[0][0])
-    count, channels = m["calibrator"].tolist()[1:]
-    yield from (("calibrator", 0, v) for v in (0, 2, -1))
+    count, channels, rows, octaves, sampled = m["calibrator"].tolist()[1:]
+    yield from (("calibrator", 0, v) for v in (0, 1, 3, -1))
     yield from (("calibrator", 1, v) for v in (0, -1, count + 1, count - 1, 2 * count, 2**63 - 1))
     yield from (("calibrator", 2, v) for v in (-1, channels + 1, 19, 2**62))
+    yield from (("calibrator", 3, v) for v in (-1, rows - 1))
+    yield from (("calibrator", 4, v) for v in (-1, octaves + 1, octaves - 1, 256, 2**62))
+    yield from (("calibrator", 5, v) for v in (-1, sampled + 1, sampled - 1, 2**62))
     yield from (("extremes", 0, v) for v in (np.nan, np.inf, -np.inf, 2 * m["extremes"][1], -3e38))
     yield from (("extremes", 1, v) for v in (np.nan, np.inf, -np.inf, 3e38, 2 * m["extremes"][0]))
     yield from (("extremes", slice(None), v) for v in ([1, -1], [0, 0], [np.inf, -np.inf], [-1, 1]))
@@ -335,10 +349,19 @@ def inconsistent_changes(m):
     if channels:
         yield from (("channel_amax", 0, v) for v in (np.nan, np.inf, -1.0, -0.0, 3.4e38))
         yield ("channel_amax", slice(None), 0)
-        bins = m["channel_counts"][0]
-        yield from (("channel_counts", (0, 89), v) for v in (0, bins[89] + 1, 2**32 - 1))
-        yield ("channel_counts", (0, [89, 88]), [0, bins[88] + bins[89]])
+        yield from (("channel_amax", 0, v) for v in (m["channel_amax"][0] / 2, m["channel_amax"][0] * 2))
+        octave, bin = np.argwhere(m["channel_counts"][:, 0])[-1]
+        top = m["channel_counts"][octave, 0, bin]
+        yield from (("channel_counts", (octave, 0, bin), v) for v in (0, top + 1, 2**32 - 1))
         yield ("channel_counts", slice(None), 0)
+        yield ("octaves", -1, 255)
+        yield ("octaves", -1, m["octaves"][-2])
+        yield ("octaves", [0, 1], m["octaves"][[1, 0]])
+        yield from (("sample", (0, 0), v) for v in (np.nan, np.inf, 3e38))
+        yield ("sample", [0, 1], m["sample"][[1, 0]])
+        yield ("sample", 0, m["sample"][1])
+    else:
+        yield ("calibrator", 3, 1)
 
 
 def test_inconsistent_contents(saved, tmp_path):
@@ -353,6 +376,18 @@ def test_inconsistent_contents(saved, tmp_path):
     assert tried > 40
 
 
+def test_an_octave_that_nothing_is_in(saved, tmp_path):
+    members = members_of(saved)
+    if members["calibrator"][2]:
+        nothing = np.zeros_like(members["channel_counts"][:1])
+        members["channel_counts"] = np.concatenate([members["channel_counts"], nothing])
+        members["octaves"] = np.append(members["octaves"], np.uint8(254))
+    else:
+        members["channel_counts"], members["octaves"] = np.zeros((1, 0, 8), np.uint32), np.zeros(1, np.uint8)
+    members["calibrator"][4] += 1
+    check_refused(npz(members), tmp_path)
+
+
 def test_inconsistent_contents_of_an_empty_calibrator(tmp_path):
     Calibrator(2).save(tmp_path / "empty.npz")
     members = members_of((tmp_path / "empty.npz").read_bytes())
@@ -362,11 +397,81 @@ def test_inconsistent_contents_of_an_empty_calibrator(tmp_path):
         ("sums", 3, 1e-300),
         ("counts", 0, 1),
         ("channel_amax", 1, 1.0),
-        ("channel_counts", (1, 89), 1),
     ):
         changed = members[name].copy()
         changed[index] = value
         check_refused(npz({**members, name: changed}), tmp_path)
+
+
+def version_1(x, channels):
+    """The members of the file that version 0.1 wrote of a calibrator that has seen `x`."""
+    calibrator = calibrator_of([x], channels)
+    calibrator_arrays = calibrator.__reduce__()[1]
+    amax = calibrator_arrays[6]
+    windows = np.zeros((channels or 0, 90), np.uint32)
+    if channels:
+        bins = np.abs(x).astype(F32).view(np.int32) >> 20
+        for j in range(channels):
+            cells = np.maximum(bins[:, j] - (int(amax[j].view(np.int32)) >> 20) + 89, 0)
+            np.add.at(windows[j], cells, 1)
+    return {
+        "calibrator": np.array([1, x.size, channels or 0]),
+        "extremes": calibrator_arrays[3],
+        "sums": calibrator_arrays[4],
+        "counts": calibrator_arrays[5],
+        "channel_amax": amax,
+        "channel_counts": windows,
+    }
+
+
+@pytest.mark.parametrize("channels", [None, 20])
+def test_files_of_version_0_1(channels, tmp_path):
+    """They are loaded, merged with new ones, and answer as well as they did."""
+    rng = np.random.default_rng(3)
+    x = np.concatenate([channel_data(rng, 500, 20), np.zeros((3, 20), F32)])
+    path = tmp_path / "old.npz"
+    path.write_bytes(npz(version_1(x, channels)))
+    old, new = Calibrator.load(path), calibrator_of([x], channels)
+    assert (old.channels, old.rows, old.count) == (channels, None, x.size)
+    assert old.stats() == new.stats()
+    if channels:
+        amax = np.abs(x).max(axis=0)
+        assert old.channel_amax().tolist() == amax.tolist()
+        for p in (0.2, 0.5, 0.9, 0.999):
+            exact = np.sort(np.abs(x), axis=0)[reference.rank(p, len(x))].astype(np.float64)
+            bound = np.where(exact < 2**-11 * amax, 2**-11 * amax, 2**-4 * exact) + 2**-129
+            assert (np.abs(old.channel_percentile(p) - exact) <= bound).all()
+    old.merge(new)
+    assert whole_state(round_trip(old, tmp_path)) == whole_state(old)
+    assert old.count == 2 * x.size
+    empty = npz(version_1(np.empty((0, 20), F32), channels))
+    path.write_bytes(empty)
+    assert whole_state(Calibrator.load(path)) == whole_state(Calibrator(channels))
+
+
+def test_damaged_files_of_version_0_1(tmp_path):
+    members = version_1(channel_data(np.random.default_rng(3), 50, 20), 20)
+    cells = members["channel_counts"]
+    for name, index, value in (
+        ("calibrator", 0, 2),
+        ("calibrator", 2, 19),
+        ("calibrator", 1, -1),
+        ("channel_amax", 1, np.nan),
+        ("channel_amax", 1, np.inf),
+        ("channel_amax", 1, -1.0),
+        ("channel_amax", np.argmax(members["channel_amax"]), 1.0),
+        ("channel_counts", (1, 89), 0),
+        ("channel_counts", (1, 89), 2**32 - 1),
+        ("channel_counts", (1, [89, 88]), [0, cells[1, 88] + cells[1, 89]]),
+        ("sums", 0, np.nan),
+        ("extremes", 1, 3e38),
+    ):
+        changed = members[name].copy()
+        changed[index] = value
+        assert changed.tobytes() != members[name].tobytes()
+        check_refused(npz({**members, name: changed}), tmp_path)
+    for name in members:
+        check_refused(npz({k: v for k, v in members.items() if k != name}), tmp_path)
 
 
 @pytest.mark.slow
@@ -376,7 +481,7 @@ def test_every_valid_state_is_loaded(tmp_path):
     cases = [*distributions(5000, rng).values(), np.full(9, 3e38, F32), np.zeros(3, F32), F32([-1e-45])]
     cases += [rng.normal(mean, 1, 5000).astype(F32) for mean in (1e4, -1e7)]
     for x, channels in itertools.product(cases, (None, 1)):
-        calibrator = calibrator_of([x[:, None], x[:2, None]], channels)
+        calibrator = calibrator_of([x[:, None], x[:2, None]], channels, channels and 100)
         for _ in range(8):
             assert whole_state(round_trip(calibrator, tmp_path)) == whole_state(calibrator)
             calibrator.merge(calibrator)

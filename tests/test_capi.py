@@ -20,7 +20,9 @@ from helpers.capi import (
     call,
     header_signatures,
     number,
+    packed_groups,
     packed_int4,
+    packed_minimums,
     packed_weights,
     pointer_of,
     pxd_signatures,
@@ -248,6 +250,97 @@ def test_matmul_of_packed_4_bit_weights(isa, shape, symmetric, with_bias):
         assert_same_bits(out, expected)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (4, 33, 64, 32), (9, 16, 130, 128), (2, 3, 20_001, 9000)])
+def test_matmul_of_4_bit_weights_with_minimums(isa, shape):
+    m, n, k, group = shape
+    rng = np.random.default_rng(0)
+    scales, minimums = (rng.standard_normal((n, -(-k // group))).astype(F32) for _ in range(2))
+    codes, x = rng.integers(0, 16, (n, k), dtype=np.int8), floats(m * k).reshape(m, k)
+    fmt = dynquant.DynQuantFormat.int4_per_group_packed(group)
+    data = reference.pack(codes, per_row=True)
+    weight = dynquant.DynQuantTensor(data, scales, None, (n, k), fmt, minimums)
+    expected = reference.w4a8_matmul(codes, scales, minimums, group, x, floats(n, 1))
+    for offset in (0, 37):
+        packed, out = packed_minimums(weight, offset), np.full((m, n), 77, F32)
+        scratch = memory(FUNCTIONS["w4a8_scratch_bytes"](m, k, group), 63 - offset)
+        call("w4a8_matmul", packed, floats(n, 1), x, m, n, k, group, scratch, out)
+        assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (4, 33, 64, 32), (9, 16, 130, 2**62), (2, 3, 40_001, 36_000), (3, 2, 0, 5)]
+)
+@pytest.mark.parametrize("symmetric", [0, 1])
+def test_matmul_of_8_bit_weights_in_groups(isa, shape, symmetric):
+    m, n, k, group = shape
+    rng, size = np.random.default_rng(0), min(group, max(k, 1))
+    codes, x = rng.integers(-128, 128, (n, k), dtype=np.int8), floats(m * k).reshape(m, k)
+    scales, bias = rng.standard_normal((n, -(-k // size))).astype(F32), floats(n, 1)
+    expected = np.tile(bias, (m, 1))
+    if k and symmetric:
+        expected = reference.w4a8_matmul(codes, scales, None, size, x, bias)
+    elif k:
+        expected = reference.w8a8_asymmetric(codes, scales, size, x, bias)
+    for offset in (0, 37):
+        packed, out = packed_groups(codes, scales, group, symmetric, offset), np.full((m, n), 77, F32)
+        scratch = memory(FUNCTIONS["w8a8_groups_scratch_bytes"](m, k, group), 63 - offset)
+        shape = m, n, k, group
+        call("w8a8_groups_matmul", packed, bias, x, *shape, symmetric, scratch, out)
+        assert_same_bits(out, expected)
+        # What was packed for other activations is not found.
+        other = FUNCTIONS["w8a8_groups_matmul"](packed, bias, x, *shape, not symmetric, scratch, out)
+        assert other == BAD_ARGUMENT
+
+
+def test_no_byte_outside_packed_groups_and_scratch_is_written(isa):
+    m, n, k, group = 5, 35, 129, 20
+    rng = np.random.default_rng(0)
+    w, scales = rng.integers(-128, 128, (n, k), dtype=np.int8), np.ones((n, 7), F32)
+    x, out = np.ones((m, k), F32), np.empty((m, n), F32)
+    for symmetric in (0, 1):
+        for offset in range(0, 64, 7):
+            size = FUNCTIONS["w8a8_groups_packed_bytes"](n, k, group, symmetric)
+            packed = Guarded(size, offset)
+            scratch = Guarded(FUNCTIONS["w8a8_groups_scratch_bytes"](m, k, group), offset)
+            call("w8a8_groups_pack", w, scales, n, k, group, symmetric, packed.result)
+            shape = m, n, k, group, symmetric
+            call("w8a8_groups_matmul", packed.result, None, x, *shape, scratch.result, out)
+            packed.check(packed.result)
+            scratch.check(scratch.result)
+
+
+def test_range_of_a_row_beyond_float32():
+    arguments = arguments_of("w8a8_groups_matmul")
+    arguments[2][:2] = -LARGEST, LARGEST
+    check_refused("w8a8_groups_matmul", arguments, BAD_ARGUMENT)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 0), (1, 40, 65), (38, 67, 1001), (67, 38, 2050)])
+def test_int8_inner(isa, shape):
+    m, n, k = shape
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(-128, 128, (rows, k), dtype=np.int8) for rows in (m, n))
+    expected = a.astype(np.int64) @ b.astype(np.int64).T
+    for offset in (0, 37):
+        scratch = Guarded(FUNCTIONS["int8_inner_scratch_bytes"](m, n, k), offset)
+        for name, dtype in (("int8_inner_s32", np.int32), ("int8_inner_s64", np.int64)):
+            out = np.full((m, n), 77, dtype)
+            call(name, a, b, m, n, k, scratch.result, out)
+            assert_same_bits(out, expected.astype(dtype))
+            scratch.check(scratch.result)
+
+
+def test_int8_inner_refuses_sums_beyond_int32():
+    k = 131_072
+    a, out = np.full((3, k), -128, np.int8), np.full((3, 3), 77, np.int32)
+    scratch = memory(FUNCTIONS["int8_inner_scratch_bytes"](3, 3, k), 0)
+    assert FUNCTIONS["int8_inner_s32"](a, a, 3, 3, k, scratch, out) == BAD_ARGUMENT
+    assert (out == 77).all()
+    wide = np.empty((3, 3), np.int64)
+    call("int8_inner_s64", a, a, 3, 3, k, scratch, wide)
+    assert (wide == 2**14 * k).all()
+
+
 def test_4_bit_products_over_no_inputs_and_groups_longer_than_the_row(isa):
     packed, scratch = (memory(FUNCTIONS[f"w4a8_{name}_bytes"](2, 0, 8), 0) for name in ("packed", "scratch"))
     out, bias = np.full((2, 2), 77, F32), floats(2)
@@ -413,6 +506,11 @@ FLOATS = {
     ("w8a8_matmul", 2): 2,
     ("w8a8_matmul", 3): 6,
     ("w4a8_pack", 1): 2,
+    ("w4a8_minimums_pack", 1): 2,
+    ("w4a8_minimums_pack", 2): 2,
+    ("w8a8_groups_pack", 1): 2,
+    ("w8a8_groups_matmul", 1): 2,
+    ("w8a8_groups_matmul", 2): 6,
     ("w4a8_matmul", 1): 2,
     ("w4a8_matmul", 2): 6,
     **{
@@ -429,11 +527,23 @@ LENGTH_ARGUMENTS = [
     *(("w4a8_pack", position) for position in (3, 4)),
     *(("w4a8_matmul", position) for position in (3, 4, 5)),
     *((name, position) for name in ("divide_rows_f32", "multiply_rows_f32") for position in (2, 3)),
+    *(("w4a8_minimums_pack", position) for position in (3, 4)),
+    *(("w8a8_groups_pack", position) for position in (2, 3)),
+    *(("w8a8_groups_matmul", position) for position in (3, 4, 5)),
+    *((name, position) for name in ("int8_inner_s32", "int8_inner_s64") for position in (2, 3, 4)),
 ]
+# Where the scratch of a function stands, which a refusal may change.
+SCRATCH = {
+    "w8a8_matmul": 7,
+    "w4a8_matmul": 7,
+    "w8a8_groups_matmul": 8,
+    "int8_inner_s32": 5,
+    "int8_inner_s64": 5,
+}
 
 
 def check_refused(name, arguments, status):
-    scratch = arguments[7] if name.endswith("8_matmul") else None
+    scratch = arguments[SCRATCH[name]] if name in SCRATCH else None
     arrays = [a for a in arguments if isinstance(a, np.ndarray) and a is not scratch]
     before = [a.tobytes() for a in arrays]
     assert FUNCTIONS[name](*arguments) == status
@@ -475,8 +585,7 @@ def test_factors_not_above_zero(name):
 
 
 def test_every_function_has_its_refusals():
-    sizes = {f"{product}_{what}_bytes" for product in ("w8a8", "w4a8") for what in ("packed", "scratch")}
-    statusless = {"dot_s8s8_s64", *sizes}
+    statusless = {"dot_s8s8_s64", *(name for name in FUNCTIONS if name.endswith("_bytes"))}
     assert {name for name, _ in LENGTH_ARGUMENTS} == set(FUNCTIONS) - statusless
     assert FUNCTIONS["dot_s8s8_s64"](None, None, -1) == 0
 
@@ -491,22 +600,54 @@ def test_sizes(name):
     assert 4096**2 <= FUNCTIONS[name](4096, 4096) <= 1.03 * 4096**2 * (3 if "scratch" in name else 1)
 
 
-@pytest.mark.parametrize("name", ["w4a8_packed_bytes", "w4a8_scratch_bytes"])
+# Bytes of an element, or at most so many: half a byte per 4-bit weight, and five or eight per group; one byte
+# per activation and four per group, or with residuals and what sums begin with, three bytes and 70.
+GROUP_BYTES = {
+    "w4a8_packed_bytes": 0.5 + 5 / 32,
+    "w4a8_minimums_packed_bytes": 0.5 + 8 / 32,
+    "w4a8_scratch_bytes": 1 + 4 / 32,
+    "w8a8_groups_packed_bytes": 1 + 8 / 32,
+    "w8a8_groups_scratch_bytes": 3 + 70 / 32,
+}
+
+
+@pytest.mark.parametrize("name", GROUP_BYTES)
 def test_sizes_with_groups(name):
-    huge = [2**63 - 1, 2**62, 2**40]
+    huge, more = [2**63 - 1, 2**62, 2**40], [0] if name == "w8a8_groups_packed_bytes" else []
     for shape in [(-1, 1), (1, -1), *((a, b) for a in huge for b in huge)]:
         for group in (1, 32, 2**63 - 1):
-            assert FUNCTIONS[name](*shape, group) == -1, shape
+            assert FUNCTIONS[name](*shape, group, *more) == -1, shape
     for group in (0, -1, -(2**63)):
-        assert FUNCTIONS[name](4, 4, group) == -1
-    assert FUNCTIONS[name](0, 0, 1) >= 0
-    # Half a byte per weight and five per group; one byte per activation and four per group.
-    limit = 1 + 4 / 32 if "scratch" in name else 0.5 + 5 / 32
-    assert 0.5 * 4096**2 <= FUNCTIONS[name](4096, 4096, 32) <= 1.03 * 4096**2 * limit
+        assert FUNCTIONS[name](4, 4, group, *more) == -1
+    assert FUNCTIONS[name](0, 0, 1, *more) >= 0
+    size = FUNCTIONS[name](4096, 4096, 32, *more)
+    assert 0.5 * 4096**2 <= size <= 1.03 * 4096**2 * GROUP_BYTES[name]
+
+
+def test_sizes_of_int8_inner():
+    huge = [2**63 - 1, 2**62, 2**40]
+    for shape in [
+        (-1, 1, 1),
+        (1, -1, 1),
+        (1, 1, -1),
+        *((a, b, 3) for a in huge for b in huge),
+        (3, 3, 2**62),
+    ]:
+        assert FUNCTIONS["int8_inner_scratch_bytes"](*shape) == -1, shape
+    assert FUNCTIONS["int8_inner_scratch_bytes"](0, 0, 0) >= 0
 
 
 @pytest.mark.parametrize("bad", [0, -1])
-@pytest.mark.parametrize(("name", "position"), [("w4a8_pack", 5), ("w4a8_matmul", 6)])
+@pytest.mark.parametrize(
+    ("name", "position"),
+    [
+        ("w4a8_pack", 5),
+        ("w4a8_matmul", 6),
+        ("w4a8_minimums_pack", 5),
+        ("w8a8_groups_pack", 4),
+        ("w8a8_groups_matmul", 6),
+    ],
+)
 def test_invalid_groups(name, position, bad):
     arguments = arguments_of(name)
     arguments[position] = bad

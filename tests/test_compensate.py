@@ -9,6 +9,7 @@ import pytest
 from helpers.common import ISAS, assert_same_bits, real_layer, using
 
 from dynquant import (
+    Calibrator,
     DTypeError,
     EmptyInputError,
     FeatureDimMismatchError,
@@ -435,6 +436,27 @@ def test_a_layer_compensates_for_what_its_weights_meet():
     plain = output_error(rotated, quantize_weights(rotated, **options), inputs[300:])
     assert output_error(rotated, expected, inputs[300:]) < 0.1 * plain
     assert output_error(rotated, found, inputs[300:]) < 0.1 * plain
+
+
+def test_rows_of_a_calibrator():
+    a, w = correlated(300, 20), weights(6, 20)
+    calibrator = Calibrator(20, rows=100)
+    for batch in np.split(a, 3):
+        calibrator.update(batch)
+    expected = quantize_weights(w, bits=4, calibration=calibrator.sample())
+    assert_same_bits(quantize_weights(w, bits=4, calibration=calibrator).data, expected.data)
+    layer = QuantLinear.from_float(w, bits=4, calibration=calibrator)
+    assert_same_bits(layer.weight_dequantized(), expected.dequantize())
+
+
+def test_arrays_of_unequal_lengths():
+    """Batches in an object array, and in nested lists, as NumPy and JSON give them."""
+    a, w = correlated(300, 20), weights(6, 20)
+    expected = quantize_weights(w, bits=4, calibration=[a[:100], a[100:]]).data
+    objects = np.empty(2, object)
+    objects[:] = [a[:100], a[100:]]
+    for calibration in (objects, [a[:100].tolist(), a[100:].tolist()]):
+        assert_same_bits(quantize_weights(w, bits=4, calibration=calibration).data, expected)
 
 
 # Bad calls

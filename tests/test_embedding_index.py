@@ -401,3 +401,20 @@ def test_a_batch_that_is_refused_changes_nothing():
     assert len(index) == 0
     index.add(X)
     assert index.ids.tolist() == [0, 1, 2]
+
+
+def test_infinite_scores_in_several_segments():
+    """They are hits, of whichever segment, and come before what is no hit."""
+    index = EmbeddingIndex(2)
+    for i in range(4):
+        index.add(np.array([[-1e30, 0]] * (8 >> i), np.float32), ids=np.full(8 >> i, i))
+    scores, ids = index.search([[1e30, 0]], 20)
+    assert ids.tolist() == [[0] * 8 + [1] * 4 + [2] * 2 + [3] + [-1] * 5]
+    assert np.isneginf(scores).all()
+
+
+def test_products_with_the_center_beyond_float32_are_refused():
+    index = EmbeddingIndex(2, center=[1e30, 0])
+    with pytest.raises(ParameterError, match="vectors: expected products with the center within float32"):
+        index.add([[1e30, 0], [-1e30, 0]])
+    assert len(index) == 0

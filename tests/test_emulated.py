@@ -2,7 +2,7 @@
 
 For AVX512-VNNI and AMX, plain C stands in for the instructions of AVX-512 and AMX, so that the code around
 them is tested: offsets, packing in fours, compensation. For AVX-VNNI, AVX2 stands in. And the scalar code
-for processors other than x86.
+for processors other than x86-64 and 64-bit ARM.
 """
 
 import importlib.util
@@ -39,7 +39,7 @@ from dynquant import (
 pytestmark = [pytest.mark.whitebox, pytest.mark.slow]
 ROOT = pathlib.Path(__file__).parent.parent
 # Flags of each build.
-MACROS = ("SSE2", "AVX2", "AVXVNNI", "AVX512BW", "AVX512VNNI", "AMX_INT8", "F16C")
+MACROS = ("SSE2", "AVX2", "AVXVNNI", "AVX512BW", "AVX512VNNI", "AMX_INT8", "F16C", "ARM_NEON")
 VNNI = ["-D__SSE2__", "-D__AVX512BW__", "-D__AVX512VNNI__"]
 BUILDS = {
     "avxvnni": ["-march=x86-64-v3", "-DEMULATED_AVXVNNI"],

@@ -67,6 +67,9 @@ PER_GROUP, PACKED_GROUPS = DynQuantFormat.int8_per_group(3), DynQuantFormat(4, "
 Q = dynamic_quantize_int8(X)
 SEEN = Calibrator(4)
 SEEN.update(X)
+SAMPLED = Calibrator(4, rows=2)
+SAMPLED.update(X)
+NANS = np.full((3, 4), NAN, F32)
 INT4 = quantize_weights(X, bits=4, group_size=3)
 LAYER = QuantLinear.from_float(X, bits=4, hadamard=True, smooth=[0.5, 1, 2, 4])
 
@@ -424,7 +427,33 @@ BAD_CALLS = [
     *each(NOT_AN_ALPHA, InvalidAlphaError, "alpha: expected", SmoothQuantConfig, field="alpha"),
     *each(NOT_AN_EPSILON, ParameterError, "epsilon:", SmoothQuantConfig, (0.5,)),
     *each([None, 0.5, SmoothQuantConfig, "0.5"], ParameterError, "config:", compute_smooth_factors, (X, X)),
-    *each([2.0, X[None]], ShapeMismatchError, "activations:", lambda a: compute_smooth_factors(a, X)),
+    *each([2.0], ShapeMismatchError, "activations:", lambda a: compute_smooth_factors(a, X)),
+    *(
+        bad
+        for call in (compute_smooth_factors, search_alpha)
+        for bad in (
+            Bad(FeatureDimMismatchError, "activations[1]: expected 4", call, ([X, X[:, :3]], X)),
+            Bad(ShapeMismatchError, "activations[1]: expected", call, ([X, F32(2)], X)),
+            Bad(NonFiniteError, "activations[1]: expected finite", call, ([X, NANS], X), {}, {"index": 0}),
+            Bad(DTypeError, "activations[0]: expected a float array", call, ({"x": X}, X)),
+            Bad(DTypeError, "activations: expected a float array", call, (range(4), X)),
+            Bad(EmptyInputError, "activations: expected at least one row", call, ([X[:0], X[:0]], X)),
+            Bad(EmptyInputError, "activations: expected at least one row", call, (iter([]), X)),
+            Bad(ParameterError, "activations: expected a Calibrator made with", call, (Calibrator(), X)),
+            Bad(FeatureDimMismatchError, "weights:", call, (SAMPLED, X[:, :3])),
+            *each(NOT_THREADS, ParameterError, "num_threads: expected", call, (X, X), "num_threads"),
+            *each(NOT_A_MODE, ParameterError, "mode:", call, (SAMPLED, X), "mode"),
+        )
+    ),
+    Bad(ParameterError, "activations: expected a Calibrator made with rows", search_alpha, (SEEN, X)),
+    Bad(EmptyInputError, "calibrator: expected at least", compute_smooth_factors, (Calibrator(4), X)),
+    Bad(EmptyInputError, "activations: expected at least", search_alpha, (Calibrator(4, rows=2), X)),
+    Bad(ParameterError, "calibration: expected a Calibrator made with rows", quantize_weights, (X,),
+        {"calibration": SEEN}),
+    Bad(FeatureDimMismatchError, "calibration: expected 3", quantize_weights, (X[:, :3],),
+        {"calibration": SAMPLED}),
+    Bad(EmptyInputError, "calibration: expected at least one row", quantize_weights, (X,),
+        {"calibration": Calibrator(4, rows=2)}),
     *each([ROW, [1.0, -1e-45, 1, 1]], ParameterError, "activations: expected magnitudes of at least 0",
           lambda a: compute_smooth_factors(a, X)),
     *each([X[:0], X[:, :0], []], EmptyInputError, "activations:", lambda a: compute_smooth_factors(a, X)),
@@ -462,7 +491,7 @@ BAD_CALLS = [
     Bad(NonFiniteError, "gamma / factors:", fold_smooth_factors, ([1, 1, 1e-5, 1], [1, 1, 1e38, 1]), {},
         {"index": 2, "value": INF}),
     # Search
-    *each([2.0, ROW, X[None], []], ShapeMismatchError, "activations:", lambda a: search_alpha(a, X)),
+    *each([2.0, ROW, []], ShapeMismatchError, "activations:", lambda a: search_alpha(a, X)),
     *each([X[:0], X[:, :0]], EmptyInputError, "activations:", lambda a: search_alpha(a, X)),
     *each(NOT_AN_ALPHA, InvalidAlphaError, "alphas[1]: expected",
           lambda alpha: search_alpha(X, X, alphas=[0.5, alpha])),
@@ -505,6 +534,12 @@ BAD_CALLS = [
           CalibStats.collect),
     *each([0, -1, 1.0, "2", True, [1]], ParameterError, "channels: expected an int >= 1", Calibrator),
     *each([2**61, 10**30], ParameterError, "channels: expected an int <=", Calibrator),
+    *each([0, -1, 2.5, True, [1]], ParameterError, "rows: expected an int >= 1",
+          lambda n: Calibrator(4, rows=n)),
+    Bad(ParameterError, "rows: expected None without channels", Calibrator, (), {"rows": 3}),
+    Bad(ParameterError, "rows: expected a Calibrator made with rows", SEEN.sample, ()),
+    *each(NOT_THREADS, ParameterError, "num_threads: expected", SEEN.update, (X,), "num_threads"),
+    *each([SAMPLED, Calibrator(4, rows=3)], ParameterError, "other: expected rows=None", SEEN.merge),
     *each([None, X, CalibStats.collect([X])], ParameterError, "other: expected a Calibrator", SEEN.merge),
     *each([Calibrator(), Calibrator(3)], ParameterError, "other: expected channels=4, got", SEEN.merge),
     *(

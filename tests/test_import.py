@@ -17,6 +17,7 @@ from helpers.common import ISAS
 from helpers.programs import EMULATOR, emulated
 
 import dynquant
+from dynquant import _core, _isa
 
 
 def run(code, check=True, **environment):
@@ -120,7 +121,26 @@ def test_instruction_set_forced_by_name(isa):
 
 def test_best_instruction_set_is_selected():
     code = "import dynquant; print(dynquant.simd_info()['selected'])"
-    assert run(code, DYNQUANT_ISA="") == ISAS[-1]
+    best = "dotprod" if (sys.platform, ISAS[-1]) == ("darwin", "i8mm") else ISAS[-1]
+    assert run(code, DYNQUANT_ISA="") == best
+
+
+@pytest.mark.whitebox
+def test_no_i8mm_by_itself_on_macos(monkeypatch):
+    names = ("baseline", "dotprod", "i8mm")
+    selected = dynquant.simd_info()["selected"]
+    for name in ("isas_built", "isas_supported"):
+        monkeypatch.setattr(_core, name, lambda: names)
+    monkeypatch.setattr(_core, "set_table", lambda table, instead: None)
+    monkeypatch.setattr(_isa, "_table", lambda name: name)
+    chosen = []
+    for platform_name, isa in (("linux", None), ("darwin", None), ("darwin", "i8mm")):
+        monkeypatch.setattr(sys, "platform", platform_name)
+        _isa.select(isa)
+        chosen.append(dynquant.simd_info()["selected"])
+    monkeypatch.undo()
+    _isa.select(selected)
+    assert chosen == ["i8mm", "dotprod", "i8mm"]
 
 
 @pytest.mark.parametrize("name", ["sse9", "AVX2", " baseline"])
@@ -135,7 +155,7 @@ def test_unavailable_instruction_set(name):
 
 def test_simd_info():
     info = dynquant.simd_info()
-    order = ("baseline", "avx2", "avxvnni", "avx512", "avx512vnni", "amx")
+    order = ("baseline", "avx2", "avxvnni", "avx512", "avx512vnni", "amx", "dotprod", "i8mm")
     assert sorted(info) == ["built", "selected", "supported"]
     for names in (info["built"], info["supported"]):
         assert type(names) is tuple
@@ -199,16 +219,19 @@ def test_where_the_registers_of_amx_are_refused(pack):
     )
 
 
-@pytest.mark.skipif((sys.platform, platform.machine()) != ("linux", "x86_64"), reason="Linux on x86-64")
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has this file")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="no instruction sets")
 @pytest.mark.skipif(EMULATOR != [], reason="the file describes the real processor, not the emulated one")
 def test_supported_agrees_with_proc_cpuinfo():
     with open("/proc/cpuinfo") as file:
-        flags = set(next(line for line in file if line.startswith("flags")).split())
+        flags = set(next(line for line in file if line.startswith(("flags", "Features"))).split())
     v3 = {"avx2", "fma", "bmi1", "bmi2", "abm", "movbe", "f16c", "popcnt"}
     v4 = v3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
     vnni = v4 | {"avx512_vnni"}
     needs = {"baseline": set(), "avx2": v3, "avxvnni": v3 | {"avx_vnni"}, "avx512": v4, "avx512vnni": vnni}
     needs["amx"] = vnni | {"amx_tile", "amx_int8"}
+    needs["dotprod"] = {"crc32", "atomics", "asimdrdm", "asimddp"}
+    needs["i8mm"] = needs["dotprod"] | {"i8mm"}
     expected = tuple(name for name, needed in needs.items() if needed <= flags)
     assert dynquant.simd_info()["supported"] == expected
 
@@ -217,7 +240,7 @@ def test_supported_agrees_with_proc_cpuinfo():
 
 
 # Modules that need the package of the same name, which comes with an extra.
-EXTRAS = {"dask"}
+EXTRAS = {"dask", "torch"}
 
 
 def modules():
@@ -275,15 +298,15 @@ def test_signatures():
         "num_threads=1",
         "dynamic_quantize_int4": "x, mode=MaxAbs(), *, packed=False, num_threads=1",
         "dynamic_quantize_int8": "x, mode=MaxAbs(), *, out=None, num_threads=1",
-        "dynamic_quantize_int8_per_row": "x, mode=MaxAbs(), *, out=None, num_threads=1",
+        "dynamic_quantize_int8_per_row": "x, mode=MaxAbs(), *, out=None, check_finite=True, num_threads=1",
         "quantization_mae": "original, quantized",
         "compute_smooth_factors": "activations, weights, config=SmoothQuantConfig(alpha=0.5, epsilon=1e-05), "
-        "*, mode=MaxAbs()",
+        "*, mode=MaxAbs(), num_threads=1",
         "fold_smooth_factors": "factors, gamma, beta=None",
         "search_alpha": "activations, weights, *, alphas=None, epsilon=1e-05, mode=MaxAbs(), relative=False, "
-        "bits=8, group_size=None, symmetric=None, hadamard=False",
-        "smooth_activations": "activations, factors, *, out=None",
-        "smooth_weights": "weights, factors, *, out=None",
+        "bits=8, group_size=None, symmetric=None, hadamard=False, num_threads=1",
+        "smooth_activations": "activations, factors, *, out=None, check_finite=True, num_threads=1",
+        "smooth_weights": "weights, factors, *, out=None, check_finite=True, num_threads=1",
         "top_k": "queries, corpus, k, *, metric='dot', allowed=None, rescore=None, oversample=4, "
         "num_threads=1",
         "quantize_array": "source, target, *, bits=8, group_size=None, rows_per_block=None, num_threads=1, "

@@ -1,6 +1,10 @@
 """Smooth factors, folding them into a norm, and smoothing by them."""
 
+import collections
 import dataclasses
+import pickle
+import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from helpers.common import (
     Interface,
     Struct,
     assert_same_bits,
+    calibrator_of,
     distributions,
     real_layer,
     using,
@@ -23,13 +28,16 @@ from hypothesis.extra.numpy import arrays
 from dynquant import (
     LayoutError,
     MaxAbs,
+    NonFiniteError,
     ParameterError,
     Percentile,
     QuantLinear,
+    SilentChannelWarning,
     SmoothQuantConfig,
     compute_smooth_factors,
     error_metrics,
     fold_smooth_factors,
+    search_alpha,
     smooth_activations,
     smooth_weights,
 )
@@ -206,6 +214,109 @@ def test_dead_channels(alpha):
     assert_same_bits(compute_smooth_factors(a, w, config, mode=Percentile(1.0)), expected)
     assert_same_bits(compute_smooth_factors(np.abs(a).max(axis=0), w, config), expected)
     assert (compute_smooth_factors(a, w, config, mode=Percentile(0.5))[[0, 4]] == 1).all()
+
+
+@pytest.mark.parametrize("given_as", ["rows", "three axes", "batches", "generator"])
+def test_silent_channels_are_warned_of(given_as):
+    """By name and with the way out, where the equation makes their factors tiny."""
+    a, w = layer(20, 3, 9)
+    a[:, [0, 4, 5, 6, 7, 8]] = 0
+    forms = {"rows": a, "three axes": a.reshape(4, 5, 9), "batches": [a[:5], a[5:]], "generator": iter([a])}
+    x, message = forms[given_as], r"6 of 9 channels were never active: 0, 4, 5, 6, 7, \.\.\.\. .*Percentile"
+    with pytest.warns(SilentChannelWarning, match=message) as caught:
+        factors = compute_smooth_factors(x, w)
+    assert (caught[0].message.channels, caught[0].message.in_features) == ((0, 4, 5, 6, 7, 8), 9)
+    assert caught[0].filename == __file__
+    np.testing.assert_array_max_ulp(factors, reference.smooth_factors(a, w, 0.5), maxulp=1)
+
+
+def test_no_warning_where_silent_channels_do_no_harm():
+    a, w = layer(20, 3, 9)
+    a[:, 4] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compute_smooth_factors(a, w, SmoothQuantConfig(0.0))
+        compute_smooth_factors(a, w, mode=Percentile(1.0))
+        compute_smooth_factors(np.abs(a).max(axis=0), w)
+        compute_smooth_factors(calibrator_of([a], 9), w)
+        compute_smooth_factors(a + 1, w)
+        search_alpha(a, w, alphas=[0.5])
+
+
+def test_the_warning_can_be_copied():
+    warning = SilentChannelWarning((1, 2), 9)
+    twin = pickle.loads(pickle.dumps(warning))
+    assert (twin.channels, twin.in_features, str(twin)) == ((1, 2), 9, str(warning))
+
+
+# Batches, axes and calibrators
+
+
+def batches_of(a):
+    """The same rows in every form that they may come in."""
+    loader = pytest.importorskip("torch.utils.data").DataLoader
+    cuts = [a[:7], a[7:7], a[7:10].tolist(), a[10], a[11:]]
+    objects = np.empty(2, object)
+    objects[:] = [a[:7], a[7:]]
+    yield from (cuts, tuple(cuts), iter(cuts), (batch for batch in cuts), dict(enumerate(cuts)).values())
+    yield from (collections.deque(cuts), a.reshape(4, 5, -1), [a.reshape(2, 10, -1)], objects)
+    yield from (loader(a, batch_size=3), [[a[:7].tolist(), a[7:14].tolist()], a[14:].tolist()])
+
+
+@pytest.mark.parametrize("mode", [MaxAbs(), Percentile(0.9), Percentile(1.0)], ids=str)
+def test_batches_and_axes(mode):
+    a, w = layer(20, 3, 9)
+    expected = compute_smooth_factors(a, w, mode=mode)
+    for x in batches_of(a):
+        assert_same_bits(compute_smooth_factors(x, w, mode=mode), expected)
+    halves = [a[:8].astype(np.float16), a[8:].astype(np.float16)]
+    expected = compute_smooth_factors(np.concatenate(halves), w, mode=mode)
+    assert_same_bits(compute_smooth_factors(iter(halves), w, mode=mode), expected)
+    assert_same_bits(compute_smooth_factors([halves[0], halves[1].astype(F32)], w, mode=mode), expected)
+
+
+def test_batches_that_reuse_their_memory():
+    a, w = layer(20, 3, 9)
+    buffer = np.empty((5, 9), F32)
+
+    def batches():
+        for part in np.split(a, 4):
+            buffer[...] = part
+            yield buffer
+
+    for mode in (MaxAbs(), Percentile(0.8)):
+        expected = compute_smooth_factors(a, w, mode=mode)
+        assert_same_bits(compute_smooth_factors(batches(), w, mode=mode), expected)
+
+
+def test_batches_are_streamed():
+    w = np.ones((2, 1024), F32)
+    tracemalloc.start()
+    try:
+        compute_smooth_factors((np.ones((1000, 1024), F32) for _ in range(20)), w)
+        assert tracemalloc.get_traced_memory()[1] < 12 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_factors_from_a_calibrator():
+    a, w = layer(200, 3, 9)
+    a[:, 3] = 0
+    calibrator = calibrator_of(np.split(a, 4), 9)
+    expected = compute_smooth_factors(np.abs(a).max(axis=0), w)
+    assert_same_bits(compute_smooth_factors(calibrator, w), expected)
+    assert_same_bits(compute_smooth_factors(calibrator, w, mode=Percentile(1.0)), expected)
+    ranked = calibrator.channel_percentile(0.9)
+    actual = compute_smooth_factors(calibrator, [w, w[:1]], mode=Percentile(0.9))
+    assert_same_bits(actual, compute_smooth_factors(ranked, w))
+
+
+@pytest.mark.parametrize("threads", [2, 3, -1])
+def test_threads_of_factors(threads):
+    a, w = layer(200, 40, 300)
+    for mode in (MaxAbs(), Percentile(0.9)):
+        expected = compute_smooth_factors(a, w, mode=mode)
+        assert_same_bits(compute_smooth_factors(a, w, mode=mode, num_threads=threads), expected)
 
 
 def test_channel_active_more_rarely_than_the_percentile():
@@ -472,6 +583,45 @@ def test_nontemporal_stores(smooth, shape, isa):
     assert (memory[5 + x.size :] == 99).all()
     smooth(x, factors, out=x)
     assert_same_bits(x, expected)
+
+
+@each_product
+@pytest.mark.parametrize("shape", [(3, 5), (9, 3000), (300, 200), (2, 100_000), (70_000, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, np.float16])
+def test_in_one_pass_and_in_threads(smooth, shape, dtype, isa):
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal(shape).astype(dtype)
+    x[-1, -1] = 6e4 if dtype == np.float16 else 1e30  # beyond what is divided by a reciprocal
+    factors = rng.uniform(0.1, 3, shape[1]).astype(F32)
+    expected = SMOOTH[smooth](x.astype(F32), factors)
+    for threads in (1, 3):
+        assert_same_bits(smooth(x, factors, num_threads=threads), expected)
+        for check in (True, False):
+            out = np.full(shape, 99, F32)
+            smooth(x, factors, out=out, check_finite=check, num_threads=threads)
+            assert_same_bits(out, expected)
+            if dtype is F32:
+                np.copyto(out, x)
+                smooth(out, factors, out=out, check_finite=check, num_threads=threads)
+                assert_same_bits(out, expected)
+
+
+@each_product
+def test_without_the_check_nan_is_an_error_all_the_same(smooth, isa):
+    x = np.ones((200, 500), F32)
+    for index in (0, 77_777, 99_999):
+        bad = x.copy()
+        bad.flat[index] = np.nan
+        out = np.full(x.shape, 99, F32)
+        with pytest.raises(NonFiniteError) as caught:
+            smooth(bad, np.full(500, 2, F32), out=out)
+        assert caught.value.index == index
+        assert (out == 99).all()
+        with pytest.raises(NonFiniteError) as caught:
+            smooth(bad, np.full(500, 2, F32), out=out, check_finite=False)
+        assert caught.value.index == index
+        with pytest.raises(NonFiniteError):
+            smooth(bad, np.full(500, 2, F32))
 
 
 @each_product

@@ -81,13 +81,19 @@ def entry_calibrate(x, threads):
     k = x.shape[1]
     count, extremes, sums = np.zeros(1, np.int64), np.array([np.inf, -np.inf], F32), np.zeros(4)
     bins, amax = np.zeros(1 << 16, np.int64), np.zeros(k, np.int32)
-    histograms = np.zeros((k, _core.BINS_PER_CHANNEL), np.uint32)
-    state = _core.CalibratorState(count, extremes, sums, bins, amax, histograms)
+    octaves = np.zeros((256, k, _core.BINS_PER_OCTAVE), np.uint32)
+    nothing, seen = np.zeros((2, 256), np.uint8)
+    hashes = np.empty(len(x), np.uint64)
+    state = _core.CalibratorState(count, extremes, sums, bins, amax)
+    for octave, counts in enumerate(octaves):
+        state.add_octave(octave, counts)
     for part in (x, x * F32(3)):
         new = amax.copy()
         _core.column_amax(matrix(part), new, threads)
+        _core.mark_octaves(matrix(part), nothing, seen, threads)
         state.update(matrix(part), new, threads)
-    return count, extremes, sums, bins, amax, histograms
+    _core.hash_rows(matrix(x), hashes, threads)
+    return count, extremes, sums, bins, amax, octaves, seen, hashes
 
 
 def entry_layers(x, threads):

@@ -155,6 +155,60 @@ def test_finds_what_a_sort_of_all_scores_does(isa, kind, metric, q):
         assert_found(top_k(queries, corpus, k, metric=metric), expected, metric)
 
 
+@pytest.mark.parametrize("zero_points", [True, False])
+@pytest.mark.parametrize(
+    ("d", "group"), [(1, None), (31, None), (65, None), (97, 32), (320, 64), (64, 32), (9000, 32), (9001, 8192)]
+)
+def test_one_query_reads_packed_codes_as_they_lie(isa, d, group, zero_points):
+    """With the scores of the matrix product, of which one query and many make different use."""
+    rng = np.random.default_rng(d)
+    x, queries = vectors(rng, 37, d), vectors(rng, 7, d)
+    corpus = quantize_weights(x, bits=4, group_size=group, symmetric=not zero_points)
+    expected = best_of(w4a8_matmul(corpus, queries), 37)
+    for row in range(7):
+        one = top_k(queries[row : row + 1], corpus, 37)
+        assert_found(one, (expected[0][row : row + 1], expected[1][row : row + 1]))
+
+
+@pytest.mark.parametrize("q", [1, 7])
+def test_scores_beyond_float32_are_infinite_hits(isa, shared, q):
+    """In the order of scores, and before what is no hit."""
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal((300, 16)).astype(F32) * F32(1e30)
+    x[::3] *= F32(1e-30)
+    queries = rng.standard_normal((q, 16)).astype(F32) * F32(1e10)
+    corpus = dynamic_quantize(x)
+    with np.errstate(over="ignore"):
+        dots = w8a8_matmul(corpus.data, corpus.scales, queries)
+    assert np.isposinf(dots).any(1).all() and np.isneginf(dots).any(1).all()
+    order = np.argsort(-dots, axis=1, kind="stable")
+    expected = np.take_along_axis(dots, order, 1), order.astype(np.int64)
+    for threads in (1, 3):
+        scores, indices = top_k(queries, corpus, 305, num_threads=threads)
+        np.testing.assert_array_equal(indices[:, :300], expected[1])
+        assert_same_bits(scores[:, :300], expected[0] + F32(0))
+        assert (indices[:, 300:] == -1).all() and np.isneginf(scores[:, 300:]).all()
+    scores, indices = top_k(queries[:1], corpus, 5, allowed=np.isneginf(dots[0]))
+    np.testing.assert_array_equal(indices[0], np.flatnonzero(np.isneginf(dots[0]))[:5])
+    assert np.isneginf(scores).all()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("q", [1, 7])
+def test_infinities_of_both_signs_in_a_score_are_refused(isa, shared, q, threads):
+    x = np.full((300, 64), 1, F32)
+    x[250, :32], x[250, 32:] = 3e38, -3e38
+    corpus = quantize_weights(x, bits=4, group_size=32)
+    queries = np.full((q, 64), 1e5, F32)
+    with pytest.raises(ParameterError, match="expected scores within float32"):
+        top_k(queries, corpus, 3, num_threads=threads)
+    allowed = np.arange(300) != 250
+    assert 250 not in top_k(queries, corpus, 300, allowed=allowed, num_threads=threads).indices
+    x[250, :] = 3e38
+    with pytest.raises(ParameterError, match="expected scores within float32"):
+        top_k(np.full((q, 64), 1e30, F32), dynamic_quantize(x), 3, metric="l2", num_threads=threads)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("kind", ["int8", "g32"])
 def test_threads_and_batches_change_nothing(isa, shared, kind, metric):

@@ -44,6 +44,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "calibration": True,
         "hadamard": True,
     },
+    "W4A8, groups of 32, compensated, searched and rotated": {
+        **GROUP,
+        "calibration": True,
+        "search": True,
+        "hadamard": True,
+    },
 }
 
 

@@ -92,32 +92,11 @@ def bin_of_rank(const int64_t[::1] counts not None, int64_t rank):
     return b
 
 
-# window[c - shift] += source[c]; what would fall below the window goes to its first cell. shift is not
-# negative; were it, because two threads change one calibrator, nothing would be written past the window.
-cdef void add_histogram(const uint32_t* source, Py_ssize_t shift, uint32_t* histogram) noexcept nogil:
-    cdef Py_ssize_t c, index
-    for c in range(CHANNEL_BINS):
-        index = c - shift if c > shift else 0
-        histogram[index if index < CHANNEL_BINS else CHANNEL_BINS - 1] += source[c]
-
-
-# Moves the window of one channel up to a new largest magnitude, which is not below the old one.
-cdef void shift_histogram(uint32_t* histogram, int32_t* amax_bits, int32_t new_bits) noexcept nogil:
-    cdef uint32_t before[CHANNEL_BINS]
-    cdef Py_ssize_t shift = (new_bits >> 20) - (amax_bits[0] >> 20)
-    amax_bits[0] = new_bits
-    if shift:
-        memcpy(before, histogram, sizeof(before))
-        memset(histogram, 0, sizeof(before))
-        add_histogram(before, shift, histogram)
-
-
-# Rows of k channels, to be counted into a histogram for each.
+# Rows of k channels, to be counted into bins, which are NULL or column 0 of a matrix (k, OCTAVE_BINS).
 cdef struct RowsToCount:
     Floats x
     Py_ssize_t m, k
-    const int32_t* amax_bits
-    uint32_t* histograms
+    uint32_t* const* bins
 
 
 # In one thread; an estimate for parallel_ranges.
@@ -127,8 +106,9 @@ cdef inline Py_ssize_t moments_ns(Py_ssize_t n) noexcept nogil:
 
 cdef enum:
     BINS_WORTH = 16  # the share of a thread, over that of others, which makes up for adding its bins
-    CHANNELS_TOGETHER = 64  # whose histograms, 23 KB, stay in L1 from row to row
+    CHANNELS_TOGETHER = 64  # of which the bins of several octaves, 2 KB each, stay in L1 from row to row
     MERGED = 256  # blocks whose sums are kept until they are merged
+    OCTAVES = 256  # exponents of a float32; that of NaN and infinity among them
 
 
 # Units are CHANNELS_TOGETHER channels.
@@ -136,16 +116,78 @@ cdef bint count_channel_range(void* context, Py_ssize_t first, Py_ssize_t end) n
     cdef const RowsToCount* rows = <const RowsToCount*> context
     cdef float scratch[BLOCK]
     cdef const float* block
-    cdef Py_ssize_t start = first * CHANNELS_TOGETHER, stop = min(rows.k, end * CHANNELS_TOGETHER), r, c, n
-    for r in range(rows.m):
-        c = start
-        while c < stop:
-            n = block_len(c, stop)
-            block = block_of(&rows.x, r * rows.k + c, n, scratch)
-            kernels.count_channel_bins_row_f32(block, rows.amax_bits + c,
-                                               rows.histograms + c * CHANNEL_BINS, n)
-            c += n
+    cdef Py_ssize_t start = first * CHANNELS_TOGETHER, stop = min(rows.k, end * CHANNELS_TOGETHER), r, n
+    while start < stop:
+        n = min(CHANNELS_TOGETHER, stop - start)
+        for r in range(rows.m):
+            block = block_of(&rows.x, r * rows.k + start, n, scratch)
+            kernels.count_channel_bins_row_f32(block, rows.bins, start, n)
+        start += n
     return True
+
+
+# The smallest magnitude other than 0, and the exponents, of each of `parts` nearly equal parts of x.
+cdef struct OctaveParts:
+    Floats x
+    Py_ssize_t parts
+    uint32_t low[MAX_PARTS]
+    int32_t zeros[MAX_PARTS]
+    uint8_t seen[MAX_PARTS][OCTAVES]
+    bint exactly
+
+
+cdef bint octave_part_range(void* context, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef OctaveParts* octaves = <OctaveParts*> context
+    cdef float scratch[BLOCK]
+    cdef const float* block
+    cdef Py_ssize_t i, start, stop, n
+    for i in range(first, end):
+        start, stop = octaves.x.n * i // octaves.parts, octaves.x.n * (i + 1) // octaves.parts
+        while start < stop:
+            n = block_len(start, stop)
+            block = block_of(&octaves.x, start, n, scratch)
+            if octaves.exactly:
+                kernels.mark_octaves_row_f32(block, octaves.seen[i], n)
+            else:
+                kernels.min_nonzero_row_f32(block, &octaves.low[i], &octaves.zeros[i], n)
+            start += n
+    return True
+
+
+def mark_octaves(FloatMatrix x not None, const uint8_t[::1] present not None, uint8_t[::1] seen not None,
+                 int num_threads=1):
+    """seen[e] = 1 for each exponent e that an element has, unless all between the lowest and the highest of
+    them are `present`.
+
+    That is found out much faster than which of them occur.
+    """
+    cdef OctaveParts octaves
+    cdef Py_ssize_t ns, i, e, low = OCTAVES, high
+    cdef bint missing = False
+    check_size(present.shape[0], OCTAVES)
+    check_size(seen.shape[0], OCTAVES)
+    octaves.x = x.flat()
+    ns = amax_ns(octaves.x.n)
+    octaves.parts = threads_for(MAX_PARTS, ns, num_threads)
+    octaves.exactly = False
+    memset(octaves.seen, 0, sizeof(octaves.seen))
+    for i in range(octaves.parts):
+        octaves.low[i], octaves.zeros[i] = 0xFFFFFFFF, 0
+    parallel_ranges(octave_part_range, &octaves, octaves.parts, ns, num_threads)
+    high = parallel_amax_bits(&octaves.x, num_threads) >> 23
+    for i in range(octaves.parts):
+        missing |= octaves.zeros[i] and not present[0]
+        if octaves.low[i] != 0xFFFFFFFF:
+            low = min(low, (octaves.low[i] + 1) >> 23)
+    for e in range(low, high + 1):
+        missing |= not present[e]
+    if not missing:
+        return
+    octaves.exactly = True
+    parallel_ranges(octave_part_range, &octaves, octaves.parts, octaves.x.n, num_threads)
+    for i in range(octaves.parts):
+        for e in range(OCTAVES):
+            seen[e] |= octaves.seen[i][e]
 
 
 # What add_block_sums takes, and the extremes, of blocks from `first_block` on. Each of `parts` parts of them
@@ -193,16 +235,31 @@ cdef class CalibratorState:
     cdef double[::1] sums
     cdef int64_t[::1] bins
     cdef int32_t[::1] amax_bits
-    cdef uint32_t[:, ::1] histograms
+    cdef uint32_t* channel_bins[OCTAVES * OCTAVE_BINS]
+    cdef dict octaves  # the arrays that these are in, kept alive
 
     def __cinit__(self, int64_t[::1] count not None, float[::1] extremes not None, double[::1] sums not None,
-                  int64_t[::1] bins not None, int32_t[::1] amax_bits not None,
-                  uint32_t[:, ::1] histograms not None):
+                  int64_t[::1] bins not None, int32_t[::1] amax_bits not None):
         self.count, self.extremes, self.sums, self.bins = count, extremes, sums, bins
-        self.amax_bits, self.histograms = amax_bits, histograms
+        self.amax_bits = amax_bits
+        self.octaves = {}
+
+    def add_octave(self, int octave, uint32_t[:, ::1] counts not None):
+        """Have `counts` (channels, OCTAVE_BINS) take the magnitudes with the exponent `octave`."""
+        cdef Py_ssize_t b
+        check_size(counts.shape[0], self.amax_bits.shape[0])
+        check_size(counts.shape[1], OCTAVE_BINS)
+        if not (0 <= octave < OCTAVES and counts.shape[0]):
+            raise ValueError("not an octave")
+        self.octaves[octave] = counts
+        for b in range(OCTAVE_BINS):
+            self.channel_bins[octave * OCTAVE_BINS + b] = &counts[0, b]
 
     def update(self, FloatMatrix x not None, const int32_t[::1] new_bits not None, int num_threads=1):
-        """Add all elements, which are finite; no column's magnitude is above new_bits, nor new_bits below."""
+        """Add all elements, which are finite, and whose octaves are there.
+
+        new_bits: the columns' largest magnitudes so far, these included.
+        """
         cdef RowsToCount rows
         cdef BlocksToMerge merge
         cdef Py_ssize_t bins = self.bins.shape[0], i
@@ -217,11 +274,9 @@ cdef class CalibratorState:
                 raise MemoryError
         for i in range(merge.parts):
             merge.bins[i] = more_bins + (i - 1) * bins if i else &self.bins[0]
-        with nogil:
-            self.shift_histograms(new_bits)
-        if self.histograms.shape[0] and x.m:
-            rows.x, rows.m, rows.k = merge.x, x.m, x.k
-            rows.amax_bits, rows.histograms = &new_bits[0], &self.histograms[0, 0]
+        self.amax_bits[:] = new_bits
+        if self.amax_bits.shape[0] and x.m:
+            rows.x, rows.m, rows.k, rows.bins = merge.x, x.m, x.k, self.channel_bins
             i = (x.k + CHANNELS_TOGETHER - 1) // CHANNELS_TOGETHER
             parallel_ranges(count_channel_range, &rows, i, moments_ns(merge.x.n), threads)
         while merge.first_block * BLOCK < merge.x.n:
@@ -235,14 +290,22 @@ cdef class CalibratorState:
         self.count[0] += merge.x.n
 
     def merge(self, CalibratorState other not None, const int32_t[::1] new_bits not None):
-        """Add all that `other` has seen, perhaps this itself; new_bits are the larger ones of both."""
-        cdef Py_ssize_t i, j
+        """Add all that `other` has seen, perhaps this itself; all its octaves are there.
+
+        new_bits: the larger of both largest magnitudes.
+        """
+        cdef Py_ssize_t i, e
         cdef double sums[4]
+        cdef uint32_t* mine
+        cdef const uint32_t* theirs
         with nogil:
-            self.shift_histograms(new_bits)
-            for j in range(self.histograms.shape[0]):
-                i = (self.amax_bits[j] >> 20) - (other.amax_bits[j] >> 20)
-                add_histogram(&other.histograms[j, 0], i, &self.histograms[j, 0])
+            for e in range(OCTAVES):
+                mine, theirs = self.channel_bins[e * OCTAVE_BINS], other.channel_bins[e * OCTAVE_BINS]
+                if mine != NULL and theirs != NULL:
+                    for i in range(self.amax_bits.shape[0] * OCTAVE_BINS):
+                        mine[i] += theirs[i]
+            for i in range(self.amax_bits.shape[0]):
+                self.amax_bits[i] = new_bits[i]
             self.extremes[0] = min(self.extremes[0], other.extremes[0])
             self.extremes[1] = max(self.extremes[1], other.extremes[1])
             memcpy(sums, &other.sums[0], sizeof(sums))
@@ -252,10 +315,32 @@ cdef class CalibratorState:
                 self.bins[i] += other.bins[i]
             self.count[0] += other.count[0]
 
-    cdef void shift_histograms(self, const int32_t[::1] new_bits) noexcept nogil:
-        cdef Py_ssize_t j
-        for j in range(self.histograms.shape[0]):
-            shift_histogram(&self.histograms[j, 0], &self.amax_bits[j], new_bits[j])
+    def percentiles(self, int64_t rank, float[::1] out not None):
+        """out[j] = the magnitude at place `rank` in channel j: the middle of its bin, at most the largest.
+
+        The lowest bin of all holds zeros above all, which have to stay zero.
+        """
+        cdef Py_ssize_t j, bin
+        cdef int64_t left
+        cdef int32_t bits
+        check_size(out.shape[0], self.amax_bits.shape[0])
+        with nogil:
+            for j in range(out.shape[0]):
+                bin = self.bin_of_rank(j, rank)
+                bits = <int32_t> (bin << 20 | 1 << 19) if bin else 0
+                out[j] = dq_float(min(bits, self.amax_bits[j]))
+
+    # The bin, over all octaves, that holds the element at place `rank` in channel j; 0 if there are fewer.
+    cdef Py_ssize_t bin_of_rank(self, Py_ssize_t j, int64_t rank) noexcept nogil:
+        cdef Py_ssize_t b
+        cdef uint32_t count
+        for b in range(OCTAVES * OCTAVE_BINS):
+            if self.channel_bins[b] != NULL:
+                count = self.channel_bins[b][j * OCTAVE_BINS]
+                if rank < count:
+                    return b
+                rank -= count
+        return 0
 
     # The next MERGED blocks.
     cdef int add_blocks(self, BlocksToMerge* merge, int num_threads) except -1:
@@ -271,26 +356,56 @@ cdef class CalibratorState:
         return 0
 
 
-# Float bits that stand for one cell of a window: the middle of its bin; 0 in the lowest bin of all; in the
-# first cell, which also holds what lies lower, the upper edge.
-cdef int32_t bin_bits(Py_ssize_t bin, int32_t amax_bits) noexcept nogil:
-    cdef Py_ssize_t b = (amax_bits >> 20) - (CHANNEL_BINS - 1) + bin
-    if b <= 0:
-        return 0
-    return <int32_t> ((b + 1) << 20 if bin == 0 else (b << 20) | (1 << 19))
+# Every bit of the result depends on all bits of h (the finalizer of SplitMix64: Steele, Lea and Flood, 2014).
+cdef inline uint64_t mixed(uint64_t h) noexcept nogil:
+    h = (h ^ (h >> 30)) * <uint64_t> 0xBF58476D1CE4E5B9
+    h = (h ^ (h >> 27)) * <uint64_t> 0x94D049BB133111EB
+    return h ^ (h >> 31)
 
 
-def channel_percentiles(const uint32_t[:, ::1] counts not None, const int32_t[::1] amax_bits not None,
-                        int64_t rank, float[::1] out not None):
-    """out[j] = the magnitude at place `rank` in channel j, as its cell gives it, at most the largest."""
-    cdef Py_ssize_t j, bin
-    cdef int64_t left
-    cdef int32_t bits
-    with nogil:
-        for j in range(counts.shape[0]):
-            left, bin = rank, 0
-            while bin + 1 < CHANNEL_BINS and left >= counts[j, bin]:
-                left -= counts[j, bin]
-                bin += 1
-            bits = bin_bits(bin, amax_bits[j])
-            out[j] = dq_float(bits if bits < amax_bits[j] else amax_bits[j])
+# hashes[r] = a hash of row r of x as float32: its bits times a pseudo-random key for each column, added up.
+cdef struct RowsToHash:
+    Floats x
+    Py_ssize_t k
+    const uint64_t* keys
+    uint64_t* hashes
+
+
+cdef bint hash_row_range(void* context, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    cdef const RowsToHash* rows = <const RowsToHash*> context
+    cdef float scratch[BLOCK]
+    cdef const float* block
+    cdef Py_ssize_t r, c, j, n
+    cdef uint32_t bits
+    cdef uint64_t h
+    for r in range(first, end):
+        h, c = 0, 0
+        while c < rows.k:
+            n = block_len(c, rows.k)
+            block = block_of(&rows.x, r * rows.k + c, n, scratch)
+            for j in range(n):
+                memcpy(&bits, block + j, sizeof(bits))
+                h += bits * rows.keys[c + j]
+            c += n
+        rows.hashes[r] = mixed(h)
+    return True
+
+
+def hash_rows(FloatMatrix x not None, uint64_t[::1] hashes not None, int num_threads=1):
+    """hashes[r] = a 64-bit hash of row r as float32, the same wherever and in whatever batch it comes."""
+    cdef RowsToHash rows
+    cdef Py_ssize_t j
+    cdef uint64_t* keys
+    check_size(hashes.shape[0], x.m)
+    if x.m == 0:
+        return
+    keys = <uint64_t*> PyMem_RawMalloc(x.k * sizeof(uint64_t))
+    if keys == NULL:
+        raise MemoryError
+    for j in range(x.k):
+        keys[j] = mixed((j + 1) * <uint64_t> 0x9E3779B97F4A7C15)
+    rows.x, rows.k, rows.keys, rows.hashes = x.flat(), x.k, keys, &hashes[0]
+    try:
+        parallel_ranges(hash_row_range, &rows, x.m, x.m * x.k, num_threads)
+    finally:
+        PyMem_RawFree(keys)

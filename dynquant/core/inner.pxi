@@ -212,6 +212,80 @@ cdef bint inner_dot_range(void* context, Py_ssize_t first, Py_ssize_t end) noexc
     return True
 
 
+# Everything of a product but its memory. The matrix with fewer rows is taken as activations are.
+cdef InnerProduct inner_product(const int8_t* a, const int8_t* b, void* out, Py_ssize_t m, Py_ssize_t n,
+                                Py_ssize_t k, bint wide) noexcept nogil:
+    cdef InnerProduct p
+    cdef Py_ssize_t i
+    p.table, p.k, p.out, p.wide = packing_kernels(), k, out, wide
+    p.a, p.w, p.m, p.n, p.row_stride, p.col_stride = a, b, m, n, n, 1
+    if m > n:
+        p.a, p.w, p.m, p.n, p.row_stride, p.col_stride = b, a, n, m, 1, n
+    p.k_blocks, p.first, p.chunk_blocks, p.blocks = (k + INNER_K - 1) // INNER_K, 0, 0, NULL
+    for i in range(2 * INNER_ROWS):
+        p.ones[i] = 1
+    return p
+
+
+# Bytes of a block's activations.
+cdef inline Py_ssize_t inner_block_bytes(const InnerProduct* p) noexcept nogil:
+    return 2 * INNER_ROWS * p.table.activation_bytes(min(INNER_K, p.k))
+
+
+# Blocks of rows of a chunk.
+cdef inline Py_ssize_t inner_chunk(const InnerProduct* p) noexcept nogil:
+    cdef Py_ssize_t chunk = min(max(1, CHUNK_BYTES // (inner_block_bytes(p) * p.k_blocks)), CHUNK_BLOCKS)
+    return min(chunk, (p.m + INNER_ROWS - 1) // INNER_ROWS)
+
+
+# Memory of a product, which begins at a line of the cache; 0 where it needs none.
+cdef Py_ssize_t inner_bytes(const InnerProduct* p) noexcept nogil:
+    if p.k == 0 or p.m <= DOT_ROWS:
+        return 0
+    return inner_chunk(p) * p.k_blocks * (inner_block_bytes(p) + <Py_ssize_t> sizeof(InnerBlock))
+
+
+cdef void lay_out_inner(InnerProduct* p, uint8_t* memory) noexcept nogil:
+    cdef Py_ssize_t units = inner_chunk(p) * p.k_blocks, width = inner_block_bytes(p), i
+    p.blocks = <InnerBlock*> (memory + units * width)
+    for i in range(units):
+        p.blocks[i].packed = memory + i * width
+
+
+# The rows of the chunk that begins at p.first.
+cdef inline Py_ssize_t begin_chunk(InnerProduct* p) noexcept nogil:
+    p.chunk_blocks = min(inner_chunk(p), (p.m - p.first + INNER_ROWS - 1) // INNER_ROWS)
+    return min(p.m - p.first, p.chunk_blocks * INNER_ROWS)
+
+
+cdef inline Py_ssize_t inner_units(const InnerProduct* p) noexcept nogil:
+    return (p.n + INNER_COLS - 1) // INNER_COLS
+
+
+# out (m, n) = the sums over k of a (m, k) times b (n, k), int8, as int64 if `wide`, else int32.
+cdef void int8_inner_rows(const int8_t* a, const int8_t* b, void* out, Py_ssize_t m, Py_ssize_t n,
+                          Py_ssize_t k, bint wide, uint8_t* scratch) noexcept nogil:
+    cdef InnerProduct p = inner_product(a, b, out, m, n, k, wide)
+    cdef Py_ssize_t rows
+    if k == 0:
+        memset(out, 0, m * n * (8 if wide else 4))
+    elif p.m <= DOT_ROWS:
+        inner_dot_range(&p, 0, p.n)
+    else:
+        lay_out_inner(&p, scratch)
+        while p.first < p.m:
+            rows = begin_chunk(&p)
+            pack_inner_range(&p, 0, p.chunk_blocks * p.k_blocks)
+            multiply_inner_range(&p, 0, inner_units(&p))
+            p.first += rows
+
+
+# Bytes of its scratch, which begins at a line of the cache.
+cdef Py_ssize_t int8_inner_bytes(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k) noexcept nogil:
+    cdef InnerProduct p = inner_product(NULL, NULL, NULL, m, n, k, False)
+    return inner_bytes(&p)
+
+
 def int8_inner(a not None, b not None, out not None, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, bint wide,
                int num_threads=1):
     """out (m, n) = the sums over k of a (m, k) times b (n, k), int8, as int64 if `wide`, else int32."""
@@ -220,13 +294,7 @@ def int8_inner(a not None, b not None, out not None, Py_ssize_t m, Py_ssize_t n,
     check_size(x.view.len, m * k)
     check_size(y.view.len, n * k)
     check_size(sums.view.len, m * n * (8 if wide else 4))
-    p.table, p.k, p.out, p.wide = packing_kernels(), k, sums.view.buf, wide
-    if m <= n:
-        p.a, p.w, p.m, p.n = <const int8_t*> x.view.buf, <const int8_t*> y.view.buf, m, n
-        p.row_stride, p.col_stride = n, 1
-    else:
-        p.a, p.w, p.m, p.n = <const int8_t*> y.view.buf, <const int8_t*> x.view.buf, n, m
-        p.row_stride, p.col_stride = 1, n
+    p = inner_product(<const int8_t*> x.view.buf, <const int8_t*> y.view.buf, sums.view.buf, m, n, k, wide)
     if k == 0:
         memset(p.out, 0, m * n * (8 if wide else 4))
     elif p.m <= DOT_ROWS:
@@ -237,26 +305,14 @@ def int8_inner(a not None, b not None, out not None, Py_ssize_t m, Py_ssize_t n,
 
 # All memory is allocated before anything is written.
 cdef int multiply_inner(InnerProduct* p, int num_threads) except -1:
-    cdef Py_ssize_t width = 2 * INNER_ROWS * p.table.activation_bytes(min(INNER_K, p.k))
-    cdef Py_ssize_t chunk, rows, i, units
-    cdef Aligned memory
-    p.k_blocks = (p.k + INNER_K - 1) // INNER_K
-    chunk = min(max(1, CHUNK_BYTES // (width * p.k_blocks)), CHUNK_BLOCKS)
-    chunk = min(chunk, (p.m + INNER_ROWS - 1) // INNER_ROWS)
-    units = chunk * p.k_blocks
-    memory = aligned_memory(units * (width + <Py_ssize_t> sizeof(InnerBlock)))
-    p.blocks = <InnerBlock*> (memory.data + units * width)
-    for i in range(units):
-        p.blocks[i].packed = memory.data + i * width
-    for i in range(2 * INNER_ROWS):
-        p.ones[i] = 1
+    cdef Aligned memory = aligned_memory(inner_bytes(p))
+    cdef Py_ssize_t rows
     try:
-        p.first = 0
+        lay_out_inner(p, memory.data)
         while p.first < p.m:
-            p.chunk_blocks = min(chunk, (p.m - p.first + INNER_ROWS - 1) // INNER_ROWS)
-            rows = min(p.m - p.first, p.chunk_blocks * INNER_ROWS)
+            rows = begin_chunk(p)
             parallel_ranges(pack_inner_range, p, p.chunk_blocks * p.k_blocks, rows * p.k // 4, num_threads)
-            parallel_ranges(multiply_inner_range, p, (p.n + INNER_COLS - 1) // INNER_COLS,
+            parallel_ranges(multiply_inner_range, p, inner_units(p),
                             rows * p.n * p.k // p.table.products_per_ns, num_threads)
             p.first += rows
     finally:

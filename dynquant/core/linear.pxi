@@ -11,7 +11,7 @@ cdef Floats prepared_row(Floats x, const float* factors, bint divide, Py_ssize_t
     if factors == NULL and block == 0:
         return x
     if factors != NULL:
-        scale_columns_of_block(&x, factors, divide, prepared, 1, x.n)
+        scale_columns_of_block(&x, factors, divide, 0, prepared, 1, x.n)  # finite; one row shares nothing
     else:
         while start < x.n:
             n = block_len(start, x.n)
@@ -234,12 +234,12 @@ cdef class PackedLinear:
     cdef Py_ssize_t multiply_ns(self, Py_ssize_t m) noexcept nogil:
         return self.w.n * self.w.k * (4 * m + 1) // (4 * self.w.table.products_per_ns)
 
-    # Rows first .. first + m of x, with their results still to be set.
-    cdef ActivationRows rows_of(self, FloatMatrix x, Py_ssize_t first, Py_ssize_t m):
+    # Rows first .. first + m of the rows in x, with their results still to be set.
+    cdef ActivationRows rows_of(self, const Floats* x, Py_ssize_t first, Py_ssize_t m) noexcept:
         cdef ActivationRows rows
-        cdef Floats flat = x.flat()
-        rows.x = floats_at(&flat, first * x.k, m * x.k)
-        rows.given, rows.w, rows.m, rows.k, rows.symmetric = NULL, &self.w, m, x.k, self.symmetric
+        cdef Py_ssize_t k = self.w.k
+        rows.x = floats_at(x, first * k, m * k)
+        rows.given, rows.w, rows.m, rows.k, rows.symmetric = NULL, &self.w, m, k, self.symmetric
         rows.block, rows.factors, rows.divide = self.block, self.input_factors, self.divide
         rows.row_bytes = self.activation_bytes()
         return rows
@@ -247,10 +247,14 @@ cdef class PackedLinear:
     def quantize(self, FloatMatrix x not None, Activations a not None, Py_ssize_t first, Py_ssize_t end,
                  int num_threads=1):
         """Quantize rows first .. end into `a`; returns whether they are finite."""
-        cdef ActivationRows rows
+        cdef Floats flat = x.flat()
         check_size(x.k, self.w.k)
         a.begin(first, end, x.m)
-        rows = self.rows_of(x, first, a.m)
+        return self.fill_from(&flat, a, num_threads)
+
+    # Quantizes those of the rows in x that `a` is for.
+    cdef bint fill_from(self, const Floats* x, Activations a, int num_threads) except -1:
+        cdef ActivationRows rows = self.rows_of(x, a.first, a.m)
         rows.parts, rows.prepared, rows.codes = min(a.parts, a.m), a.prepared, a.codes
         rows.scales, rows.a, rows.coded = a.scales, a.memory.data, NULL
         return self.fill(a, &rows, num_threads)
@@ -280,11 +284,12 @@ cdef class PackedLinear:
     def quantize_input(self, FloatMatrix x not None, CodeMatrix q not None, int num_threads=1):
         """The scales and codes that `quantize` has for the rows of x; returns whether they are finite."""
         cdef Py_ssize_t parts = threads_for(x.m, self.quantize_ns(x.m), num_threads)
+        cdef Floats flat = x.flat()
         cdef ActivationRows rows
         cdef Aligned prepared
         check_size(x.k, self.w.k)
         check_rows(x, q)
-        rows = self.rows_of(x, 0, x.m)
+        rows = self.rows_of(&flat, 0, x.m)
         rows.parts, rows.scales = parts, <float*> q.scales.buf
         rows.coded, rows.a = <int8_t*> q.codes.buf, NULL
         rows.codes = rows.coded  # not used
@@ -297,10 +302,55 @@ cdef class PackedLinear:
 
     def multiply(self, Activations a not None, float[:, ::1] out not None, int num_threads=1):
         """Rows of out for those in `a`: a . weights + bias."""
+        if a.m > 0:
+            check_size(out.shape[0] * out.shape[1], (a.first + a.m) * self.w.n)
+            self.multiply_into(a, &out[0, 0], num_threads)
+
+    cdef int multiply_into(self, Activations a, float* out, int num_threads) except -1:
         cdef Product p
-        if a.m == 0:
-            return
-        check_size(out.shape[0] * out.shape[1], (a.first + a.m) * self.w.n)
         p.w, p.a, p.a_scales, p.m = &self.w, a.memory.data, a.scales, a.m
-        p.out = &out[0, 0] + a.first * self.w.n
+        p.out = out + a.first * self.w.n
         parallel_ranges(multiply_range, &p, self.panel_count, self.multiply_ns(a.m), num_threads)
+        return 0
+
+    # For callers whose arrays are not NumPy's: a FloatMatrix or an array to make one of would cost them more
+    # than a short row does. They vouch for the memory at the addresses.
+
+    def quantize_at(self, size_t x, int kind, Py_ssize_t m, Py_ssize_t max_rows, int num_threads=1):
+        """The m rows of floats at address x, quantized at most `max_rows` at a time; None if not finite."""
+        cdef Floats rows
+        cdef Activations a
+        cdef Py_ssize_t first = 0
+        cdef list parts = []
+        rows.data, rows.kind, rows.n = <const char*> x, kind, m * self.w.k
+        while first < m:
+            a = Activations(self, min(max_rows, m - first), num_threads)
+            a.begin(first, first + a.capacity, m)
+            if not self.fill_from(&rows, a, num_threads):
+                return None
+            parts.append(a)
+            first += a.m
+        return parts
+
+    def multiply_at(self, list parts not None, size_t out, int num_threads=1):
+        """The outputs (m, n) at address `out` for what `quantize_at` gave."""
+        cdef Activations a
+        for a in parts:
+            self.multiply_into(a, <float*> out, num_threads)
+
+    def apply_at(self, size_t x, int kind, Py_ssize_t m, size_t out, Py_ssize_t max_rows, int num_threads=1):
+        """`quantize_at` and `multiply_at` with memory for one part of the rows; False if not finite."""
+        cdef Floats rows
+        cdef Activations a
+        cdef Py_ssize_t first = 0
+        if m <= 0:
+            return True
+        rows.data, rows.kind, rows.n = <const char*> x, kind, m * self.w.k
+        a = Activations(self, min(max_rows, m), num_threads)
+        while first < m:
+            a.begin(first, first + a.capacity, m)
+            if not self.fill_from(&rows, a, num_threads):
+                return False
+            self.multiply_into(a, <float*> out, num_threads)
+            first += a.m
+        return True

@@ -78,61 +78,71 @@ def smooth_factors(const float[::1] act_amax not None, const float[::1] weight_a
             factors[j] = epsilon if numerator < epsilon else numerator
 
 
-# out = x / factors or x * factors for m rows of k, some columns at a time; out may be x itself. Several rows
-# share the reciprocals of what they are divided by; no |x| of theirs is then above 2**64.
-cdef void scale_columns_of_block(const Floats* x, const float* factors, bint divide, float* out, Py_ssize_t m,
-                                 Py_ssize_t k) noexcept nogil:
+# out = x / factors or x * factors for m rows of k, some columns at a time; out may be x itself. max_bits: the
+# largest |x|, as float bits; -1 where it is looked for in the part of a row that is next, which is then in
+# L1. Several rows share the reciprocals of what they are divided by. Returns whether x is finite.
+cdef bint scale_columns_of_block(const Floats* x, const float* factors, bint divide, int32_t max_bits,
+                                 float* out, Py_ssize_t m, Py_ssize_t k) noexcept nogil:
     cdef float scratch[COLUMNS]
     cdef float reciprocals[COLUMNS]
-    cdef const float* shared = NULL
+    cdef const float* shared
     cdef const float* part
     cdef Py_ssize_t start = 0, n, r, i
+    cdef int32_t bits = max_bits
     while start < k:
         n = k - start if k - start < COLUMNS else COLUMNS
-        if divide and m > 1:
+        # Fewer than four rows do not make up for the reciprocals.
+        shared = NULL
+        if divide and m >= 4 and max_bits <= MAX_DIVIDED:
             shared = reciprocals if kernels.reciprocals_f32(factors + start, reciprocals, n) else NULL
         for r in range(m):
             i = r * k + start
             part = block_of(x, i, n, scratch)
+            if max_bits < 0:
+                bits = kernels.amax_bits_f32(part, n)
+                if bits >= NON_FINITE:
+                    return False
             if divide:
-                kernels.divide_row_f32(part, factors + start, shared, k, out + i, n)
+                kernels.divide_row_f32(part, factors + start, shared if bits <= MAX_DIVIDED else NULL, k,
+                                       out + i, n)
             else:
                 kernels.multiply_row_f32(part, factors + start, out + i, n)
         start += n
+    return True
 
 
-# The same for any number of rows, several at a time if `together`. The last rows are first: the search for
-# NaN has just read them.
-cdef void scale_columns_of_finite(const Floats* x, const float* factors, bint divide, bint together,
-                                  float* out, Py_ssize_t m, Py_ssize_t k) noexcept nogil:
-    # Fewer than four do not make up for the reciprocals.
-    cdef Py_ssize_t max_rows = DIVIDED_ROWS if together and m >= 4 else 1, rows
+# The same for any number of rows. The last rows are first: the search for NaN has just read them.
+cdef bint scale_columns_of_long(const Floats* x, const float* factors, bint divide, int32_t max_bits,
+                                float* out, Py_ssize_t m, Py_ssize_t k) noexcept nogil:
+    cdef Py_ssize_t rows
     cdef Floats part
     while m > 0:
-        rows = m if m < max_rows else max_rows
+        rows = min(m, DIVIDED_ROWS)
         m -= rows
         part = floats_at(x, m * k, rows * k)
-        scale_columns_of_block(&part, factors, divide, out + m * k, rows, k)
+        if not scale_columns_of_block(&part, factors, divide, max_bits, out + m * k, rows, k):
+            return False
+    return True
 
 
 # The same with the factors of short rows side by side: many of these are taken as one. k > 0.
-cdef void scale_columns_of_short(const Floats* x, const float* factors, bint divide, bint together,
+cdef bint scale_columns_of_short(const Floats* x, const float* factors, bint divide, int32_t max_bits,
                                  float* out, Py_ssize_t m, Py_ssize_t k) noexcept nogil:
     cdef float side_by_side[COLUMNS]
     cdef Py_ssize_t many = min(COLUMNS // k, m), left_over, i
     cdef Floats part
     if many <= 1:
-        scale_columns_of_finite(x, factors, divide, together, out, m, k)
-        return
+        return scale_columns_of_long(x, factors, divide, max_bits, out, m, k)
     for i in range(many):
         memcpy(side_by_side + i * k, factors, k * sizeof(float))
     left_over = m % many * k
-    scale_columns_of_finite(x, side_by_side, divide, together, out, m // many, many * k)
+    if not scale_columns_of_long(x, side_by_side, divide, max_bits, out, m // many, many * k):
+        return False
     part = floats_at(x, m * k - left_over, left_over)
-    scale_columns_of_finite(&part, side_by_side, divide, together, out + m * k - left_over, 1, left_over)
+    return scale_columns_of_long(&part, side_by_side, divide, max_bits, out + m * k - left_over, 1, left_over)
 
 
-# out = x / factors or x * factors for rows of k, factors above 0. max_bits: the largest |x|, as float bits.
+# out = x / factors or x * factors for rows of k, factors above 0; max_bits as above.
 cdef struct RowsToScale:
     Floats x
     const float* factors
@@ -146,9 +156,8 @@ cdef bint scale_columns_range(void* context, Py_ssize_t first, Py_ssize_t end) n
     cdef const RowsToScale* rows = <const RowsToScale*> context
     cdef Py_ssize_t k = rows.k
     cdef Floats part = floats_at(&rows.x, first * k, (end - first) * k)
-    scale_columns_of_short(&part, rows.factors, rows.divide, not rows.divide or rows.max_bits <= MAX_DIVIDED,
-                           rows.out + first * k, end - first, k)
-    return True
+    return scale_columns_of_short(&part, rows.factors, rows.divide, rows.max_bits, rows.out + first * k,
+                                  end - first, k)
 
 
 # The same for m rows, in one thread; out may be x itself. Returns whether x is finite; where it is not,
@@ -161,8 +170,12 @@ cdef bint scale_columns_of_rows(const Floats* x, const float* factors, bint divi
     return rows.max_bits < NON_FINITE and (k == 0 or scale_columns_range(&rows, 0, m))
 
 
-def scale_columns(FloatMatrix x not None, factors not None, bint divide, out not None, int num_threads=1):
-    """out = x / factors or x * factors, row by row; out may be x itself. Returns whether x is finite."""
+def scale_columns(FloatMatrix x not None, factors not None, bint divide, out not None, int num_threads=1,
+                  bint check_first=True):
+    """out = x / factors or x * factors, row by row; out may be x itself. Returns whether x is finite.
+
+    With check_first nothing is written where it is not; without it x is read from memory once.
+    """
     cdef RawBuffer f = RawBuffer(factors, PyBUF_SIMPLE)
     cdef RawBuffer o = RawBuffer(out)
     cdef RowsToScale rows
@@ -170,7 +183,7 @@ def scale_columns(FloatMatrix x not None, factors not None, bint divide, out not
     rows.factors, rows.out = <const float*> f.view.buf, <float*> o.view.buf
     check_size(f.view.len, x.k * <Py_ssize_t> sizeof(float))
     check_size(o.view.len, rows.x.n * <Py_ssize_t> sizeof(float))
-    rows.max_bits = parallel_amax_bits(&rows.x, num_threads)
+    rows.max_bits = parallel_amax_bits(&rows.x, num_threads) if check_first else -1
     if rows.max_bits >= NON_FINITE:
         return False
     if rows.x.n == 0:

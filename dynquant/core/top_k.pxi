@@ -1,7 +1,7 @@
 # Search: for each query the vectors of a corpus with the highest scores.
 #
 # A block of vectors is scored for a tile of queries at a time: for a few queries by the products of vectors,
-# on int8 codes as they lie; for more, panels of it are packed into scratch first. The scores, which a
+# on codes as they lie; for more, panels of it are packed into scratch first. The scores, which a
 # core's own cache holds, are compared with what each query's k-th best is so far. Those above it go to the
 # query's reservoir, which is cut back to the best k when it is full. So memory grows with queries times k,
 # never with the corpus.
@@ -13,7 +13,8 @@ cdef enum:
     BLOCK_VECTORS = 256  # vectors of a block at most: 1 KiB of scores for each query
     BLOCK_BYTES = 1 << 17  # of a block's codes, which stay in a core's own cache while all queries use them
     TILE_QUERIES = 64  # queries of a tile: with the scores and one panel they fill little more than L1
-    PACK_FROM = 6  # queries from which packing a block pays
+    PACK_FROM = 6  # queries from which packing a block of int8 codes pays
+    PACK_NIBBLES_FROM = 2  # the same of 4-bit codes
 
     METRIC_DOT = 0
     METRIC_COSINE = 1
@@ -34,7 +35,7 @@ cdef struct TopKSearch:
     uint8_t* a
     uint64_t* hits  # (parts, m, keep), filled with NO_HIT
     uint8_t* parts_memory
-    Py_ssize_t n, m, k, group, keep, capacity, block, parts, part_bytes
+    Py_ssize_t n, m, k, group, keep, capacity, block, parts, part_bytes, query_bytes
     int metric
     bint packs
 
@@ -43,7 +44,7 @@ cdef struct TopKSearch:
 cdef struct TopKPart:
     uint64_t* keys  # (m, capacity)
     Py_ssize_t* counts
-    float* thresholds  # scores of the k-th best; -inf before there are so many
+    float* thresholds  # scores of the k-th best; NaN, which everything is above, before there are so many
     float* scores  # (TILE_QUERIES, block)
     float* vector_norms  # (block,)
     int8_t* unpacked  # (k + 1,)
@@ -156,29 +157,37 @@ cdef void pack_block(const TopKSearch* s, TopKPart* part, Py_ssize_t first, Py_s
 # the distance.
 cdef void score_tile(const TopKSearch* s, const TopKPart* part, Py_ssize_t q, Py_ssize_t count,
                      Py_ssize_t first, Py_ssize_t n) noexcept nogil:
-    cdef const float* scales = s.corpus.scales + first
+    cdef const float* scales = part.vector_norms if s.metric == METRIC_COSINE else s.corpus.scales + first
     cdef const float* bias = NULL
-    cdef const uint8_t* a = s.a + q * activation_bytes(s.table, s.k, s.group)
     cdef Py_ssize_t r
     if s.bias != NULL:
         bias = s.bias + first
-    if s.metric == METRIC_COSINE:
-        scales = part.vector_norms
-    if s.group:
-        s.table.gemm_u4s8_f32(part.w.panels, part.w.scales, part.w.offsets, False, bias, a, s.factors + q,
-                              part.scores, s.block, count, n, s.k, s.group, 0)
-        if s.metric == METRIC_COSINE:
-            for r in range(count):
-                s.table.multiply_row_f32(part.scores + r * s.block, scales, part.scores + r * s.block, n)
+    if s.packs and s.group:
+        s.table.gemm_u4s8_f32(part.w.panels, part.w.scales, part.w.offsets, False, bias,
+                              s.a + q * s.query_bytes, s.factors + q, part.scores, s.block, count, n, s.k,
+                              s.group, 0)
     elif s.packs:
-        s.table.gemm_s8s8_f32(part.w.panels, scales, bias, a, s.factors + q, part.scores, s.block, count, n,
-                              s.k)
+        s.table.gemm_s8s8_f32(part.w.panels, scales, bias, s.a + q * s.query_bytes, s.factors + q,
+                              part.scores, s.block, count, n, s.k)
     else:
         for r in range(count):
-            s.table.matvec_s8s8_f32(s.corpus.codes + first * s.k, scales, s.codes + (q + r) * s.k,
-                                    s.factors[q + r], part.scores + r * s.block, n, s.k)
+            multiply_rows(s, scales, q + r, first, part.scores + r * s.block, n)
             if bias != NULL:
                 add_row(part.scores + r * s.block, bias, n)
+    if s.group and s.metric == METRIC_COSINE:
+        for r in range(count):
+            s.table.multiply_row_f32(part.scores + r * s.block, scales, part.scores + r * s.block, n)
+
+
+# out (n,) = one query times the codes of n vectors as they lie.
+cdef void multiply_rows(const TopKSearch* s, const float* scales, Py_ssize_t q, Py_ssize_t first, float* out,
+                        Py_ssize_t n) noexcept nogil:
+    cdef QuantRow row = code_row(&s.corpus, first)
+    if s.group:
+        s.table.matvec_u4s8_f32(<const uint8_t*> row.codes, row.scales, row.zero_points,
+                                s.a + q * s.query_bytes, s.factors[q], out, n, s.k, s.group)
+    else:
+        s.table.matvec_s8s8_f32(row.codes, scales, s.codes + q * s.k, s.factors[q], out, n, s.k)
 
 
 cdef inline void add_row(float* x, const float* y, Py_ssize_t n) noexcept nogil:
@@ -187,19 +196,23 @@ cdef inline void add_row(float* x, const float* y, Py_ssize_t n) noexcept nogil:
         x[i] += y[i]
 
 
-# Puts the hits of one query among n scores of vectors from `first` on into its reservoir.
-cdef void collect_hits(const TopKSearch* s, const TopKPart* part, Py_ssize_t q, const float* scores,
+# Puts the hits of one query among n scores of vectors from `first` on into its reservoir; returns whether none
+# of them is NaN.
+cdef bint collect_hits(const TopKSearch* s, const TopKPart* part, Py_ssize_t q, const float* scores,
                        Py_ssize_t first, Py_ssize_t n) noexcept nogil:
     cdef uint64_t* keys = part.keys + q * s.capacity
     cdef const uint8_t* allowed = NULL
+    cdef Py_ssize_t found
     if s.allowed != NULL:
         allowed = s.allowed + q * s.allowed_stride + first
     if part.counts[q] + n > s.capacity:
         select_keys(keys, part.counts[q], s.keep)
         part.counts[q] = s.keep
         part.thresholds[q] = score_of_key(keys[s.keep - 1])
-    part.counts[q] += s.table.collect_above_f32(scores, part.thresholds[q], <uint32_t> first, allowed,
-                                                keys + part.counts[q], n)
+    found = s.table.collect_above_f32(scores, part.thresholds[q], <uint32_t> first, allowed,
+                                      keys + part.counts[q], n)
+    part.counts[q] += max(found, 0)
+    return found >= 0
 
 
 # The inverse of hit_key.
@@ -235,7 +248,7 @@ cdef void select_keys(uint64_t* keys, Py_ssize_t n, Py_ssize_t k) noexcept nogil
             return
 
 
-cdef void search_block(const TopKSearch* s, TopKPart* part, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+cdef bint search_block(const TopKSearch* s, TopKPart* part, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t q = 0, r, count
     cdef float* scores
     if s.metric != METRIC_DOT:
@@ -249,22 +262,25 @@ cdef void search_block(const TopKSearch* s, TopKPart* part, Py_ssize_t first, Py
             scores = part.scores + r * s.block
             if s.metric == METRIC_L2:
                 s.table.negative_distance_row_f32(scores, s.norms[q + r], part.vector_norms, n)
-            collect_hits(s, part, q + r, scores, first, n)
+            if not collect_hits(s, part, q + r, scores, first, n):
+                return False
         q += count
+    return True
 
 
-# The best of one part, in any order.
-cdef void search_part(const TopKSearch* s, Py_ssize_t index) noexcept nogil:
+# The best of one part, in any order; returns whether no score was NaN.
+cdef bint search_part(const TopKSearch* s, Py_ssize_t index) noexcept nogil:
     cdef Py_ssize_t panels = panels_of(s.table, s.n), outputs = s.table.panel_outputs, q, n
     cdef Py_ssize_t first = panels * index // s.parts * outputs
     cdef Py_ssize_t end = min(s.n, panels * (index + 1) // s.parts * outputs)
     cdef TopKPart part
     lay_out_part(s, s.parts_memory + index * s.part_bytes, &part)
     for q in range(s.m):
-        part.counts[q], part.thresholds[q] = 0, -INFINITY
+        part.counts[q], part.thresholds[q] = 0, NAN
     n = next_block(s, &first, end)
     while n:
-        search_block(s, &part, first, n)
+        if not search_block(s, &part, first, n):
+            return False
         first += n
         n = next_block(s, &first, end)
     for q in range(s.m):
@@ -273,13 +289,15 @@ cdef void search_part(const TopKSearch* s, Py_ssize_t index) noexcept nogil:
             select_keys(part.keys + q * s.capacity, n, s.keep)
             n = s.keep
         memcpy(s.hits + (index * s.m + q) * s.keep, part.keys + q * s.capacity, n * sizeof(uint64_t))
+    return True
 
 
 # Units are parts.
 cdef bint search_part_range(void* context, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(first, end):
-        search_part(<const TopKSearch*> context, i)
+        if not search_part(<const TopKSearch*> context, i):
+            return False
     return True
 
 
@@ -295,7 +313,9 @@ cdef void prepare_queries(const TopKSearch* s, const float* scales) noexcept nog
         elif s.metric == METRIC_L2:
             s.norms[q] = norm_of_codes(s, codes, scales[q])
         if s.packs:
-            pack_codes(s.table, codes, s.k, s.group, s.a + q * activation_bytes(s.table, s.k, s.group))
+            pack_codes(s.table, codes, s.k, s.group, s.a + q * s.query_bytes)
+        elif s.group:
+            s.table.pack_nibble_query(codes, s.a + q * s.query_bytes, s.k, s.group)
     if s.packs and s.group == 0:
         s.table.arrange_activations_s8(s.a, s.m, s.k)
 
@@ -306,19 +326,24 @@ def top_k(CodeMatrix corpus not None, const int8_t[:, ::1] queries not None, con
     """Keys of the best hits.shape[2] vectors for each query, of each part of the corpus, in any order.
 
     The corpus has one scale for each vector where it is int8. `bias` is added to the scores. `allowed` has a
-    row, or one for each query. Returns how many parts, of at most hits.shape[0], were used.
+    row, or one for each query. Returns how many parts, of at most hits.shape[0], were used; 0 where a score was
+    NaN.
     """
     cdef TopKSearch s
     cdef TopKPart part
     cdef Aligned memory
     cdef Py_ssize_t at = 0, ns, a_bytes
+    cdef bint finite
     s.table, s.corpus, s.metric = packing_kernels(), corpus.rows(), metric
     s.n, s.m, s.k, s.keep = corpus.m, queries.shape[0], corpus.k, hits.shape[2]
     s.group = corpus.group if corpus.packed else 0
     check_size(queries.shape[1], s.k)
     check_size(scales.shape[0], s.m)
     check_size(hits.shape[1], s.m)
-    s.packs = s.group > 0 or s.m >= PACK_FROM
+    if s.group:
+        s.packs = s.m >= PACK_NIBBLES_FROM or not s.table.nibble_rows_fit(s.k, s.group)
+    else:
+        s.packs = s.m >= PACK_FROM
     s.bias, s.allowed, s.allowed_stride = NULL, NULL, 0
     if bias is not None:
         check_size(bias.shape[0], s.n)
@@ -332,7 +357,8 @@ def top_k(CodeMatrix corpus not None, const int8_t[:, ::1] queries not None, con
     ns = s.n * s.k * s.m // s.table.products_per_ns
     s.parts = max(1, threads_for(min(panels_of(s.table, s.n), hits.shape[0]), ns, num_threads))
     s.part_bytes = lay_out_part(&s, NULL, &part)
-    a_bytes = s.m * activation_bytes(s.table, s.k, s.group) if s.packs else 0
+    s.query_bytes = query_bytes(&s)
+    a_bytes = s.m * s.query_bytes
     memory = aligned_memory(s.parts * s.part_bytes + a_bytes + 2 * (s.m + 16) * <Py_ssize_t> sizeof(float))
     s.parts_memory, s.hits, s.codes = memory.data, &hits[0, 0, 0], &queries[0, 0]
     at = s.parts * s.part_bytes
@@ -342,10 +368,17 @@ def top_k(CodeMatrix corpus not None, const int8_t[:, ::1] queries not None, con
     try:
         with nogil:
             prepare_queries(&s, &scales[0])
-        parallel_ranges(search_part_range, &s, s.parts, ns, num_threads)
+        finite = parallel_ranges(search_part_range, &s, s.parts, ns, num_threads)
     finally:
         PyMem_RawFree(memory.block)
-    return s.parts
+    return s.parts if finite else 0
+
+
+# Bytes of a query as the product takes it, in lines of the cache; none where it takes its codes as they are.
+cdef Py_ssize_t query_bytes(const TopKSearch* s) noexcept nogil:
+    if s.packs:
+        return activation_bytes(s.table, s.k, s.group)
+    return (s.table.nibble_query_bytes(s.k, s.group) + 63) // 64 * 64 if s.group else 0
 
 
 # Vectors of a block, a multiple of a panel's.

@@ -15,7 +15,7 @@
    * They use the instruction set that `import dynquant` picked. Results are the same bits on each of them, and
      the same as those of the Python functions.
    * They need no GIL, no thread state and no Python object. They allocate nothing (but use up to 64 KiB of
-     stack), keep nothing, and change only what their results and scratch point to. So any number of threads may
+     stack, int8_inner up to 128 KiB), keep nothing, and change only what their results and scratch point to. So any number of threads may
      call them, on the same inputs too. They stay valid until Py_FinalizeEx.
    * Lengths are counted in elements unless they are named bytes. Any length from 0 up is taken, and for a
      length of 0 the pointer may be NULL. Arrays are contiguous, matrices row by row. Pointers need the
@@ -154,6 +154,47 @@ typedef struct dynquant_api {
        (n, k, group_size) by w4a8_pack. */
     int (*w4a8_matmul)(const void *packed, const float *bias, const float *x, int64_t m, int64_t n,
                        int64_t k, int64_t group_size, void *scratch, float *out);
+
+    /* The same for codes 0..15 that stand for code * w_scale + minimum, minimums (n, groups), such as those of
+       GGUF's Q4_1. w4a8_matmul takes what w4a8_minimums_pack writes, too; then total adds up float32(exact sum of
+       code * a) * w_scale + minimum * float32(exact sum of a), each product and sum rounded. */
+    int64_t (*w4a8_minimums_packed_bytes)(int64_t n, int64_t k, int64_t group_size);
+    int (*w4a8_minimums_pack)(const uint8_t *w, const float *w_scales, const float *minimums, int64_t n,
+                              int64_t k, int64_t group_size, void *packed);
+
+    /* ---- Packed W8A8 with a scale for each group of weights, or for activations with a zero point ---- */
+
+    /* Bytes that w8a8_groups_pack writes for weights (n, k), group_size >= 1, of which k or more gives one
+       scale for each output; -1 for lengths that cannot be. */
+    int64_t (*w8a8_groups_packed_bytes)(int64_t n, int64_t k, int64_t group_size, int32_t symmetric);
+
+    /* Weights w (n, k), all int8 values, with w_scales (n, groups) as w4a8_pack has them, to `packed`, of which
+       the same holds as of w8a8_pack's. symmetric, 0 or not, says how activations will be quantized. */
+    int (*w8a8_groups_pack)(const int8_t *w, const float *w_scales, int64_t n, int64_t k, int64_t group_size,
+                            int32_t symmetric, void *packed);
+
+    /* Bytes of scratch that w8a8_groups_matmul needs for m rows of k; -1 for lengths that cannot be. */
+    int64_t (*w8a8_groups_scratch_bytes)(int64_t m, int64_t k, int64_t group_size);
+
+    /* out (m, n) = x (m, k) times weights (n, k), as w4a8_matmul, with total of float32(exact sum of w * a) *
+       w_scales. With symmetric 0 each row of x is quantized to codes u in 0..255, by s = (max(0, max) - min(0, min))
+       / 255 and z = clamp(round(-min(0, min) / s), 0, 255) to u = clamp(round(x / s) + z, 0, 255), halves away from
+       zero; a is u - z and a_scale is s. DYNQUANT_BAD_ARGUMENT also if `packed` was not written there for (n, k,
+       group_size, symmetric), or if the range max - min of a row is beyond float32. */
+    int (*w8a8_groups_matmul)(const void *packed, const float *bias, const float *x, int64_t m, int64_t n,
+                              int64_t k, int64_t group_size, int32_t symmetric, void *scratch, float *out);
+
+    /* ---- Products of int8 matrices ---- */
+
+    /* Bytes of scratch for the two that follow; -1 for lengths that cannot be. */
+    int64_t (*int8_inner_scratch_bytes)(int64_t m, int64_t n, int64_t k);
+
+    /* out (m, n): out[r][c] = sum of a[r][i] * b[c][i], exact for all values, -128 included. k is at most 131,071
+       for s32, whose sums could wrap above that. scratch is at any address, each thread its own. */
+    int (*int8_inner_s32)(const int8_t *a, const int8_t *b, int64_t m, int64_t n, int64_t k, void *scratch,
+                          int32_t *out);
+    int (*int8_inner_s64)(const int8_t *a, const int8_t *b, int64_t m, int64_t n, int64_t k, void *scratch,
+                          int64_t *out);
 } dynquant_api;
 
 /* The table of the installed dynquant, which is imported if it is not yet; with the GIL held. NULL with

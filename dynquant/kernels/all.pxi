@@ -5,7 +5,7 @@ from libc.math cimport copysignf, fabs
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcpy, memset
 
-from dynquant._table cimport CHANNEL_BINS, Kernels, groups_of
+from dynquant._table cimport OCTAVE_BINS, Kernels, groups_of
 
 
 cdef extern from "kernels/simd/simd.h" nogil:
@@ -32,6 +32,8 @@ cdef extern from "kernels/simd/simd.h" nogil:
     void dq_widen_step(const uint16_t* x, float* out)
     enum: DQ_LANES
     enum: DQ_DEPTH
+    enum: DQ_PANEL_DEPTH
+    enum: DQ_STEP_BYTES
     enum: DQ_BIAS
     enum: DQ_SPLIT
     enum: DQ_PAIR
@@ -97,6 +99,8 @@ cdef extern from "kernels/simd/simd.h" nogil:
     dq_floats dq_hadamard_lanes(dq_floats x)
     dq_floats dq_zero_points_load(const uint8_t* z)
     dq_floats dq_group_add(dq_floats acc, dq_acc s, dq_floats zero_points, float a_sum, dq_floats scales)
+    enum: DQ_FOUR_K_BLOCKS
+    void dq_four_k_blocks(const uint8_t* w, const uint8_t* a, dq_acc* s0, dq_acc* s1)
     enum: DQ_KEPT_ROWS
     dq_floats dq_group_add_minimums(dq_floats acc, dq_acc s, dq_floats minimums, float a_sum,
                                     dq_floats scales)
@@ -108,6 +112,8 @@ cdef extern from "kernels/simd/simd.h" nogil:
     dq_dot_acc dq_dot_biased_step(dq_dot_acc acc, const int8_t* w, const int8_t* a)
     dq_dot_acc dq_dot_add(dq_dot_acc x, dq_dot_acc y)
     int32_t dq_dot_sum(dq_dot_acc acc)
+    enum: DQ_NIBBLES
+    void dq_nibble_sums(const uint8_t* w, const int8_t* a, uint8_t flip, int32_t* sums, Py_ssize_t blocks)
 
 
 cdef enum:
@@ -199,8 +205,14 @@ kernels.abs_error_row_f32_f64 = abs_error_row_f32_f64
 kernels.error_sums_row_f32_f64 = error_sums_row_f32_f64
 kernels.count_bins_f32 = count_bins_f32
 kernels.count_channel_bins_row_f32 = count_channel_bins_row_f32
+kernels.min_nonzero_row_f32 = min_nonzero_row_f32
+kernels.mark_octaves_row_f32 = mark_octaves_row_f32
 kernels.hadamard_row_f32 = hadamard_row_f32
 kernels.collect_above_f32 = collect_above_f32
+kernels.nibble_rows_fit = nibble_rows_fit
+kernels.nibble_query_bytes = nibble_query_bytes
+kernels.pack_nibble_query = pack_nibble_query
+kernels.matvec_u4s8_f32 = matvec_u4s8_f32
 kernels.negative_distance_row_f32 = negative_distance_row_f32
 kernels.dot_row_f32_f64 = dot_row_f32_f64
 kernels.square_distance_row_f32_f64 = square_distance_row_f32_f64

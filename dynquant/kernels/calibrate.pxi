@@ -1,8 +1,4 @@
 # Moments, summed in float64 as sums.pxi says, and counts of magnitudes.
-cdef enum:
-    CHUNK = 64  # channels whose bins are computed together
-
-
 cdef double sum_row_f32_f64(const float* x, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i = 0, j
     cdef double lane[LANES]
@@ -48,23 +44,36 @@ cdef void count_bins_f32(const float* x, int64_t* counts, Py_ssize_t n) noexcept
         counts[(dq_bits(x[i]) >> 15) & 0xFFFF] += 1
 
 
-# One row counted into a window for each column: counts[j][c] += 1 for x[j], whose bin is the top 11 of its
-# 31 magnitude bits: the exponent and 3 bits of fraction. The last of the WINDOW cells is the bin of
-# amax_bits[j], those before it are the bins below, and the first takes what lies lower too. |x[j]| should not
-# be above the maximum; if it is, it counts in the last cell and not outside the window.
-# The places are worked out by a loop of their own, since that vectorizes and the increments do not.
-cdef void count_channel_bins_row_f32(const float* x, const int32_t* amax_bits, uint32_t* counts,
+# One row counted into a histogram for each column: bins[b][OCTAVE_BINS * (first + j)] += 1 for x[j], whose
+# exponent and first 3 bits of fraction, the top 11 of its 31 magnitude bits, are b. A bin that is NULL is
+# passed over: the caller knows which there are, unless x is modified meanwhile.
+cdef void count_channel_bins_row_f32(const float* x, uint32_t* const* bins, Py_ssize_t first,
                                      Py_ssize_t n) noexcept nogil:
-    cdef int32_t indices[CHUNK]
-    cdef Py_ssize_t start = 0, m
-    cdef int32_t j, below
-    while start < n:
-        m = CHUNK if start + CHUNK < n else n - start
-        for j in range(m):
-            below = (amax_bits[start + j] >> 20) - ((dq_bits(x[start + j]) & 0x7FFFFFFF) >> 20)
-            below = below if below < CHANNEL_BINS - 1 else CHANNEL_BINS - 1
-            below = below if below > 0 else 0
-            indices[j] = j * CHANNEL_BINS + CHANNEL_BINS - 1 - below
-        for j in range(m):
-            counts[start * CHANNEL_BINS + indices[j]] += 1
-        start += m
+    cdef Py_ssize_t j
+    cdef uint32_t* counts
+    for j in range(n):
+        counts = bins[(dq_bits(x[j]) & 0x7FFFFFFF) >> 20]
+        if counts != NULL:
+            counts[OCTAVE_BINS * (first + j)] += 1
+
+
+# low[0] = the smallest of itself and the magnitude bits of x less 1, as unsigned numbers, so that zeros are
+# the largest; zeros[0] |= whether there are any.
+cdef void min_nonzero_row_f32(const float* x, uint32_t* low, int32_t* zeros, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef uint32_t b, lowest = low[0]
+    cdef int32_t some = 0
+    for i in range(n):
+        b = <uint32_t> (dq_bits(x[i]) & 0x7FFFFFFF)
+        some |= b == 0
+        b -= 1
+        lowest = b if b < lowest else lowest
+    low[0] = lowest
+    zeros[0] |= some
+
+
+# seen[e] = 1 for each exponent e of an element.
+cdef void mark_octaves_row_f32(const float* x, uint8_t* seen, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        seen[(dq_bits(x[i]) & 0x7FFFFFFF) >> 23] = 1

@@ -1,16 +1,17 @@
 # The exact integer product of int8 weights and int8 activations, on weights packed into panels.
 #
 # A panel holds the weights of PANEL = 2 * DQ_LANES outputs, biased to u8 (split.pxi), k-step after k-step. A
-# k-step is DQ_DEPTH consecutive k of all the outputs, in the order of simd.h. Long rows are cut into segments
-# of at most ACC32_K k, whose sums fit int32. A matrix product reads the panels one after the other, each from
+# k-step is DEPTH consecutive k of all the outputs, in the order of simd.h. Long rows are cut into segments of
+# at most ACC32_K k, whose sums fit int32. A matrix product reads the panels one after the other, each from
 # start to end, and so does a product with a single row, at the speed of memory.
 #
-# Activations lie row by row, each in activation_bytes(k), in the same segments: an ActSegment, then four
-# bytes for each k-step, then, where DQ_SPLIT is 1, the residuals, each with a k-step of its own (split.pxi,
-# forms.pxi).
+# Activations lie row by row, each in activation_bytes(k), in the same segments: an ActSegment, then
+# DQ_STEP_BYTES for each k-step, then, where DQ_SPLIT is 1, the residuals, each with a k-step of its own
+# (split.pxi, forms.pxi).
 cdef enum:
     ACC32_K = 1 << 16
     PANEL = 2 * DQ_LANES
+    DEPTH = DQ_PANEL_DEPTH
     ROWS = 4
     TILE = DQ_TILE_ROWS // 2
     MICROKERNEL_ROWS = DQ_TILE_ROWS + DQ_KEPT_ROWS
@@ -38,17 +39,17 @@ cdef struct Residual:
 
 # k-steps of k: a multiple of DQ_TILE_K_STEPS, which is even, because gemv takes two at a time.
 cdef inline Py_ssize_t k_steps_of(Py_ssize_t k) noexcept nogil:
-    return (k + DQ_TILE_K_STEPS * DQ_DEPTH - 1) // (DQ_TILE_K_STEPS * DQ_DEPTH) * DQ_TILE_K_STEPS
+    return (k + DQ_TILE_K_STEPS * DEPTH - 1) // (DQ_TILE_K_STEPS * DEPTH) * DQ_TILE_K_STEPS
 
 
 cdef Py_ssize_t panel_bytes(Py_ssize_t k) noexcept nogil:
-    return PANEL * DQ_DEPTH * k_steps_of(k)
+    return PANEL * DEPTH * k_steps_of(k)
 
 
 # Bytes of one segment of a row of activations.
 cdef inline Py_ssize_t segment_bytes(Py_ssize_t k) noexcept nogil:
     return (<Py_ssize_t> sizeof(ActSegment)
-            + k_steps_of(k) * (4 + (<Py_ssize_t> sizeof(Residual) if DQ_SPLIT else 0)))
+            + k_steps_of(k) * (DQ_STEP_BYTES + (<Py_ssize_t> sizeof(Residual) if DQ_SPLIT else 0)))
 
 
 # An odd number of cache lines: rows at multiples of 4 KiB would fall into the same few sets of the cache, and
@@ -70,27 +71,27 @@ cdef inline Py_ssize_t segment_k(Py_ssize_t start, Py_ssize_t k) noexcept nogil:
 # next.
 cdef inline void move_panel(int8_t* w, Py_ssize_t stride, Py_ssize_t k, Py_ssize_t rows, uint8_t* panel,
                             bint back) noexcept nogil:
-    cdef Py_ssize_t r, span = 0, end, whole = k // DQ_DEPTH, last = k % DQ_DEPTH
+    cdef Py_ssize_t r, span = 0, end, whole = k // DEPTH, last = k % DEPTH
     while span < whole:
         end = span + MOVE_STEPS if span + MOVE_STEPS < whole else whole
         r = 0
         while r < rows:
-            dq_prefetch(w + (r + MOVE_ROWS) * stride + span * DQ_DEPTH, (end - span) * DQ_DEPTH)
-            if not back and DQ_DEPTH == 4 and r % 4 == 0 and r + 4 <= rows:
-                transpose_rows(w + r * stride, stride, panel + r * DQ_DEPTH, span, end)
-            elif back or DQ_DEPTH != 4 or r >= rows // 4 * 4:
-                move_row(w + r * stride, panel + r * DQ_DEPTH, span, end, back)
+            dq_prefetch(w + (r + MOVE_ROWS) * stride + span * DEPTH, (end - span) * DEPTH)
+            if not back and DEPTH == 4 and r % 4 == 0 and r + 4 <= rows:
+                transpose_rows(w + r * stride, stride, panel + r * DEPTH, span, end)
+            elif back or DEPTH != 4 or r >= rows // 4 * 4:
+                move_row(w + r * stride, panel + r * DEPTH, span, end, back)
             r += 1
         span = end
     for r in range(rows):
-        move_bytes(w + r * stride + whole * DQ_DEPTH, panel + (whole * PANEL + r) * DQ_DEPTH, last, back)
+        move_bytes(w + r * stride + whole * DEPTH, panel + (whole * PANEL + r) * DEPTH, last, back)
 
 
 cdef inline void move_row(int8_t* w, uint8_t* panel, Py_ssize_t first, Py_ssize_t end,
                           bint back) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(first, end):
-        move_bytes(w + i * DQ_DEPTH, panel + i * (PANEL * DQ_DEPTH), DQ_DEPTH, back)
+        move_bytes(w + i * DEPTH, panel + i * (PANEL * DEPTH), DEPTH, back)
 
 
 # move_row for four rows, not back.
@@ -98,10 +99,10 @@ cdef inline void transpose_rows(int8_t* w, Py_ssize_t stride, uint8_t* panel, Py
                                 Py_ssize_t end) noexcept nogil:
     cdef Py_ssize_t i = first, r
     while i + 4 <= end:
-        dq_transpose_16(w + i * DQ_DEPTH, stride, panel + i * (PANEL * DQ_DEPTH), PANEL * DQ_DEPTH)
+        dq_transpose_16(w + i * DEPTH, stride, panel + i * (PANEL * DEPTH), PANEL * DEPTH)
         i += 4
     for r in range(4):
-        move_row(w + r * stride, panel + r * DQ_DEPTH, i, end, False)
+        move_row(w + r * stride, panel + r * DEPTH, i, end, False)
 
 
 cdef inline void move_bytes(int8_t* w, uint8_t* packed, Py_ssize_t n, bint back) noexcept nogil:
@@ -181,11 +182,11 @@ cdef void pack_activation_s8(int8_t* codes, uint8_t* a, Py_ssize_t start, Py_ssi
     segment.steps_out_of_range += steps
     segment.eights_out_of_range += eights
     segment.centered_out_of_range += centered
-    if DQ_DEPTH == 4:
+    if DEPTH >= 4:
         memcpy(codes_of(segment) + at, codes, n)
-        memset(codes_of(segment) + at + n, 0, 4 * k_steps_of(at + n) - at - n)
+        memset(codes_of(segment) + at + n, 0, DEPTH * k_steps_of(at + n) - at - n)
     else:
-        for i in range(DQ_DEPTH * k_steps_of(n)):
+        for i in range(DEPTH * k_steps_of(n)):
             wide[i] = codes[i]
 
 
@@ -306,7 +307,7 @@ cdef inline void microkernel(const uint8_t* segment, Py_ssize_t panel_stride, Py
         gemv_4_panels(segment, panel_stride, codes, acc, k_steps)
     elif DQ_FORMS and (rows > 1 or (<const ActSegment*> a).form != DQ_PAIRS):
         dq_form_rows((<const ActSegment*> a).form, segment, codes, stride, rows, acc, k_steps)
-    elif rows == 1:
+    elif DQ_TILES_FROM > 1 and rows == 1:
         gemv(segment, codes, acc, k_steps)
     elif rows >= DQ_TILES_FROM:
         dq_tiles(segment, codes, stride, rows, acc, k_steps, DQ_TILE_K_STEPS, False)
@@ -425,7 +426,8 @@ cdef void gemm_s8s8_f32(const uint8_t* panels, const float* w_scales, const floa
                         const float* a_scales, float* out, Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n,
                         Py_ssize_t k) noexcept nogil:
     cdef Py_ssize_t count, cols
-    cdef bint by_vector = m == 1 and (not DQ_FORMS or (<const ActSegment*> a).form == DQ_PAIRS)
+    cdef bint by_vector = (DQ_TILES_FROM > 1 and m == 1
+                           and (not DQ_FORMS or (<const ActSegment*> a).form == DQ_PAIRS))
     if m >= DQ_TILES_FROM:
         dq_tiles_begin(m if m < TILE else TILE, DQ_TILE_K_STEPS)
     while n > 0:

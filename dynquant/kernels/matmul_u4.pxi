@@ -18,6 +18,7 @@ cdef enum:
     TILE_K_BLOCKS = 32
     BATCH_ROWS = 4 * DQ_TILE_ROWS
     GROUP_ROWS = BATCH_ROWS + DQ_KEPT_ROWS
+    GROUP_STEPS = DQ_K_BLOCK // DQ_PANEL_DEPTH  # k-steps of dq_tiles in a k-block
 
 
 # k-blocks of n k.
@@ -194,18 +195,23 @@ cdef inline void group_gemv(const uint8_t* w, const uint8_t* a, dq_acc* s0, dq_a
     while k_blocks >= 4:
         if prefetch_distance:
             dq_prefetch(w + prefetch_distance, 16 * PANEL)
-        p0 = p1 = q0 = q1 = dq_acc16_zero()
-        for i in range(2):
-            even, odd = dq_broadcast(a), dq_broadcast(a + 4)
-            p0 = dq_acc16_step(p0, dq_codes_load(w), even, odd)
-            p1 = dq_acc16_step(p1, dq_codes_load(w + 4 * DQ_LANES), even, odd)
-            even, odd = dq_broadcast(a + DQ_K_BLOCK), dq_broadcast(a + DQ_K_BLOCK + 4)
-            q0 = dq_acc16_step(q0, dq_codes_load(w + 4 * PANEL), even, odd)
-            q1 = dq_acc16_step(q1, dq_codes_load(w + 4 * PANEL + 4 * DQ_LANES), even, odd)
-            w += 8 * PANEL
-            a += 2 * DQ_K_BLOCK
-        s0[0] = dq_acc_add16(dq_acc_add16(s0[0], p0), q0)
-        s1[0] = dq_acc_add16(dq_acc_add16(s1[0], p1), q1)
+        if DQ_FOUR_K_BLOCKS:
+            dq_four_k_blocks(w, a, s0, s1)
+            w += 16 * PANEL
+            a += 4 * DQ_K_BLOCK
+        else:
+            p0 = p1 = q0 = q1 = dq_acc16_zero()
+            for i in range(2):
+                even, odd = dq_broadcast(a), dq_broadcast(a + 4)
+                p0 = dq_acc16_step(p0, dq_codes_load(w), even, odd)
+                p1 = dq_acc16_step(p1, dq_codes_load(w + 4 * DQ_LANES), even, odd)
+                even, odd = dq_broadcast(a + DQ_K_BLOCK), dq_broadcast(a + DQ_K_BLOCK + 4)
+                q0 = dq_acc16_step(q0, dq_codes_load(w + 4 * PANEL), even, odd)
+                q1 = dq_acc16_step(q1, dq_codes_load(w + 4 * PANEL + 4 * DQ_LANES), even, odd)
+                w += 8 * PANEL
+                a += 2 * DQ_K_BLOCK
+            s0[0] = dq_acc_add16(dq_acc_add16(s0[0], p0), q0)
+            s1[0] = dq_acc_add16(dq_acc_add16(s1[0], p1), q1)
         k_blocks -= 4
     if k_blocks:
         p0 = p1 = dq_acc16_zero()
@@ -416,7 +422,8 @@ cdef inline void add_group_tiles(const uint8_t* panel, const float* scales, cons
         start, end = part_start(rows, i), part_start(rows, i + 1)
         for g in range(count):
             dq_tiles(k_steps + g * k_blocks * 8 * PANEL, a + start * stride + g * k_blocks * DQ_K_BLOCK,
-                     stride, end - start, sums + g * DQ_TILE_ROWS * PANEL, 2 * k_blocks, tile_k_steps, False)
+                     stride, end - start, sums + g * DQ_TILE_ROWS * PANEL, GROUP_STEPS * k_blocks,
+                     tile_k_steps, False)
         for r in range(start, end):
             add_groups(acc + r * PANEL, sums + (r - start) * PANEL, scales, offsets,
                        <const float*> (a_sums + r * stride), count, minimums)
@@ -436,7 +443,7 @@ cdef inline void add_long_group_tiles(const uint8_t* panel, const float* scales,
         for i in range(parts_of(rows)):
             start = part_start(rows, i)
             dq_tiles(k_steps, a + start * stride + done * DQ_K_BLOCK, stride, part_start(rows, i + 1) - start,
-                     sums + start * PANEL, 2 * n, tile_k_steps, done > 0)
+                     sums + start * PANEL, GROUP_STEPS * n, tile_k_steps, done > 0)
         done += n
     for r in range(rows):
         add_groups(acc + r * PANEL, sums + r * PANEL, scales, offsets,

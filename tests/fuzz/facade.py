@@ -502,7 +502,7 @@ def files(data):
     """A calibrator's file with bytes changed, cut or added is refused, or loads a working calibrator."""
     x = np.random.default_rng(data.draw(seeds)).standard_normal((4, 3)).astype(F32)
     channels = data.draw(st.sampled_from([None, 3]))
-    calibrator = calibrator_of([x][: data.draw(st.integers(0, 1))], channels)
+    calibrator = calibrator_of([x][: data.draw(st.integers(0, 1))], channels, channels)
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "calibrator.npz")
         calibrator.save(path)
@@ -599,15 +599,16 @@ def assert_factors(x, plain, data):
 def calibrators(data, isa):
     """Batches in any order, split and merged in any way: exact counts and extremes, bounded percentiles."""
     channels = data.draw(st.none() | st.integers(1, 40))
+    rows = channels and data.draw(st.sampled_from([1, 3, 100]))
     k = channels or data.draw(st.integers(0, 300))
     parts = [
         data.draw(matrices(data.draw(st.integers(0, 5)), k)) for _ in range(data.draw(st.integers(1, 4)))
     ]
     whole = np.concatenate([plain for _, plain in parts])
     with using(isa):
-        one, other = Calibrator(channels), Calibrator(channels)
+        one, other = Calibrator(channels, rows=rows), Calibrator(channels, rows=rows)
         for x, _ in parts:
-            data.draw(st.sampled_from([one, other])).update(x)
+            data.draw(st.sampled_from([one, other])).update(x, num_threads=data.draw(threads))
         one.merge(other)
         assert one.count == whole.size
         if not whole.size:
@@ -622,10 +623,12 @@ def calibrators(data, isa):
         assert abs(one.percentile(p) - ranked) <= 2**-9 * ranked + 2**-134
         if channels:
             ranked = np.sort(np.abs(whole), 0)[Percentile(p).rank(len(whole))]
-            amax = np.abs(whole).max(0)
-            assert_equal(one.channel_amax(), amax, "largest magnitudes")
-            near = np.where(ranked < 2**-11 * amax, 2**-11 * amax, 2**-4 * ranked) + 2**-129
+            assert_equal(one.channel_amax(), np.abs(whole).max(0), "largest magnitudes")
+            near = 2**-4 * ranked + 2**-129
             assert (np.abs(one.channel_percentile(p).astype(np.float64) - ranked) <= near).all()
+            at_once = calibrator_of([whole], channels, rows)
+            assert_equal(one.sample(), at_once.sample(), "sampled rows")
+            assert {row.tobytes() for row in one.sample()} <= {row.tobytes() for row in whole}
 
 
 # ---- Any argument at all ----
@@ -701,7 +704,7 @@ def mostly(strategy):
 
 
 ROWS = np.random.default_rng(0).standard_normal((N, K)).astype(F32)
-SEEN = calibrator_of([ROWS], K)
+SEEN, SAMPLED = calibrator_of([ROWS], K), calibrator_of([ROWS], K, 3)
 flags = mostly(st.booleans())
 widths = mostly(st.sampled_from([8, 4]))
 sizes = mostly(st.none() | group_sizes)
@@ -717,7 +720,10 @@ whole_tensors = st.one_of(
     st.just(quantize_weights(ROWS, bits=4, symmetric=True)),
 )
 tensors = mostly(whole_tensors)
-calibrations = st.none() | matrix | st.lists(matrix, max_size=2) | st.lists(matrix, max_size=2).map(iter)
+batches = (
+    st.lists(matrix, max_size=2) | st.lists(matrix, max_size=2).map(iter) | st.sampled_from([SEEN, SAMPLED])
+)
+calibrations = st.none() | matrix | batches
 several = matrix | st.lists(matrix, max_size=3)
 configs = mostly(st.just(SmoothQuantConfig()))
 alphas = mostly(st.none() | st.lists(mostly(st.floats(0, 1)), max_size=2))
@@ -747,13 +753,18 @@ ANY = {
     "dequantize": (DynQuantTensor.dequantize, [whole_tensors], {}, VALUES),
     "mae": (quantization_mae, [matrix, tensors], {}, None),
     "metrics": (error_metrics, [matrix, tensors | matrix], {"per_row": flags}, None),
-    "factors": (compute_smooth_factors, [matrix | row, several, configs], {"mode": mostly(modes)}, None),
-    "divide": (smooth_activations, [matrix, factors], {}, VALUES),
-    "multiply": (smooth_weights, [matrix, factors], {}, VALUES),
+    "factors": (
+        compute_smooth_factors,
+        [matrix | row | batches, several, configs],
+        {"mode": mostly(modes), "num_threads": counts},
+        None,
+    ),
+    "divide": (smooth_activations, [matrix, factors], {"num_threads": counts}, VALUES),
+    "multiply": (smooth_weights, [matrix, factors], {"num_threads": counts}, VALUES),
     "fold": (fold_smooth_factors, [factors, row, st.none() | row], {}, None),
     "search_alpha": (
         search_alpha,
-        [matrix, several],
+        [matrix | batches, several],
         {
             **WEIGHT_OPTIONS,
             "alphas": alphas,
@@ -761,6 +772,7 @@ ANY = {
             "mode": mostly(modes),
             "relative": flags,
             "hadamard": flags,
+            "num_threads": counts,
         },
         None,
     ),
@@ -821,8 +833,13 @@ ANY = {
     "a percentile": (Percentile, [mostly(st.just(0.5))], {}, None),
     "a configuration": (SmoothQuantConfig, [mostly(st.just(0.5)), mostly(st.just(1e-5))], {}, None),
     "collect": (CalibStats.collect, [several | matrix.map(lambda x: iter([x]))], {}, None),
-    "a calibrator": (Calibrator, [mostly(st.just(K))], {}, None),
-    "update": (lambda x, n: Calibrator(n).update(x), [matrix, st.sampled_from([None, K])], {}, None),
+    "a calibrator": (Calibrator, [mostly(st.just(K))], {"rows": mostly(st.sampled_from([None, 3]))}, None),
+    "update": (
+        lambda x, n, threads: Calibrator(n, rows=n).update(x, num_threads=threads),
+        [matrix, st.sampled_from([None, K]), counts],
+        {},
+        None,
+    ),
     "merge": (lambda x: calibrator_of([ROWS], K).merge(x), [mostly(st.just(SEEN))], {}, None),
     "percentile": (SEEN.percentile, [odd], {}, None),
     "channel_percentile": (SEEN.channel_percentile, [odd], {}, None),

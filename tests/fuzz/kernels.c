@@ -137,12 +137,13 @@ static float *moderate_floats(int64_t n, uint32_t kind) {
     return x;
 }
 
-/* n codes of at least `low`. */
+/* n codes of at least `low`; or most of them small, as those of real activations are. */
 static int8_t *codes_from(int64_t n, int low) {
     const uint32_t kind = take(1);
     int8_t *codes = array(n, 1);
     for (int64_t i = 0; i < n; i++) {
-        const int code = kind < 200 ? (int)(more_noise() % 256) - 128 : kind < 220 ? 127 : kind < 240 ? -128 : 0;
+        const int any = (int)(more_noise() % 256) - 128, small = any / (1 << more_noise() % 8);
+        const int code = kind < 120 ? any : kind < 200 ? small : kind < 220 ? 127 : kind < 240 ? -128 : 0;
         codes[i] = (int8_t)(code < low ? low : code);
     }
     return codes;
@@ -230,17 +231,33 @@ static int64_t dot_of(const int8_t *a, const int8_t *b, int64_t n) {
     return sum;
 }
 
+/* What 4-bit codes are offset by: zero points, or minimums, or nothing where they have a sign. */
+typedef struct {
+    const uint8_t *zeros;
+    const float *minimums;
+} offsets;
+
+/* Those of output c, of `count` groups each. */
+static offsets offsets_of(offsets all, int64_t c, int64_t count) {
+    if (all.zeros) all.zeros += c * count;
+    if (all.minimums) all.minimums += c * count;
+    return all;
+}
+
 /* One output: the exact sum of each group times its scale, added in ascending order. */
-static float total_of(const uint8_t *w, const float *scales, const uint8_t *zeros, const int8_t *a, int64_t k,
-                      int64_t group) {
+static float total_of(const uint8_t *w, const float *scales, offsets of, const int8_t *a, int64_t k, int64_t group) {
     float total = 0;
     for (int64_t g = 0; g * group < k; g++) {
-        int64_t sum = 0;
+        int64_t sum = 0, a_sum = 0;
+        float part;
         for (int64_t i = g * group; i < k && i < (g + 1) * group; i++) {
             const int code = nibble_at(w, i);
-            sum += (zeros == NULL ? (code ^ 8) - 8 : code - zeros[g]) * a[i];
+            sum += (of.minimums ? code : of.zeros ? code - of.zeros[g] : (code ^ 8) - 8) * a[i];
+            a_sum += a[i];
         }
-        total += (float)sum * scales[g];
+        part = (float)sum * scales[g];
+        if (of.minimums) part += of.minimums[g] * (float)a_sum;
+        total += part;
     }
     return total;
 }
@@ -640,17 +657,20 @@ static void matmul4(void) {
     const int64_t count = (k + group - 1) / group, all = n * count;
     const uint8_t *w = (const uint8_t *)codes_from(n * bytes, -128);
     const float *w_scales = floats(n * count), *bias = take(1) % 2 ? floats(n) : NULL, *x = floats(m * k);
-    const int symmetric = take(1) % 2, above = take(1) == 1;
+    const int kind = take(1) % 3, symmetric = kind == 1, above = take(1) == 1 && kind == 0;
     uint8_t *zeros = array(n * count, 1);
+    const float *minimums = kind == 2 ? floats(n * count) : NULL;
+    const offsets of = {kind == 0 ? zeros : NULL, minimums};
     float *out = sentinel(4 * m * n, 4), *expected = array_at(4 * m * n, 0);
-    const size_t packed_bytes = dq->w4a8_packed_bytes(n, k, group);
+    const size_t packed_bytes = (minimums ? dq->w4a8_minimums_packed_bytes : dq->w4a8_packed_bytes)(n, k, group);
     void *packed = sentinel(packed_bytes, 1), *scratch = array(dq->w4a8_scratch_bytes(m, k, group), 1);
     int8_t *codes = array_at(k, 0);
     int status;
     for (int64_t i = 0; i < n * count; i++) zeros[i] = more_noise() % 16;
     if (above && all > 0) zeros[take(2) % all] = 16 + take(1) % 200;
-    status = dq->w4a8_pack(w, w_scales, symmetric ? NULL : zeros, n, k, group, packed);
-    if (!all_finite(w_scales, n * count) || (above && !symmetric && all > 0)) {
+    status = minimums ? dq->w4a8_minimums_pack(w, w_scales, minimums, n, k, group, packed)
+                      : dq->w4a8_pack(w, w_scales, symmetric ? NULL : zeros, n, k, group, packed);
+    if (!all_finite(w_scales, n * count) || (above && all > 0) || (minimums && !all_finite(minimums, n * count))) {
         if (status == DYNQUANT_OK) fail("status of packing", status);
         untouched(packed, packed_bytes);
         return;
@@ -669,8 +689,8 @@ static void matmul4(void) {
         const float a_scale = amax_of(x + r * k, k) / 127;
         code_all(x + r * k, k, a_scale, 127, codes);
         for (int64_t c = 0; c < n; c++) {
-            const float y = k ? total_of(w + c * bytes, w_scales + c * count, symmetric ? NULL : zeros + c * count,
-                                         codes, k, group) * a_scale : 0;
+            const float total = total_of(w + c * bytes, w_scales + c * count, offsets_of(of, c, count), codes, k, group);
+            const float y = k ? total * a_scale : 0;
             expected[r * n + c] = bias == NULL ? y : y + bias[c];
         }
     }
@@ -686,14 +706,17 @@ static void groups(void) {
     const int64_t group = long_groups ? 8193 + take(2) % (k - 8192) : (1 + take(2) % (k / multiple)) * multiple;
     const int64_t m = 1 + take(1) % (multiple > 1 ? at_most : 6), rows = 1 + take(1) % kernels->panel_outputs;
     const int64_t count = (k + group - 1) / group, bytes = (k + 1) / 2, all = kernels->panel_outputs;
-    const int symmetric = take(1) % 2;
+    const int kind = take(1) % 3, minimums = kind == 2;
+    const size_t offset_bytes = minimums ? 4 : 1;
     const float *scales = moderate_floats(rows * count, take(1)), *a_scales = moderate_floats(m, 0);
     const float *bias = take(1) % 2 ? moderate_floats(rows, 0) : NULL;
     uint8_t *w = (uint8_t *)codes_from(rows * bytes, -128), *zeros = array(rows * count, 1);
-    uint8_t *panel = lines(kernels->group_panel_bytes(k, group)), *panel_zeros = lines(all * count);
+    uint8_t *given = minimums ? (uint8_t *)moderate_floats(rows * count, 0) : kind == 0 ? zeros : NULL;
+    const offsets of = {kind == 0 ? zeros : NULL, minimums ? (const float *)given : NULL};
+    uint8_t *panel = lines(kernels->group_panel_bytes(k, group)), *panel_offsets = lines(offset_bytes * all * count);
     float *panel_scales = lines(4 * all * count);
     const size_t width = kernels->group_activation_bytes(k, group);
-    uint8_t *a = lines(m * width), *w_back = array(rows * bytes, 1), *zeros_back = array(rows * count, 1);
+    uint8_t *a = lines(m * width), *w_back = array(rows * bytes, 1), *back = array(offset_bytes * rows * count, offset_bytes);
     float *scales_back = array(4 * rows * count, 4);
     const int64_t stride = rows + take(1) % 5;
     float *out = sentinel(4 * ((m - 1) * stride + rows), 4);
@@ -701,24 +724,134 @@ static void groups(void) {
     if (k % 2)
         for (int64_t r = 0; r < rows; r++) w[r * bytes + bytes - 1] &= 15;
     for (int64_t i = 0; i < rows * count; i++) zeros[i] = more_noise() % 16;
-    kernels->pack_panel_u4(w, scales, symmetric ? NULL : zeros, 0, rows, panel, panel_scales, panel_zeros, k, group);
-    kernels->unpack_panel_u4(panel, panel_scales, panel_zeros, 0, w_back, scales_back, symmetric ? NULL : zeros_back,
-                             rows, k, group);
+    kernels->pack_panel_u4(w, scales, given, minimums, rows, panel, panel_scales, panel_offsets, k, group);
+    kernels->unpack_panel_u4(panel, panel_scales, panel_offsets, minimums, w_back, scales_back, given ? back : NULL, rows,
+                             k, group);
     same("weights", w_back, w, rows * bytes);
     same_floats("scales", scales_back, scales, rows * count);
-    if (!symmetric) same("zero points", zeros_back, zeros, rows * count);
+    if (given) same("offsets", back, given, offset_bytes * rows * count);
     for (int64_t r = 0; r < m; r++) kernels->pack_group_activation_s8(codes + r * k, a + r * width, k, group);
-    kernels->gemm_u4s8_f32(panel, panel_scales, panel_zeros, 0, bias, a, a_scales, out, stride, m, rows, k, group,
+    kernels->gemm_u4s8_f32(panel, panel_scales, panel_offsets, minimums, bias, a, a_scales, out, stride, m, rows, k, group,
                            take(1) % 2 * 8192);
     for (int64_t r = 0; r < m; r++)
         for (int64_t c = 0; c < rows; c++) {
-            float total = total_of(w + c * bytes, scales + c * count, symmetric ? NULL : zeros + c * count,
-                                   codes + r * k, k, group);
+            float total = total_of(w + c * bytes, scales + c * count, offsets_of(of, c, count), codes + r * k, k, group);
             total *= a_scales[r];
             if (bias) total += bias[c];
             same_floats("outputs", out + r * stride + c, &total, 1);
         }
     for (int64_t r = 0; r + 1 < m; r++) untouched(out + r * stride + rows, 4 * (stride - rows));
+}
+
+/* 8-bit weights in groups, on activations around zero or with a zero point. */
+static void groups8(void) {
+    const int64_t m = length(9), n = length(40), k = take(1) == 255 ? 32768 + length(9000) : length(300);
+    const int64_t group = k > 9000 ? 32768 + length(5000) : 1 + length(350), count = (k + group - 1) / group;
+    const int64_t outputs = k > 9000 && n > 3 ? 3 : n;
+    const int symmetric = take(1) % 2;
+    const int8_t *w = codes_from(outputs * k, -128);
+    const float *w_scales = floats(outputs * count), *bias = take(1) % 2 ? floats(outputs) : NULL, *x = floats(m * k);
+    float *out = sentinel(4 * m * outputs, 4), *expected = array_at(4 * m * outputs, 0);
+    const size_t packed_bytes = dq->w8a8_groups_packed_bytes(outputs, k, group, symmetric);
+    void *packed = sentinel(packed_bytes, 1), *scratch = array(dq->w8a8_groups_scratch_bytes(m, k, group), 1);
+    int16_t *a = array_at(2 * k, 0);
+    int8_t *codes = array_at(k, 0);
+    int status = dq->w8a8_groups_pack(w, w_scales, outputs, k, group, symmetric, packed), wide = 0;
+    if (!all_finite(w_scales, outputs * count)) {
+        same_status(status, DYNQUANT_NON_FINITE);
+        untouched(packed, packed_bytes);
+        return;
+    }
+    same_status(status, DYNQUANT_OK);
+    same_status(dq->w8a8_groups_matmul(packed, bias, x, m, outputs, k, group, !symmetric, scratch, out),
+                DYNQUANT_BAD_ARGUMENT);
+    status = dq->w8a8_groups_matmul(packed, bias, x, m, outputs, k, group, symmetric, scratch, out);
+    if (!(all_finite(x, m * k) && (bias == NULL || all_finite(bias, outputs)))) {
+        same_status(status, DYNQUANT_NON_FINITE);
+        untouched(out, 4 * m * outputs);
+        return;
+    }
+    for (int64_t r = 0; r < m; r++) {
+        const float *row = x + r * k;
+        float low = 0, high = 0, scale = amax_of(row, k) / 127;
+        code_all(row, k, scale, 127, codes);
+        for (int64_t i = 0; i < k; i++) {
+            low = row[i] < low ? row[i] : low;
+            high = row[i] > high ? row[i] : high;
+            a[i] = codes[i];
+        }
+        if (!symmetric) {
+            double zero;
+            wide |= isinf(high - low);
+            scale = (high - low) / 255;
+            zero = scale > 0 ? floor((double)(-low / scale) + 0.5) : 0;
+            zero = zero > 255 ? 255 : zero;
+            for (int64_t i = 0; i < k; i++) {
+                const double v = scale > 0 ? row[i] / scale : 0;
+                double code = copysign(floor(fabs(v) + 0.5), v) + zero;
+                code = code < 0 ? 0 : code > 255 ? 255 : code;
+                a[i] = (int16_t)(scale > 0 ? code - zero : 0);
+            }
+        }
+        for (int64_t c = 0; c < outputs; c++) {
+            float total = 0;
+            for (int64_t g = 0; g < count; g++) {
+                int64_t sum = 0;
+                for (int64_t i = g * group; i < k && i < (g + 1) * group; i++) sum += w[c * k + i] * a[i];
+                total += (float)sum * w_scales[c * count + g];
+            }
+            total = k ? total * scale : 0;
+            expected[r * outputs + c] = bias == NULL ? total : total + bias[c];
+        }
+    }
+    same_status(status, wide ? DYNQUANT_BAD_ARGUMENT : DYNQUANT_OK);
+    if (wide) untouched(out, 4 * m * outputs);
+    else same_floats("outputs", out, expected, m * outputs);
+}
+
+static void inner(void) {
+    const int64_t m = length(90), n = length(90), k = take(1) % 8 ? length(130) : length(2200);
+    const int8_t *a = codes_from(m * k, -128), *b = codes_from(n * k, -128);
+    void *scratch = array(dq->int8_inner_scratch_bytes(m, n, k), 1);
+    int32_t *out = sentinel(4 * m * n, 4);
+    int64_t *wide = sentinel(8 * m * n, 8);
+    same_status(dq->int8_inner_s32(a, b, m, n, k, scratch, out), DYNQUANT_OK);
+    same_status(dq->int8_inner_s64(a, b, m, n, k, scratch, wide), DYNQUANT_OK);
+    for (int64_t r = 0; r < m; r++)
+        for (int64_t c = 0; c < n; c++) {
+            const int64_t sum = dot_of(a + r * k, b + c * k, k);
+            if (out[r * n + c] != sum || wide[r * n + c] != sum) fail("sum", r * n + c);
+        }
+}
+
+/* One row of weights, rounded from the last column to the first, the errors carried to those before. */
+static void compensate(void) {
+    const int64_t n = length(60), stride = n + take(1) % 3, count = 1 + take(1) % 4;
+    const uint32_t kind = take(1);
+    const int signless = take(1) % 2, lo = signless ? 0 : -7, hi = signless ? 15 : 7;
+    const float *w = moderate_floats(n, kind), *feedback = moderate_floats(n * stride, 0);
+    float *scales = moderate_floats(count, 0), *carried = moderate_floats(n, kind), *left = array_at(4 * n, 0);
+    float *errors = sentinel(4 * n, 4);
+    int32_t *group = array(4 * n, 4), *columns = array(4 * n, 4);
+    uint8_t *zeros = array(count, 1);
+    int8_t *codes = sentinel(n, 1);
+    for (int64_t i = 0; i < count; i++) scales[i] = fabsf(scales[i]) / 4, zeros[i] = more_noise() % 16;
+    if (take(1) % 4 == 0) scales[0] = 0;
+    for (int64_t i = 0; i < n; i++) group[i] = (int32_t)(more_noise() % count), columns[i] = (int32_t)(n - 1 - i);
+    memcpy(left, carried, 4 * n);
+    kernels->compensate_row_f32(w, carried, feedback, stride, group, columns, scales, signless ? zeros : NULL, lo, hi,
+                                errors, codes, n);
+    for (int64_t i = n - 1; i >= 0; i--) {
+        const float scale = scales[group[i]], zero = signless ? zeros[group[i]] : 0;
+        float v = w[i] != 0 && scale > 0 ? (w[i] + left[i]) / scale : 0, error;
+        double rounded = copysign(floor(fabs((double)v) + 0.5), v);
+        rounded = rounded < lo - zero ? lo - zero : rounded > hi - zero ? hi - zero : rounded;
+        if (!(w[i] != 0 && scale > 0)) rounded = 0;
+        if (codes[columns[i]] != (int)(rounded + zero)) fail("code", i);
+        error = w[i] - (float)rounded * scale;
+        same_floats("error", errors + i, &error, 1);
+        for (int64_t j = 0; j < i; j++) left[j] += error * feedback[i * stride + j];
+    }
 }
 
 static double lanes_of(const double *lane) {
@@ -754,30 +887,45 @@ static void statistics(void) {
     same_number("largest error", sums[5], error[5][0]);
 }
 
-/* The histograms of a calibration: 2**16 bins in all, and for each column CHANNEL_BINS bins up to its amax. */
+/* The histograms of a calibration: 2**16 bins in all, and for each column OCTAVE_BINS bins an octave. */
 static void bins(void) {
     const int64_t n = length(600), columns = n < 70 ? n : 70;
     const float *x = finite_floats(n);
     int64_t *found = array_at(65536 * sizeof *found, 0);
-    int32_t *amax = array(4 * columns, 4);
-    uint32_t *channel_bins = array(4 * columns * CHANNEL_BINS, 4), *expected = array_at(4 * columns * CHANNEL_BINS, 0);
+    uint32_t *octaves[256], *pointers[2048], low = ~0u, expected_low = ~0u;
+    uint32_t *counts = array_at(128 * 4 * columns * OCTAVE_BINS, 0);
+    int32_t zeros = 0, some = 0;
+    uint8_t *seen = array_at(256, 0);
     memset(found, 0, 65536 * sizeof *found);
-    memset(channel_bins, 0, 4 * columns * CHANNEL_BINS);
-    memset(expected, 0, 4 * columns * CHANNEL_BINS);
+    memset(seen, 0, 256);
     kernels->count_bins_f32(x, found, n);
     for (int64_t i = 0; i < n; i++)
         if (found[(bits_of(x[i]) & 0x7FFFFFFF) >> 15]-- == 0) fail("bin", i);
     for (int64_t b = 0; b < 65536; b++)
         if (found[b]) fail("bin", b);
-    for (int64_t i = 0; i < columns; i++) {
-        const int32_t bits = (int32_t)(bits_of(x[i]) & 0x7FFFFFFF);
-        int64_t bin;
-        amax[i] = bits + (int32_t)(more_noise() % (0x7F800000 - bits));
-        bin = CHANNEL_BINS - 1 - ((amax[i] >> 20) - (bits >> 20));
-        expected[i * CHANNEL_BINS + (bin < 0 ? 0 : bin)]++;
+    kernels->mark_octaves_row_f32(x, seen, n);
+    for (int64_t i = 0; i < n; i++)
+        if (!seen[(bits_of(x[i]) & 0x7FFFFFFF) >> 23]) fail("octave", i);
+    kernels->min_nonzero_row_f32(x, &low, &zeros, n);
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t bits = bits_of(x[i]) & 0x7FFFFFFF;
+        if (bits == 0) some = 1;
+        else if (bits - 1 < expected_low) expected_low = bits - 1;
     }
-    kernels->count_channel_bins_row_f32(x, amax, channel_bins, columns);
-    same("channel bins", channel_bins, expected, 4 * columns * CHANNEL_BINS);
+    if (low != expected_low || !zeros != !some) fail("smallest", 0);
+    /* Every other octave is left out. */
+    memset(counts, 0, 128 * 4 * columns * OCTAVE_BINS);
+    for (int e = 0; e < 256; e++)
+        octaves[e] = e % 2 == 0 && seen[e] && columns ? counts + e / 2 * columns * OCTAVE_BINS : NULL;
+    for (int b = 0; b < 2048; b++) pointers[b] = octaves[b >> 3] ? octaves[b >> 3] + (b & 7) : NULL;
+    kernels->count_channel_bins_row_f32(x, pointers, 0, columns);
+    for (int64_t i = 0; i < columns; i++) {
+        const int32_t bin = (int32_t)((bits_of(x[i]) & 0x7FFFFFFF) >> 20);
+        if (pointers[bin] && pointers[bin][i * OCTAVE_BINS]-- == 0) fail("channel bin", i);
+    }
+    for (int e = 0; e < 256; e++)
+        for (int64_t i = 0; octaves[e] && i < columns * OCTAVE_BINS; i++)
+            if (octaves[e][i]) fail("channel bin", i);
 }
 
 static void hadamard(void) {
@@ -797,6 +945,39 @@ static void hadamard(void) {
     same_floats("transform", x, expected, n);
 }
 
+/* What a search does with scores and float vectors. */
+static void search(void) {
+    const int64_t n = length(200), first = take(2);
+    const float *x = finite_floats(n), *y = finite_floats(n), threshold = take(1) % 4 ? number(0) : -INFINITY;
+    float *scores = array(4 * n, 4), norm = fabsf(number(0));
+    uint8_t *allowed = take(1) % 2 ? array(n, 1) : NULL;
+    uint64_t *keys = array(8 * n, 8);
+    int64_t found, expected = 0;
+    double dot[16] = {0}, square[16] = {0};
+    memcpy(scores, x, 4 * n);
+    if (allowed)
+        for (int64_t i = 0; i < n; i++) allowed[i] = more_noise() % 2;
+    found = kernels->collect_above_f32(scores, threshold, (uint32_t)first, allowed, keys, n);
+    for (int64_t i = 0; i < n; i++) {
+        if (!(x[i] > threshold) || (allowed && !allowed[i])) continue;
+        if (expected >= found || (uint32_t)keys[expected] != (uint32_t)(first + i)) fail("index", i);
+        /* Keys ascend as scores descend. */
+        for (int64_t j = 0; j < expected; j++)
+            if ((keys[j] < keys[expected]) != (x[(uint32_t)keys[j] - first] >= x[i])) fail("order of keys", i);
+        expected++;
+    }
+    if (found != expected) fail("number of hits", found);
+    kernels->negative_distance_row_f32(scores, norm, y, n);
+    for (int64_t i = 0; i < n; i++) {
+        const float distance = (norm + y[i]) - 2 * x[i], negative = -(distance < 0 ? 0 : distance);
+        same_floats("distance", scores + i, &negative, 1);
+        dot[i % 16] += (double)x[i] * y[i];
+        square[i % 16] += ((double)x[i] - y[i]) * ((double)x[i] - y[i]);
+    }
+    same_number("dot", kernels->dot_row_f32_f64(x, y, n), lanes_of(dot));
+    same_number("square distance", kernels->square_distance_row_f32_f64(x, y, n), lanes_of(square));
+}
+
 static const struct {
     const char *name;
     void (*run)(void);
@@ -807,7 +988,8 @@ static const struct {
     {"impossible", impossible}, {"widen", widen},           {"counts", counts},
     {"asymmetric", asymmetric}, {"columns", columns},       {"panels", panels},
     {"groups", groups},         {"statistics", statistics}, {"hadamard", hadamard},
-    {"bins", bins},             {"between", between},
+    {"bins", bins},             {"between", between},       {"groups8", groups8},
+    {"inner", inner},           {"compensate", compensate}, {"search", search},
 };
 
 /* ---- The two functions that the driver calls ---- */
@@ -820,8 +1002,9 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     core = PyImport_ImportModule("dynquant._core");
     isa = PyImport_ImportModule("dynquant._isa");
     if (dq != NULL && core != NULL && isa != NULL) {
-        PyObject *names = PyRun_String("[_table(i) for i in _core.isas_built() if i in _core.isas_supported()"
-                                       " and (i != 'amx' or _core.permit_amx())]",
+        /* Tables are set without asking the system for the registers of AMX. */
+        PyObject *names = PyRun_String("[_table(i) for i in _core.isas_built() if i in _core.isas_supported() and "
+                                       "(i != 'amx' or _core.permit_amx())]",
                                        Py_eval_input, PyModule_GetDict(isa), NULL);
         set_table = PyObject_GetAttrString(core, "set_table");
         tables = names;

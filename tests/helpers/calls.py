@@ -20,6 +20,7 @@ from dynquant import (
     MaxAbs,
     Percentile,
     QuantLinear,
+    SilentChannelWarning,
     SmoothQuantConfig,
     compute_scale,
     compute_smooth_factors,
@@ -71,6 +72,7 @@ INT4_ROWS = quantize_weights(FLOAT_WEIGHT, bits=4, symmetric=True)
 LAYER = QuantLinear.from_float(FLOAT_WEIGHT, BIAS)
 LAYER4 = QuantLinear.from_float(FLOAT_WEIGHT, BIAS, bits=4, group_size=3, smooth=FACTORS, hadamard=True)
 CALIBRATOR = calibrator_of([A], K)
+SAMPLED = calibrator_of([A], K, 5)
 FOLDER = tempfile.mkdtemp(prefix="dynquant")
 SAVED = os.path.join(FOLDER, "calibrator.npz")
 # More rows than one chunk.
@@ -150,7 +152,8 @@ CALLS = {
     "smooth factors, magnitudes": lambda: compute_smooth_factors(FACTORS, A, SmoothQuantConfig(0.4)),
     "smooth_activations": lambda: smooth_activations(HALF, FACTORS),
     "smooth_weights": lambda: smooth_weights(A, FACTORS),
-    "search_alpha": lambda: search_alpha(A, FLOAT_WEIGHT, alphas=[0.5]),
+    "search_alpha": lambda: repr(search_alpha(A, FLOAT_WEIGHT, alphas=[0.5])),
+    "a warning": lambda: str(SilentChannelWarning((1, 2), K)),
     "search_alpha, 4 bits": lambda: search_alpha(
         A,
         [FLOAT_WEIGHT[:4], FLOAT_WEIGHT[:2]],
@@ -194,13 +197,21 @@ CALLS = {
     "collect": lambda: CalibStats.collect([A] * 20),
     "calibrator": lambda: calibrator_of([A, HALF], K),
     "calibrator, merged": lambda: Calibrator(K).merge(CALIBRATOR),
+    "calibrator, rows": lambda: (
+        SAMPLED.sample(),
+        compute_smooth_factors(SAMPLED, A, mode=Percentile(0.5)),
+        search_alpha(SAMPLED, FLOAT_WEIGHT, alphas=[0.5]),
+        quantize_weights(FLOAT_WEIGHT[:, :9], bits=4, calibration=calibrator_of([A[:, :9]], 9, 3)),
+    ),
+    "smooth factors, batches": lambda: compute_smooth_factors(iter([A, HALF]), A, mode=Percentile(0.5)),
+    "search_alpha, batches": lambda: search_alpha(iter([A, HALF]), FLOAT_WEIGHT, alphas=[0.5]),
     "calibrator's statistics": lambda: (
         CALIBRATOR.stats(),
         CALIBRATOR.percentile(0.5),
         CALIBRATOR.histogram(),
     ),
     "calibrator's channels": lambda: (CALIBRATOR.channel_amax(), CALIBRATOR.channel_percentile(0.5)),
-    "a calibrator's sizes": lambda: (CALIBRATOR.channels, CALIBRATOR.count, repr(CALIBRATOR)),
+    "a calibrator's sizes": lambda: (CALIBRATOR.channels, CALIBRATOR.count, repr(CALIBRATOR), SAMPLED.rows),
     "a calibrator's pickle": lambda: pickle.loads(pickle.dumps(CALIBRATOR)),
     "calibrator's file": lambda: (CALIBRATOR.save(SAVED), Calibrator.load(SAVED)),
     "simd_info": simd_info,
@@ -216,6 +227,10 @@ INTO = {
     "dequantize rows": (lambda out: Q_ROWS.dequantize(out=out), np.empty(A.shape, F32)),
     "smooth_activations": (lambda out: smooth_activations(A, FACTORS, out=out), np.empty(A.shape, F32)),
     "smooth_weights": (lambda out: smooth_weights(HALF, FACTORS, out=out), np.empty(A.shape, F32)),
+    "smooth_activations, one pass": (
+        lambda out: smooth_activations(A, FACTORS, out=out, check_finite=False),
+        np.empty(A.shape, F32),
+    ),
     "hadamard": (lambda out: hadamard_transform(A, out=out), np.empty(A.shape, F32)),
     "w8a8 matvec": (lambda out: w8a8_matvec(WEIGHT, SCALES, FACTORS, out=out), np.empty(N, F32)),
     "int8_inner": (lambda out: int8_inner(Q.data, WEIGHT, out=out), np.empty((M, N), np.int32)),

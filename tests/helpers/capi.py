@@ -103,6 +103,20 @@ def packed_int4(tensor, offset=0):
     return packed
 
 
+def packed_minimums(tensor, offset=0):
+    (n, k), group = tensor.shape, tensor.format.group_of(tensor.shape[1])
+    packed = memory(FUNCTIONS["w4a8_minimums_packed_bytes"](n, k, group), offset)
+    call("w4a8_minimums_pack", tensor.data, tensor.scales, tensor.minimums, n, k, group, packed)
+    return packed
+
+
+def packed_groups(codes, scales, group, symmetric, offset=0):
+    shape = *codes.shape, group, symmetric
+    packed = memory(FUNCTIONS["w8a8_groups_packed_bytes"](*shape), offset)
+    call("w8a8_groups_pack", codes, scales, *shape, packed)
+    return packed
+
+
 def arguments_of(name):
     """Valid arguments for the function `name`."""
     x, codes, scales, value = np.ones(6, F32), np.ones(6, np.int8), np.ones(2, F32), number()
@@ -112,6 +126,9 @@ def arguments_of(name):
     )
     packed_4 = packed_int4(dynquant.quantize_weights(np.ones((2, 3), F32), bits=4))
     scratch_4 = memory(FUNCTIONS["w4a8_scratch_bytes"](2, 3, 3), 0)
+    packed_8 = packed_groups(np.ones((2, 3), np.int8), scales, 3, 0)
+    scratch_8 = memory(FUNCTIONS["w8a8_groups_scratch_bytes"](2, 3, 3), 0)
+    inner = memory(FUNCTIONS["int8_inner_scratch_bytes"](2, 2, 3), 0)
     out = np.full(6, 77, F32)
     return {
         "dot_s8s8_s64": [codes, codes, 6],
@@ -134,6 +151,15 @@ def arguments_of(name):
         "w8a8_matmul": [packed, scales, scales.copy(), x, 2, 2, 3, scratch, out],
         "w4a8_pack": [codes, scales, np.ones(2, np.uint8), 2, 3, 3, packed_4],
         "w4a8_matmul": [packed_4, scales.copy(), x, 2, 2, 3, 3, scratch_4, out],
+        "w4a8_minimums_packed_bytes": [2, 3, 3],
+        "w4a8_minimums_pack": [codes, scales, np.ones(2, F32), 2, 3, 3, np.zeros(4096, np.uint8)],
+        "w8a8_groups_packed_bytes": [2, 3, 3, 0],
+        "w8a8_groups_pack": [codes, scales, 2, 3, 3, 0, packed_8],
+        "w8a8_groups_scratch_bytes": [2, 3, 3],
+        "w8a8_groups_matmul": [packed_8, scales.copy(), x, 2, 2, 3, 3, 0, scratch_8, out],
+        "int8_inner_scratch_bytes": [2, 2, 3],
+        "int8_inner_s32": [codes, codes, 2, 2, 3, inner, np.full(4, 77, np.int32)],
+        "int8_inner_s64": [codes, codes, 2, 2, 3, inner, np.full(4, 77, np.int64)],
         "divide_rows_f32": [x, np.ones(3, F32), 2, 3, out],
         "multiply_rows_f32": [x, np.ones(3, F32), 2, 3, out],
     }[name]

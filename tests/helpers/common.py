@@ -134,8 +134,8 @@ def channel_data(rng, rows, channels):
     return x.astype(F32)
 
 
-def calibrator_of(batches, channels=None):
-    calibrator = Calibrator(channels)
+def calibrator_of(batches, channels=None, rows=None):
+    calibrator = Calibrator(channels, rows=rows)
     for batch in batches:
         calibrator.update(batch)
     return calibrator
@@ -143,10 +143,10 @@ def calibrator_of(batches, channels=None):
 
 def exact_state(calibrator):
     """The state of a calibrator without its sums, which alone depend on the order of updates."""
-    count, channels, extremes, _sums, *counts = calibrator.__reduce__()[1]
-    return count, channels, extremes.tobytes(), *(a.tobytes() for a in counts)
+    count, channels, rows, extremes, _sums, *counts = calibrator.__reduce__()[1]
+    return count, channels, rows, extremes.tobytes(), *(a.tobytes() for a in counts)
 
 
 def whole_state(calibrator):
     """The state of a calibrator, sums included."""
-    return exact_state(calibrator), calibrator.__reduce__()[1][3].tobytes()
+    return exact_state(calibrator), calibrator.__reduce__()[1][4].tobytes()

@@ -142,6 +142,34 @@ static inline int32_t dq_dot_sum(dq_dot_acc acc) {
 }
 #endif
 
+#define DQ_NIBBLE_SUMS
+/* Pairs of products, the even codes in the lower half. */
+static inline __m256i dq_nibble_pairs(const uint8_t* w, const int8_t* a, __m256i flip) {
+    const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)w));
+    const __m256i codes = _mm256_srlv_epi64(_mm256_xor_si256(twice, flip), _mm256_set_epi64x(4, 4, 0, 0));
+    return _mm256_maddubs_epi16(_mm256_and_si256(codes, _mm256_set1_epi8(15)), _mm256_loadu_si256((const __m256i*)a));
+}
+/* A pair is at most 2 * 15 * 127 = 3,810; four of them, 15,240, fit int16. */
+static inline void dq_nibble_sums(const uint8_t* w, const int8_t* a, uint8_t flip, int32_t* sums, ptrdiff_t blocks) {
+    const __m256i ones = _mm256_set1_epi16(1), zero = _mm256_setzero_si256(), flips = _mm256_set1_epi8((char)flip);
+    for (ptrdiff_t i = 0; i < blocks; i += 4, w += 64, a += 128) {
+        const ptrdiff_t left = blocks - i;
+        const __m256i p0 = dq_nibble_pairs(w, a, flips), p1 = left > 1 ? dq_nibble_pairs(w + 16, a + 32, flips) : zero;
+        const __m256i p2 = left > 2 ? dq_nibble_pairs(w + 32, a + 64, flips) : zero;
+        const __m256i p3 = left > 3 ? dq_nibble_pairs(w + 48, a + 96, flips) : zero;
+        const __m256i p = _mm256_hadd_epi16(_mm256_hadd_epi16(p0, p1), _mm256_hadd_epi16(p2, p3));
+        const __m256i s = _mm256_madd_epi16(p, ones);
+        const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+        if (left > 3)
+            _mm_storeu_si128((__m128i*)(sums + i), four);
+        else {
+            int32_t last[4];
+            _mm_storeu_si128((__m128i*)last, four);
+            memcpy(sums + i, last, (size_t)left * sizeof(int32_t));
+        }
+    }
+}
+
 #ifndef DQ_LANES
 typedef __m256i dq_acc;
 typedef __m256i dq_weights;

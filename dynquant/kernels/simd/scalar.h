@@ -80,6 +80,19 @@ static inline dq_dot_acc dq_dot_biased_step(dq_dot_acc acc, const int8_t* w, con
 static inline int32_t dq_dot_sum(dq_dot_acc acc) { return acc; }
 #endif
 
+#ifndef DQ_NIBBLE_SUMS
+static inline void dq_nibble_sums(const uint8_t* w, const int8_t* a, uint8_t flip, int32_t* sums, ptrdiff_t blocks) {
+    for (ptrdiff_t i = 0; i < blocks; i++, w += DQ_NIBBLES / 2, a += DQ_NIBBLES) {
+        int32_t sum = 0;
+        for (int j = 0; j < DQ_NIBBLES / 2; j++) {
+            const uint8_t two = w[j] ^ flip;
+            sum += (two & 15) * a[j] + (two >> 4) * a[DQ_NIBBLES / 2 + j];
+        }
+        sums[i] = sum;
+    }
+}
+#endif
+
 #ifndef DQ_LANES
 typedef int32_t dq_acc;
 typedef struct {
@@ -133,12 +146,22 @@ static inline uint32_t dq_bias_step(int8_t* a, int32_t* compensation) {
 #define DQ_TILE_K_STEPS 2
 #endif
 
-#ifndef DQ_AMX
+#ifndef DQ_PANEL_DEPTH
+#define DQ_PANEL_DEPTH DQ_DEPTH
+#endif
+
+#ifndef DQ_TILES_FROM
 #define DQ_TILES_FROM 5
+#endif
+
+#ifndef DQ_GROUP_TILES_FROM
 #define DQ_GROUP_TILES_FROM 0
 static inline void dq_unpack_k_blocks(const uint8_t* w, uint8_t* k_steps, ptrdiff_t k_blocks) {
     (void)w, (void)k_steps, (void)k_blocks;
 }
+#endif
+
+#ifndef DQ_AMX
 static inline void dq_tiles_begin(int rows, int tile_k_steps) { (void)rows, (void)tile_k_steps; }
 static inline void dq_tiles_end(void) {}
 #endif
@@ -182,6 +205,13 @@ static inline dq_floats dq_group_add(dq_floats acc, dq_acc s, dq_floats zero_poi
 static inline dq_floats dq_group_add_minimums(dq_floats acc, dq_acc s, dq_floats minimums, float a_sum,
                                               dq_floats scales) {
     return acc + ((float)s * scales + minimums * a_sum);
+}
+#endif
+
+#ifndef DQ_FOUR_K_BLOCKS
+#define DQ_FOUR_K_BLOCKS 0
+static inline void dq_four_k_blocks(const uint8_t* w, const uint8_t* a, dq_acc* s0, dq_acc* s1) {
+    (void)w, (void)a, (void)s0, (void)s1;
 }
 #endif
 

@@ -24,6 +24,17 @@
 #define DQ_AMX
 #endif
 
+/* Not the NEON of 32-bit ARM, which takes subnormal floats for zeros, nor that of big-endian processors, where lanes
+   are numbered the other way round. cl.exe for ARM does not define these, and gets plain C. */
+#if defined(__aarch64__) && defined(__ARM_NEON) && !defined(__ARM_BIG_ENDIAN)
+#define DQ_NEON
+#include <arm_neon.h>
+/* No load moves across: gcc would load the weights of several steps first, and write accumulators to memory for it. */
+#define DQ_KEEP_LOADS __asm__ volatile("" ::: "memory");
+/* For loops that take all registers. */
+#define DQ_NOT_INLINE static __attribute__((noinline))
+#endif
+
 /* Wider registers, such as those of the x87, would round sums and quotients twice. The value 16 says that
    _Float16 is computed as it is, and float too. */
 #if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16
@@ -155,8 +166,12 @@ static inline float dq_widen(uint16_t h) {
 
 /* Products of int8 weights and activations are made of unsigned and signed bytes, which is what instructions
    multiply: kernels/split.pxi says how, and why it stays exact. XOR with DQ_BIAS makes the bytes of an even and
-   an odd k unsigned. */
+   an odd k unsigned. It is 0 where both factors have a sign. */
+#if defined(DQ_NEON)
+#define DQ_BIAS 0
+#else
 #define DQ_BIAS 0x7F80
+#endif
 
 /* dq_dot_acc dq_dot_step(dq_dot_acc acc, const int8_t* w, const int8_t* a)
 
@@ -167,6 +182,12 @@ static inline float dq_widen(uint16_t h) {
    dq_dot_biased_step takes plain w, biases it to unsigned bytes, and takes a as dq_bias_step leaves it: fewer
    instructions, and a compensation that is subtracted from the sum. */
 
+/* void dq_nibble_sums(const uint8_t* w, const int8_t* a, uint8_t flip, int32_t* sums, ptrdiff_t blocks)
+
+   sums[i] = the sum over the DQ_NIBBLES codes of a block: two of w, 0 to 15, in each byte, the even one in the low
+   half, after `flip` is XORed to it; and those of a, in [-127, 127], the ones with an even index first. Exact. */
+#define DQ_NIBBLES 32
+
 /* ---- Matrix products, 8 bits ---------------------------------------------------------------------------- */
 
 /* dq_acc dq_acc_step(dq_acc acc, dq_weights w, dq_broadcast_act a)
@@ -175,7 +196,7 @@ static inline float dq_widen(uint16_t h) {
    acc fits int32. Weights lie DQ_LANES outputs side by side, DQ_DEPTH consecutive k of an output next to each
    other, which is what one multiply-add instruction takes. dq_weights_load reads DQ_LANES * DQ_DEPTH bytes of
    them. Activations come as DQ_DEPTH consecutive k in four bytes, which dq_broadcast gives to every lane: bytes,
-   or int16 where DQ_DEPTH is 2.
+   or int16 where DQ_DEPTH is 2. With a DQ_BIAS of 0 w is in [-128, 127].
 
    Where DQ_SPLIT is 1, products are added to each other in int16, which saturates: no pair of activations, k and
    k + 1 for even k, may then be out of [-DQ_PAIR, DQ_PAIR] in sum. */
@@ -232,6 +253,8 @@ enum { DQ_PAIRS, DQ_EIGHTS, DQ_CENTERED, DQ_WIDE };
    acc (rows, 2 * DQ_LANES) = `k_steps` k-steps, a multiple of tile_k_steps, for DQ_TILES_FROM to DQ_TILE_ROWS
    rows of a, `stride` bytes apart; with `add` they are added to acc. acc has space for DQ_TILE_ROWS rows. Called
    between dq_tiles_begin and dq_tiles_end. tile_k_steps is DQ_TILE_K_STEPS, or with AMX any number up to that.
+   A k-step of these products is DQ_PANEL_DEPTH k, which is DQ_DEPTH where dq_acc_step has a part in them: where
+   DQ_TILES_FROM is 1 it has none. Activations take DQ_STEP_BYTES a k-step.
 
    With AMX this is a product of tiles: registers of up to 16 rows of 64 bytes. An instruction multiplies a tile of
    activations, 16 rows of 64 k, by a tile of weights, 64 k of 16 outputs, and accumulates in int32.
@@ -239,13 +262,13 @@ enum { DQ_PAIRS, DQ_EIGHTS, DQ_CENTERED, DQ_WIDE };
    rows, or from 16 to 32: the second tile ends at the last row and shares some with the first. dq_tiles_end
    releases the tiles, because a thread that holds them is expensive to switch.
 
-   With VNNI, 16 accumulators hide the latency of VPDPBUSD, which Intel cores issue twice per cycle; `add` is not
-   supported there, and not needed.
+   With VNNI, 16 accumulators hide the latency of VPDPBUSD, which Intel cores issue twice per cycle. `add` is
+   supported where DQ_GROUP_TILES_FROM is not 0, which alone needs it.
 
    void dq_unpack_k_blocks(const uint8_t* w, uint8_t* k_steps, ptrdiff_t k_blocks)
 
-   The k-steps, two for each, of k-blocks of 2 * DQ_LANES outputs of 4-bit codes, for dq_tiles with AMX. Products
-   of DQ_GROUP_TILES_FROM rows and more go that way; none do where it is 0. */
+   The k-steps, DQ_K_BLOCK / DQ_PANEL_DEPTH for each, of k-blocks of 2 * DQ_LANES outputs of 4-bit codes, for
+   dq_tiles. Products of DQ_GROUP_TILES_FROM rows and more go that way; none do where it is 0. */
 
 /* ---- Matrix products, 4 bits ---------------------------------------------------------------------------- */
 
@@ -262,6 +285,11 @@ enum { DQ_PAIRS, DQ_EIGHTS, DQ_CENTERED, DQ_WIDE };
    The end of a group: acc + float(s - zero_point * a_sum) * scale, where |s| and |zero_point * a_sum| are below
    2**24, so that floats hold them and their difference exactly.
 
+   void dq_four_k_blocks(const uint8_t* w, const uint8_t* a, dq_acc* s0, dq_acc* s1)
+
+   s0 and s1, the sums of 2 * DQ_LANES outputs for one row, += four k-blocks. DQ_FOUR_K_BLOCKS is 0 where there is
+   no such form.
+
    dq_floats dq_group_add_minimums(dq_floats acc, dq_acc s, dq_floats minimums, float a_sum, dq_floats scales)
 
    The same for codes that stand for code * scale + minimum: acc + (float(s) * scale + minimum * a_sum), each product
@@ -271,9 +299,9 @@ enum { DQ_PAIRS, DQ_EIGHTS, DQ_CENTERED, DQ_WIDE };
                       const uint8_t* a_sums, ptrdiff_t stride, ptrdiff_t rows, float* acc, ptrdiff_t k_blocks,
                       ptrdiff_t prefetch_distance)
 
-   acc (rows, 2 * DQ_LANES): dq_group_add, or with `minimums` dq_group_add_minimums, of a group of `k_blocks` k-blocks, a multiple of 4, for at most DQ_KEPT_ROWS
-   rows of a and of their sums, both `stride` bytes apart. The codes `prefetch_distance` bytes on are prefetched.
-   DQ_KEPT_ROWS is 1 where there is no such form. */
+   acc (rows, 2 * DQ_LANES): dq_group_add, or with `minimums` dq_group_add_minimums, of a group of `k_blocks`
+   k-blocks, a multiple of 4, for at most DQ_KEPT_ROWS rows of a and of their sums, both `stride` bytes apart. The
+   codes `prefetch_distance` bytes on are prefetched. DQ_KEPT_ROWS is 1 where there is no such form. */
 #define DQ_K_BLOCK 8
 
 /* ---- Rotation ------------------------------------------------------------------------------------------- */
@@ -296,7 +324,18 @@ enum { DQ_PAIRS, DQ_EIGHTS, DQ_CENTERED, DQ_WIDE };
 #if defined(DQ_SSE2)
 #include "sse2.h"
 #endif
+#if defined(__ARM_FEATURE_MATMUL_INT8) && defined(DQ_NEON)
+#include "i8mm.h"
+#endif
+#if defined(DQ_NEON)
+#include "neon.h"
+#endif
+#if defined(__ARM_FEATURE_DOTPROD) && defined(DQ_NEON)
+#include "dotprod.h" /* in the types of neon.h */
+#endif
 #include "scalar.h"
+
+#define DQ_STEP_BYTES (DQ_PANEL_DEPTH < 4 ? 4 : DQ_PANEL_DEPTH)
 
 /* How the weights of a product with one row of activations come from the caches and from memory, in which
    processors differ. DQ_CONCURRENT_PANELS, 1 or 4, is how many panels of 8-bit weights are read in turns;
@@ -319,9 +358,9 @@ enum { DQ_PAIRS, DQ_EIGHTS, DQ_CENTERED, DQ_WIDE };
 #define DQ_PRODUCTS_PER_NS 640
 #elif defined(__AVX512VNNI__)
 #define DQ_PRODUCTS_PER_NS 240
-#elif defined(__AVX512BW__) || defined(__AVXVNNI__)
+#elif defined(__AVX512BW__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_MATMUL_INT8)
 #define DQ_PRODUCTS_PER_NS 120
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
 #define DQ_PRODUCTS_PER_NS 80
 #else
 #define DQ_PRODUCTS_PER_NS 20

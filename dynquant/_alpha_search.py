@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from ._format import DynamicScaleMode, MaxAbs
+from ._batches import ActivationRows, sampled_rows
+from ._calibrator import Calibrator
+from ._format import DynamicScaleMode, MaxAbs, Percentile
 from ._linear import QuantLinear
-from ._smooth import SmoothQuantConfig, as_weights, channel_magnitudes, factors_of, largest_weights
-from ._validate import F32, as_flag, as_matrix
+from ._smooth import (
+    SmoothQuantConfig,
+    activation_rows,
+    as_channels,
+    channel_magnitudes,
+    factors_of,
+    known_magnitudes,
+    largest_weights,
+)
+from ._validate import F32, as_flag, as_thread_count
 from ._weights import weight_format
-from .errors import EmptyInputError, InvalidAlphaError, NonFiniteError, ParameterError, shown
+from .errors import DTypeError, EmptyInputError, InvalidAlphaError, NonFiniteError, ParameterError, shown
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -25,11 +36,13 @@ _ALPHAS = tuple(i / 20 for i in range(21))
 # What is worked on at once: bytes of quantized weights over all candidates, and floats of inputs and outputs.
 _LAYER_BYTES = 1 << 24
 _ROW_FLOATS = 1 << 19
+# Floats of activations that layers are built for; building costs as much as some hundred rows.
+_BLOCK_FLOATS = 1 << 22
 # Outputs are taken in whole panels of the kernels, which are of 32 at most.
 _OUTPUTS = 32
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AlphaSearch:
     """What `search_alpha` found.
 
@@ -40,7 +53,8 @@ class AlphaSearch:
     factors : ndarray of float32, (in_features,)
         The smoothing factors for it.
     errors : tuple of float
-        Error of the layers' outputs for each of `alphas`.
+        Squared error of the layers' outputs for each of `alphas`, added up over tokens and outputs; with
+        `relative` in units of each token's squared output, otherwise in those of the outputs, squared.
     alphas : tuple of float
         In the order given.
     unsmoothed_error : float
@@ -48,14 +62,30 @@ class AlphaSearch:
     """
 
     alpha: float
-    factors: NDArray[np.float32] = field(repr=False)
+    factors: NDArray[np.float32]
     errors: tuple[float, ...]
     alphas: tuple[float, ...]
     unsmoothed_error: float
 
+    def __repr__(self) -> str:
+        error = min(self.errors)
+        if error > 0 and self.unsmoothed_error > 0:
+            gain = 10 * math.log10(self.unsmoothed_error / error)
+            change = f"{abs(gain):.1f} dB {'less' if gain >= 0 else 'more'} squared error than unsmoothed"
+        else:
+            change = f"squared error {error:.3g}, unsmoothed {self.unsmoothed_error:.3g}"
+        return f"AlphaSearch(alpha={self.alpha:g}: {change}; {len(self.alphas)} tried)"
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> NoReturn:
+        """Refused: NumPy would make an array of one object, and save it in a file that it does not read."""
+        raise DTypeError(
+            "expected an array, got AlphaSearch: factors is the array that a layer takes; alpha, alphas and "
+            "errors are numbers"
+        )
+
 
 def search_alpha(
-    activations: ArrayLike,
+    activations: ArrayLike | Iterable[ArrayLike] | Calibrator,
     weights: ArrayLike | Sequence[ArrayLike],
     *,
     alphas: Iterable[float] | None = None,
@@ -66,13 +96,17 @@ def search_alpha(
     group_size: int | None = None,
     symmetric: bool | None = None,
     hadamard: bool = False,
+    num_threads: int = 1,
 ) -> AlphaSearch:
     """The migration strength that costs the output of a quantized layer least on calibration data.
 
     Parameters
     ----------
-    activations : array_like of floats, (tokens, in_features)
+    activations : array_like of floats, (..., in_features), an iterable of such arrays, or a Calibrator
         What reached the layer on calibration data: the factors come from it, and the error is measured on it.
+        Batches are read twice, one at a time, and empty ones are passed over; those of an iterator are kept,
+        and so are all for a percentile. Of a Calibrator, made with `rows`, the factors come from all that it
+        has seen, and the error is measured on its sample.
     weights : array_like of floats, (out_features, in_features), or a list or tuple of such arrays
         Several arrays share the input and the factors; their errors are added up.
     alphas : iterable of float, optional
@@ -86,6 +120,8 @@ def search_alpha(
         the largest outputs may decide alone.
     bits, group_size, symmetric, hadamard
         How the layer will be quantized, as in `QuantLinear.from_float`.
+    num_threads : int
+        As in `dynamic_quantize`, except for the float64 product; see the notes.
 
     Returns
     -------
@@ -108,8 +144,8 @@ def search_alpha(
     For each candidate `QuantLinear` is built and called, and the squares of what its output is away from the
     product in float64 are added up. Layers are built for some outputs at a time and called on some rows at a
     time: about 25 MiB of scratch, or 32 bytes for each input and candidate and 400 for each input if that is
-    more; and 8 bytes for each candidate and token. The float64 product is NumPy's, on as many threads as
-    NumPy is set to.
+    more; and 8 bytes for each candidate and token. As many batches as make up 16 MiB of float32 are worked on
+    together. The float64 product is NumPy's, on as many threads as NumPy is set to.
 
     Channels that were never active have factor 1 in either mode.
 
@@ -127,15 +163,33 @@ def search_alpha(
     """
     relative, hadamard = as_flag(relative, "relative"), as_flag(hadamard, "hadamard")
     weight_format(bits, group_size, symmetric)
+    threads = as_thread_count(num_threads)
     configs = _configs(alphas, epsilon)
-    a = as_matrix(activations, "activations", "(tokens, in_features)")
-    matrices = as_weights(weights, a.shape[1])
-    act_amax, weight_amax = channel_magnitudes(a, mode), largest_weights(matrices)
+    if isinstance(activations, Calibrator):
+        as_channels(activations, "activations")
+        rows, matrices = activation_rows(sampled_rows(activations, "activations"), weights, once=False)
+        act_amax = known_magnitudes(activations, mode)
+    else:
+        rows, matrices = activation_rows(activations, weights, once=False)
+        if isinstance(mode, Percentile):
+            rows = rows.joined()
+        act_amax = channel_magnitudes(rows, mode, threads)
+    weight_amax = largest_weights(matrices, threads)
     candidates = [factors_of(act_amax, weight_amax, config) for config in configs]
     build = functools.partial(
-        QuantLinear.from_float, bits=bits, group_size=group_size, symmetric=symmetric, hadamard=hadamard
+        QuantLinear.from_float,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        hadamard=hadamard,
+        num_threads=threads,
     )
-    unsmoothed, *errors = _output_errors(a, matrices.values(), [None, *candidates], build, relative)
+    total = np.zeros(1 + len(candidates))
+    for block in _blocks(rows):
+        total += _output_errors(block, matrices, [None, *candidates], build, relative, threads)
+    if not np.isfinite(total).all():
+        raise ParameterError("activations: expected outputs within float32, got inf")
+    unsmoothed, *errors = total.tolist()
     best = int(np.argmin(errors))
     return AlphaSearch(
         alpha=float(configs[best].alpha),
@@ -163,27 +217,47 @@ def _config(alpha: Any, epsilon: float, name: str) -> SmoothQuantConfig:
         raise InvalidAlphaError(alpha, name) from error
 
 
+def _blocks(rows: ActivationRows) -> Iterator[NDArray[Any]]:
+    """The rows in matrices, large enough to build layers for: small batches are put together."""
+    gathered: list[NDArray[Any]] = []
+    for matrix in rows:
+        if matrix.size >= _BLOCK_FLOATS:
+            yield matrix
+            continue
+        # Copies: the memory of a batch may be used again for the next.
+        gathered.append(matrix.astype(F32))
+        if sum(part.size for part in gathered) >= _BLOCK_FLOATS:
+            yield np.concatenate(gathered)
+            gathered = []
+    if gathered:
+        yield np.concatenate(gathered)
+
+
 def _output_errors(
     a: NDArray[Any],
-    weights: Iterable[NDArray[Any]],
+    weights: dict[str, NDArray[Any]],
     candidates: list[NDArray[np.float32] | None],
     build: Callable[..., QuantLinear],
     relative: bool,
-) -> list[float]:
+    threads: int,
+) -> NDArray[np.float64]:
     """Squared error of the outputs over all weights and rows, for each candidate's factors."""
     total = np.zeros(len(candidates))
-    try:
-        for w in weights:
-            errors, power = _row_errors(a, w, candidates, build)
-            if relative:
-                # Against no output there is no relative error: such rows do not count.
-                errors = np.divide(errors, power, out=np.zeros_like(errors), where=power > 0)
-            total += errors.sum(axis=1)
-    except NonFiniteError as error:
-        raise ParameterError(f"activations: expected {error.argument} within float32, got inf") from error
-    if not np.isfinite(total).all():
-        raise ParameterError("activations: expected outputs within float32, got inf")
-    return [float(error) for error in total]
+    for name, w in weights.items():
+        try:
+            errors, power = _row_errors(a, w, candidates, build, threads)
+        except NonFiniteError as error:
+            argument = "activations" if error.argument.startswith("x") else name
+            raise ParameterError(f"{argument}: expected {error.argument} within float32, got inf") from error
+        except ParameterError as error:
+            raise ParameterError(
+                f"{name}: expected rows of weights and activations within float32 when rotated ({error})"
+            ) from error
+        if relative:
+            # Against no output there is no relative error: such rows do not count.
+            errors = np.divide(errors, power, out=np.zeros_like(errors), where=power > 0)
+        total += errors.sum(axis=1)
+    return total
 
 
 def _row_errors(
@@ -191,13 +265,15 @@ def _row_errors(
     w: NDArray[Any],
     candidates: list[NDArray[np.float32] | None],
     build: Callable[..., QuantLinear],
+    threads: int,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Squared error (candidates, tokens) and squared output (tokens,) of every row."""
     errors, power = np.zeros((len(candidates), len(a))), np.zeros(len(a))
     outputs = max(1, _LAYER_BYTES // (len(candidates) * a.shape[1] * _OUTPUTS)) * _OUTPUTS
     for first in range(0, len(w), outputs):
         part = w[first : first + outputs].astype(F32, copy=False)
-        _add_row_errors(a, part, [build(part, smooth=factors) for factors in candidates], errors, power)
+        layers = [build(part, smooth=factors) for factors in candidates]
+        _add_row_errors(a, part, layers, errors, power, threads)
     return errors, power
 
 
@@ -207,6 +283,7 @@ def _add_row_errors(
     layers: list[QuantLinear],
     errors: NDArray[np.float64],
     power: NDArray[np.float64],
+    threads: int,
 ) -> None:
     wide = w.astype(np.float64)
     rows = max(1, _ROW_FLOATS // sum(w.shape))
@@ -217,4 +294,4 @@ def _add_row_errors(
         power[here] += np.square(exact).sum(axis=1)
         for layer, row_errors in zip(layers, errors, strict=True):
             with np.errstate(all="ignore"):
-                row_errors[here] += np.square(layer(x) - exact).sum(axis=1)
+                row_errors[here] += np.square(layer(x, num_threads=threads) - exact).sum(axis=1)
