@@ -157,7 +157,8 @@ def test_finds_what_a_sort_of_all_scores_does(isa, kind, metric, q):
 
 @pytest.mark.parametrize("zero_points", [True, False])
 @pytest.mark.parametrize(
-    ("d", "group"), [(1, None), (31, None), (65, None), (97, 32), (320, 64), (64, 32), (9000, 32), (9001, 8192)]
+    ("d", "group"),
+    [(1, None), (31, None), (65, None), (97, 32), (320, 64), (64, 32), (9000, 32), (9001, 8192)],
 )
 def test_one_query_reads_packed_codes_as_they_lie(isa, d, group, zero_points):
     """With the scores of the matrix product, of which one query and many make different use."""

@@ -12,7 +12,6 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
 
-from .._calibrate import Calibrator
 from .._validate import as_path
 from ..errors import ParameterError, shown
 from ._stored import bad_file
@@ -48,10 +47,6 @@ def checked_calibration(calibration: Any, layers: Mapping[str, str]) -> dict[str
         layer = name.removesuffix(".weight") if isinstance(name, str) else name
         if layer not in layers:
             raise ParameterError(f"calibration: expected names of layers to quantize, got {shown(name)}")
-        if isinstance(rows, Calibrator):
-            raise ParameterError(
-                f"calibration: expected rows of {shown(name)}, got a Calibrator, which has statistics only"
-            )
         found[layer] = rows
     return found
 

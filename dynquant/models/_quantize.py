@@ -103,10 +103,11 @@ def quantize_model(
     exclude : str or sequence of str
         Patterns of what is left as it is.
     calibration : str, os.PathLike, or mapping, optional
-        Rows that layers have had as inputs, (..., in_features), or iterables of such arrays, by name of the
-        layer; or the path of an archive of them that `numpy.savez` wrote. Codes are then chosen so that
-        errors cancel on such rows, and the error of the outputs is reported. Such a layer is quantized as a
-        whole, in memory of a few times its size. Only for "compressed-tensors".
+        By name of the layer, rows that it has had as inputs, (..., in_features), an iterable of such arrays,
+        or a Calibrator that has sampled rows; or the path of an archive of such rows that `numpy.savez`
+        wrote. Codes are then chosen so that errors cancel on such rows, and the error of the outputs is
+        reported. Such a layer is quantized as a whole, in memory of a few times its size. Only for
+        "compressed-tensors".
     format : {"compressed-tensors", "gguf"}
     num_threads : int
         As for `dynamic_quantize`.
