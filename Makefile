@@ -21,7 +21,8 @@ library = $$($(CC) -print-file-name=$(1).so)
 UNSANITIZED := $(addprefix --deselect tests/test_,memory.py allocation.py old_cpus.py \
 	import.py::test_time_and_memory_of_the_import)
 
-.PHONY: help demo test test-dask test-torch lint docs bench bench-peers bench-avx2 wheel wheels sanitize tsan leaks fuzz old-cpus arm arm-mca arm-wheel clean
+.PHONY: help demo test test-dask test-models test-torch lint docs bench bench-peers bench-avx2 wheel wheels sanitize tsan \
+	leaks fuzz old-cpus arm arm-mca arm-wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +47,10 @@ demo: $(VENV)/installed  ## quantize a real feed-forward block: bytes, accuracy 
 
 test: lint $(VENV)/installed-test  ## lint, then test the installed wheel on every instruction set
 	$(BIN)/pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
+
+test-models: $(VENV)/installed-test $(VENV)/installed-models  ## model files, reports and the command line
+	$(BIN)/pytest tests/models tests/test_layouts.py tests/test_import.py $(PYTEST_ARGS)
+	$(BIN)/pytest tests/test_docs.py -k "models or command_line" $(PYTEST_ARGS)
 
 test-dask: $(VENV)/installed-test $(VENV)/installed-dask  ## Dask arrays, on a cluster of two processes too
 	$(BIN)/pytest tests/test_dask.py tests/test_import.py $(PYTEST_ARGS)

@@ -12,10 +12,13 @@ outliers           hadamard_transform; compute_smooth_factors, search_alpha, smo
 calibration        Calibrator: streams, merges, saves; CalibStats.collect
 search             top_k, EmbeddingIndex: the best of a corpus of embeddings, exactly; recall_report;
                    quantize_array: files larger than memory
+model files        open_model, quantize_model, compare_recipes; `python -m dynquant` (extra: models)
 measuring          error_metrics, quantization_mae
 errors             all derive from DynQuantError and from the built-in exception that fits
 C, Cython, CPU     get_include, from dynquant.capi cimport ..., simd_info
 """
+
+from typing import TYPE_CHECKING, Any
 
 try:
     from . import _core  # noqa: F401
@@ -73,6 +76,19 @@ from .errors import (
     SilentChannelWarning,
 )
 
+if TYPE_CHECKING:
+    from .models import (
+        LayerView,
+        ModelFile,
+        ModelReport,
+        RecipeRow,
+        RecipeTable,
+        TensorReport,
+        compare_recipes,
+        open_model,
+        quantize_model,
+    )
+
 __version__ = "0.2.0.dev0"
 
 __all__ = [
@@ -91,17 +107,24 @@ __all__ = [
     "InvalidAlphaError",
     "InvalidPercentileError",
     "IsaError",
+    "LayerView",
     "LayoutError",
     "MaxAbs",
+    "ModelFile",
+    "ModelReport",
     "NonFiniteError",
     "ParameterError",
     "Percentile",
     "QuantLinear",
     "RecallReport",
     "RecallRow",
+    "RecipeRow",
+    "RecipeTable",
     "ShapeMismatchError",
     "SilentChannelWarning",
     "SmoothQuantConfig",
+    "TensorReport",
+    "compare_recipes",
     "compute_scale",
     "compute_smooth_factors",
     "dynamic_quantize",
@@ -114,9 +137,11 @@ __all__ = [
     "get_include",
     "hadamard_transform",
     "int8_inner",
+    "open_model",
     "quantization_mae",
     "quantize",
     "quantize_array",
+    "quantize_model",
     "quantize_weights",
     "recall_report",
     "search_alpha",
@@ -129,3 +154,28 @@ __all__ = [
     "w8a8_matmul",
     "w8a8_matvec",
 ]
+
+# Of `dynquant.models`, which is imported when one of them is first used: most programs read no model files.
+_MODELS = {
+    "LayerView",
+    "ModelFile",
+    "ModelReport",
+    "RecipeRow",
+    "RecipeTable",
+    "TensorReport",
+    "compare_recipes",
+    "open_model",
+    "quantize_model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODELS:
+        from . import models
+
+        return getattr(models, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODELS})

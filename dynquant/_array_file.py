@@ -10,10 +10,11 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from ._files import read_array, read_json, write_json
+from ._progress import reporter
 from ._tensor import DynQuantTensor
 from ._validate import F32, U8, as_array, as_count, as_floats, as_path, as_thread_count
 from ._weights import quantize_weights
-from .errors import DTypeError, EmptyInputError, NonFiniteError, ParameterError, ShapeMismatchError, shown
+from .errors import DTypeError, EmptyInputError, NonFiniteError, ParameterError, ShapeMismatchError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -83,7 +84,7 @@ def quantize_array(
     dtype do.
     """
     folder, threads = as_path(target), as_thread_count(num_threads)
-    report = _reporter(progress)
+    report = reporter(progress, "vector")
     with _opened(source) as rows:
         n, d = rows.shape
         block = _rows_of_block(rows_per_block, d)
@@ -325,28 +326,3 @@ class _Work:
             np.zeros((1, d), F32), bits=self._content["bits"], group_size=self._content["group_size"]
         ).format
         return DynQuantTensor(arrays["codes"], arrays["scales"], arrays.get("zero_points"), (n, d), fmt)
-
-
-def _reporter(progress: Any) -> Callable[[int, int], object]:
-    """What is called with the vectors that are done, and all."""
-    if progress is None or progress is False:
-        return lambda done, n: None
-    if progress is not True:
-        if not callable(progress):
-            raise ParameterError(f"progress: expected a bool or a callable, got {shown(progress)}")
-        result: Callable[[int, int], object] = progress
-        return result
-    try:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
-    except ImportError:
-        return lambda done, n: None
-    bars: list[Any] = []
-
-    def show(done: int, n: int) -> None:
-        if not bars:
-            bars.append(tqdm(total=n, initial=done, unit="vector", unit_scale=True))
-        bars[0].update(done - bars[0].n)
-        if done == n:
-            bars[0].close()
-
-    return show

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,14 +32,13 @@ def sync_folder(path: str) -> None:
             os.close(handle)
 
 
-def write_json(path: str, content: dict[str, Any]) -> None:
-    """Replace a file by `content`, whole or not at all."""
-    import json  # here, because most programs never need it
-
+@contextlib.contextmanager
+def replaced(path: str) -> Iterator[IO[bytes]]:
+    """A new file that replaces the one at `path` when the block ends, whole or not at all."""
     partial = f"{path}.{os.urandom(8).hex()}.partial"
     try:
-        with open(partial, "x", encoding="ascii") as file:
-            json.dump(content, file, indent=1)
+        with open(partial, "xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -47,6 +47,14 @@ def write_json(path: str, content: dict[str, Any]) -> None:
             os.unlink(partial)
         raise
     sync_folder(os.path.dirname(path) or ".")
+
+
+def write_json(path: str, content: dict[str, Any], indent: int = 1) -> None:
+    """Replace a file by `content`, whole or not at all."""
+    import json  # here, because most programs never need it
+
+    with replaced(path) as file:
+        file.write(json.dumps(content, indent=indent).encode("ascii"))
 
 
 def save_folder(path: str, name: str, content: dict[str, Any], arrays: dict[str, list[NDArray[Any]]]) -> None:

@@ -28,9 +28,9 @@ _AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 _ONES = np.uint32(0x11111111)
 
 # ggml's numbers of block types, and how many bytes 32 weights take.
-Q4_0, Q8_0 = 2, 8
+Q4_0, Q4_1, Q8_0 = 2, 3, 8
 BLOCK = 32
-BLOCK_BYTES = {Q4_0: 18, Q8_0: 34}
+BLOCK_BYTES = {Q4_0: 18, Q4_1: 20, Q8_0: 34}
 
 _MATMULNBITS_BLOCKS = (16, 32, 64, 128, 256)
 
@@ -39,8 +39,8 @@ def to_layout(tensor: DynQuantTensor, name: str, scale_dtype: DTypeLike | None) 
     """`DynQuantTensor.to_layout`."""
     layout = _layout(name)
     check_weight(tensor, "tensor", INT8_ROWS, INT8_GROUPS, INT4)
-    if tensor.minimums is not None:
-        raise ParameterError(f"tensor: expected codes without minimums, got {shown(tensor)}")
+    if tensor.minimums is not None and name != "gguf":
+        raise ParameterError(f"tensor: expected codes without minimums for {name}, got {shown(tensor)}")
     if tensor.element_count == 0:
         raise EmptyInputError(f"tensor: expected at least one element, got shape {tensor.shape}")
     if scale_dtype is None:
@@ -83,26 +83,26 @@ def _float_dtype(value: Any) -> np.dtype[Any]:
 # ---- Nibbles and words ----
 
 
-def _nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """(m, b) bytes -> (m, 2 * b) nibbles, the low one first."""
     m, b = packed.shape
-    nibbles = np.empty((m, 2 * b), U8)
-    np.bitwise_and(packed, 15, out=nibbles[:, ::2])
-    np.right_shift(packed, 4, out=nibbles[:, 1::2])
-    return nibbles
+    codes = np.empty((m, 2 * b), U8)
+    np.bitwise_and(packed, 15, out=codes[:, ::2])
+    np.right_shift(packed, 4, out=codes[:, 1::2])
+    return codes
 
 
-def _packed(nibbles: NDArray[np.uint8], multiple: int = 2) -> NDArray[np.uint8]:
+def _packed(codes: NDArray[np.uint8], multiple: int = 2) -> NDArray[np.uint8]:
     """(m, k) nibbles -> bytes, the low one first, of rows filled up with zeros to a multiple."""
-    k = nibbles.shape[1]
+    k = codes.shape[1]
     if k % multiple:
-        nibbles = np.pad(nibbles, ((0, 0), (0, -k % multiple)))
-    return nibbles[:, ::2] | nibbles[:, 1::2] << np.uint8(4)
+        codes = np.pad(codes, ((0, 0), (0, -k % multiple)))
+    return codes[:, ::2] | codes[:, 1::2] << U8.type(4)
 
 
-def _words(nibbles: NDArray[np.uint8]) -> NDArray[np.int32]:
+def words(codes: NDArray[np.uint8]) -> NDArray[np.int32]:
     """(m, k) nibbles -> (m, ceil(k / 8)) words, the lowest first."""
-    return np.ascontiguousarray(_packed(nibbles, 8)).view(_WORD).astype(np.int32, copy=False)
+    return np.ascontiguousarray(_packed(codes, 8)).view(_WORD).astype(np.int32, copy=False)
 
 
 def _bytes_of_words(words: NDArray[Any]) -> NDArray[np.uint8]:
@@ -110,13 +110,14 @@ def _bytes_of_words(words: NDArray[Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(words, _WORD).view(U8)
 
 
-def _unsigned(tensor: DynQuantTensor) -> NDArray[np.uint8]:
+def unsigned(tensor: DynQuantTensor) -> NDArray[np.uint8]:
     """The packed codes of a 4-bit tensor as 0..15: symmetric ones with 8 added."""
-    return tensor.data if tensor.zero_points is not None else tensor.data ^ U8.type(0x88)
+    symmetric = tensor.zero_points is None and tensor.minimums is None
+    return tensor.data ^ U8.type(0x88) if symmetric else tensor.data
 
 
 def _zero_points(tensor: DynQuantTensor) -> NDArray[np.uint8] | None:
-    """(out_features, groups) zero points of the codes that `_unsigned` gives; None if all are 8."""
+    """(out_features, groups) zero points of the codes that `unsigned` gives; None if all are 8."""
     if tensor.zero_points is None or (tensor.zero_points == 8).all():
         return None
     return tensor.zero_points.reshape(tensor.shape[0], -1)
@@ -128,18 +129,20 @@ def _int4(
     scales: NDArray[np.float32],
     zero_points: NDArray[np.uint8] | None,
     group: int,
+    minimums: NDArray[np.float32] | None = None,
 ) -> DynQuantTensor:
-    """Weights of packed codes 0..15; scales and zero points are (out_features, groups)."""
+    """Weights of packed codes 0..15; scales, and zero points or minimums, are (out_features, groups)."""
     n, groups = scales.shape
     fmt = DynQuantFormat.INT4_PER_ROW_PACKED
-    if groups > 1:
+    if groups > 1 or minimums is not None:
         fmt = DynQuantFormat.int4_per_group_packed(group)
     shape = fmt.scales_shape((n, k))
-    if zero_points is None:
+    if minimums is not None:
+        minimums = minimums.reshape(shape)
+    elif zero_points is None:
         zero_points = np.full(shape, 8, U8)
-    return DynQuantTensor(
-        data[:, : (k + 1) // 2], scales.reshape(shape), zero_points.reshape(shape), (n, k), fmt
-    )
+    zeros = None if zero_points is None else zero_points.reshape(shape)
+    return DynQuantTensor(data[:, : (k + 1) // 2], scales.reshape(shape), zeros, (n, k), fmt, minimums)
 
 
 def _int8(data: NDArray[np.int8], scales: NDArray[np.float32], group: int) -> DynQuantTensor:
@@ -226,24 +229,24 @@ def _write_compressed_tensors(tensor: DynQuantTensor, scales: NDArray[Any]) -> A
     if tensor.format.bits == 8:
         return {"weight": tensor.data, "weight_scale": scales}
     arrays = {
-        "weight_packed": _words_of_rows(_unsigned(tensor), k),
+        "weight_packed": words_of_rows(unsigned(tensor), k),
         "weight_scale": scales,
         "weight_shape": np.array([n, k], np.int64),
     }
     if (zero_points := _zero_points(tensor)) is not None:
-        arrays["weight_zero_point"] = np.ascontiguousarray(_words(zero_points.T).T)
+        arrays["weight_zero_point"] = np.ascontiguousarray(words(zero_points.T).T)
     return arrays
 
 
-def _words_of_rows(packed: NDArray[np.uint8], k: int) -> NDArray[np.int32]:
+def words_of_rows(packed: NDArray[np.uint8], k: int) -> NDArray[np.int32]:
     """(n, ceil(k / 8)) words of packed rows of k codes, filled up with zeros."""
     n, b = packed.shape
-    words = np.zeros((n, -(-k // 8)), _WORD)
-    as_bytes = words.view(U8)
+    result = np.zeros((n, -(-k // 8)), _WORD)
+    as_bytes = result.view(U8)
     as_bytes[:, :b] = packed
     if k % 2:
         as_bytes[:, b - 1] &= 15
-    return words.astype(np.int32, copy=False)
+    return result.astype(np.int32, copy=False)
 
 
 def _read_compressed_tensors(arrays: Mapping[str, Any]) -> DynQuantTensor:
@@ -298,7 +301,7 @@ def _read_pack_quantized(arrays: Mapping[str, Any]) -> DynQuantTensor:
         packed = _integers(arrays, "weight_zero_point", 2, np.int32)
         _expect_shape(packed, (-(-n * bits // 32), groups), "weight_zero_point")
         zero_points = _bytes_of_words(packed.T)
-        zero_points = np.ascontiguousarray((_nibbles(zero_points) if bits == 4 else zero_points)[:, :n].T)
+        zero_points = np.ascontiguousarray((nibbles(zero_points) if bits == 4 else zero_points)[:, :n].T)
     if bits == 4:
         return _int4(_bytes_of_words(words), k, scales, zero_points, group)
     if zero_points is not None and (zero_points != 128).any():
@@ -314,7 +317,7 @@ def _write_gptq(tensor: DynQuantTensor, scales: NDArray[Any], v1: bool) -> Array
     n, k = _outputs_and_inputs(tensor, name)
     _multiple_of_8(k, "in_features", name)
     group = tensor.format.group_of(k)
-    qzeros = _words(_all_zero_points(tensor).T).view(np.uint32)
+    qzeros = words(_all_zero_points(tensor).T).view(np.uint32)
     if v1:
         if (_all_zero_points(tensor) == 0).any():
             raise ParameterError(
@@ -323,7 +326,7 @@ def _write_gptq(tensor: DynQuantTensor, scales: NDArray[Any], v1: bool) -> Array
             )
         qzeros = qzeros - _ONES
     return {
-        "qweight": np.ascontiguousarray(_words_of_rows(_unsigned(tensor), k).T),
+        "qweight": np.ascontiguousarray(words_of_rows(unsigned(tensor), k).T),
         "qzeros": qzeros.view(np.int32),
         "scales": np.ascontiguousarray(scales.reshape(n, -1).T),
         "g_idx": (np.arange(k) // group).astype(np.int32),
@@ -340,7 +343,7 @@ def _outputs_and_inputs(tensor: DynQuantTensor, name: str) -> tuple[int, ...]:
 
 
 def _all_zero_points(tensor: DynQuantTensor) -> NDArray[np.uint8]:
-    """(out_features, groups) zero points of the codes that `_unsigned` gives."""
+    """(out_features, groups) zero points of the codes that `unsigned` gives."""
     n = tensor.shape[0]
     if tensor.zero_points is None:
         return np.full((n, tensor.scales.size // n), 8, U8)
@@ -363,7 +366,7 @@ def _read_gptq(arrays: Mapping[str, Any], v1: bool) -> DynQuantTensor:
     if v1:
         # Whole words, as libraries add it: where a zero point of 0 was stored, a borrow comes back.
         qzeros = (qzeros.view(np.uint32) + _ONES).view(np.int32)
-    zero_points = np.ascontiguousarray(_nibbles(_bytes_of_words(qzeros)).T)
+    zero_points = np.ascontiguousarray(nibbles(_bytes_of_words(qzeros)).T)
     return _int4(_bytes_of_words(qweight.T), k, np.ascontiguousarray(scales.T), zero_points, group)
 
 
@@ -380,10 +383,10 @@ def _qzeros(arrays: Mapping[str, Any], scales: NDArray[Any], n: int) -> NDArray[
 
 def _write_awq(tensor: DynQuantTensor, scales: NDArray[Any]) -> Arrays:
     n, k = _outputs_and_inputs(tensor, "awq")
-    codes = _nibbles(_unsigned(tensor))[:, :k]
+    codes = nibbles(unsigned(tensor))[:, :k]
     return {
-        "qweight": _words(_in_awq_order(codes.T, _AWQ_ORDER)),
-        "qzeros": _words(_in_awq_order(_all_zero_points(tensor).T, _AWQ_ORDER)),
+        "qweight": words(_in_awq_order(codes.T, _AWQ_ORDER)),
+        "qzeros": words(_in_awq_order(_all_zero_points(tensor).T, _AWQ_ORDER)),
         "scales": np.ascontiguousarray(scales.reshape(n, -1).T),
     }
 
@@ -402,7 +405,7 @@ def _read_awq(arrays: Mapping[str, Any]) -> DynQuantTensor:
     qzeros = _qzeros(arrays, scales, n)
     order = np.argsort(_AWQ_ORDER)
     codes, zero_points = (
-        np.ascontiguousarray(_in_awq_order(_nibbles(_bytes_of_words(words)), order).T)
+        np.ascontiguousarray(_in_awq_order(nibbles(_bytes_of_words(words)), order).T)
         for words in (qweight, qzeros)
     )
     group = _group_of(k, scales.shape[0], "scales")
@@ -414,46 +417,58 @@ def _read_awq(arrays: Mapping[str, Any]) -> DynQuantTensor:
 
 def _write_gguf(tensor: DynQuantTensor, scales: NDArray[Any]) -> Arrays:
     n, k = tensor.shape
-    bits = tensor.format.bits
-    if tensor.format.group_size != BLOCK or k % BLOCK or _zero_points(tensor) is not None:
+    if (
+        tensor.format.group_size != BLOCK
+        or k % BLOCK
+        or (tensor.minimums is None and _zero_points(tensor) is not None)
+    ):
         raise ParameterError(
             f"tensor: expected groups of {BLOCK} without zero points besides 8, and in_features in multiples "
             f"of {BLOCK} for gguf, got {tensor}"
         )
-    with np.errstate(over="ignore", under="ignore"):
-        halves = scales.astype(F16)
-    if (halves != scales).any():
-        raise ParameterError(
-            "tensor: expected scales that are float16 values for gguf, got others; scale_dtype=np.float16 "
-            "rounds them"
-        )
-    number = Q8_0 if bits == 8 else Q4_0
+    number = Q8_0 if tensor.format.bits == 8 else Q4_0 if tensor.minimums is None else Q4_1
     blocks = np.empty((n, k // BLOCK, BLOCK_BYTES[number]), U8)
-    blocks[..., :2] = halves.astype("<f2")[..., np.newaxis].view(U8)
-    if bits == 8:
+    blocks[..., :2] = _halves(scales)
+    if number == Q8_0:
         blocks[..., 2:] = tensor.data.reshape(n, -1, BLOCK).view(U8)
-    else:
-        codes = _nibbles(_unsigned(tensor)).reshape(n, -1, BLOCK)
-        blocks[..., 2:] = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << U8.type(4)
+        return {"data": blocks.reshape(n, -1), "type": np.array(number)}
+    if tensor.minimums is not None:
+        blocks[..., 2:4] = _halves(tensor.minimums.astype(scales.dtype))
+    codes = nibbles(unsigned(tensor)).reshape(n, -1, BLOCK)
+    blocks[..., -BLOCK // 2 :] = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << U8.type(4)
     return {"data": blocks.reshape(n, -1), "type": np.array(number)}
+
+
+def _halves(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """The bytes (..., 2) of float16 values; nothing is rounded."""
+    with np.errstate(over="ignore", under="ignore"):
+        halves = values.astype(F16)
+    if (halves != values).any():
+        raise ParameterError(
+            "tensor: expected scales and minimums that are float16 values for gguf, got others; "
+            "scale_dtype=np.float16 rounds them"
+        )
+    return halves.astype("<f2")[..., np.newaxis].view(U8)
 
 
 def _read_gguf(arrays: Mapping[str, Any]) -> DynQuantTensor:
     check_names(arrays, {"data", "type"}, set())
-    number = _number(arrays["type"], "type", {Q4_0: " (Q4_0)", Q8_0: " (Q8_0)"})
+    number = _number(arrays["type"], "type", {Q4_0: " (Q4_0)", Q4_1: " (Q4_1)", Q8_0: " (Q8_0)"})
     data = _integers(arrays, "data", 2, np.uint8)
     size = BLOCK_BYTES[number]
     if data.shape[1] % size:
         raise ShapeMismatchError(f"(out_features, blocks of {size} bytes)", data.shape, "data")
     n, blocks = data.shape[0], data.shape[1] // size
     parts = np.ascontiguousarray(data).reshape(n, blocks, size)
-    scales = np.ascontiguousarray(parts[..., :2]).view("<f2")[..., 0].astype(F32)
-    check_finite(scales, "data")
-    codes = parts[..., 2:]
+    halves = np.ascontiguousarray(parts[..., : 4 if number == Q4_1 else 2]).view("<f2").astype(F32)
+    check_finite(halves, "data")
+    scales = np.ascontiguousarray(halves[..., 0])
     if number == Q8_0:
-        return _int8(np.ascontiguousarray(codes).view(I8).reshape(n, -1), scales, BLOCK)
-    nibbles = np.concatenate([codes & U8.type(15), codes >> U8.type(4)], axis=-1)
-    return _int4(_packed(nibbles.reshape(n, -1)), blocks * BLOCK, scales, None, BLOCK)
+        return _int8(np.ascontiguousarray(parts[..., 2:]).view(I8).reshape(n, -1), scales, BLOCK)
+    codes = parts[..., -BLOCK // 2 :]
+    codes = np.concatenate([codes & U8.type(15), codes >> U8.type(4)], axis=-1)
+    minimums = np.ascontiguousarray(halves[..., 1]) if number == Q4_1 else None
+    return _int4(_packed(codes.reshape(n, -1)), blocks * BLOCK, scales, None, BLOCK, minimums)
 
 
 # ---- MatMulNBits of ONNX Runtime ----
@@ -473,7 +488,7 @@ def _write_matmulnbits(tensor: DynQuantTensor, scales: NDArray[Any]) -> Arrays:
         data[:, :k] = tensor.data.view(U8) ^ U8.type(0x80)
         data[:, k:] = 0x80
     else:
-        codes = _unsigned(tensor)
+        codes = unsigned(tensor)
         data[:, : codes.shape[1]] = codes
     arrays = {
         "B": data.reshape(n, blocks, -1),
@@ -499,16 +514,30 @@ def _read_matmulnbits(arrays: Mapping[str, Any]) -> DynQuantTensor:
     zero_points = arrays.get("zero_points")
     if zero_points is not None:
         given = as_array(zero_points, "zero_points")
+        if bits == 4 and given.dtype in (F32, F16):
+            return _with_float_zeros(arrays, data, k, scales, group)
         if given.dtype != U8:
-            raise DTypeError(f"zero_points: expected dtype uint8, got {given.dtype}")
+            raise DTypeError(f"zero_points: expected dtype uint8 or, of 4 bits, floats, got {given.dtype}")
         given = _of_blocks(given, n, -(-blocks * bits // 8), "zero_points")
-        zero_points = _nibbles(given)[:, :blocks] if bits == 4 else given
+        zero_points = nibbles(given)[:, :blocks] if bits == 4 else given
     rows = np.ascontiguousarray(data).reshape(n, -1)
     if bits == 4:
         return _int4(rows, k, scales, zero_points, group)
     if zero_points is not None and (zero_points != 128).any():
         raise ParameterError("zero_points: expected 128 for 8-bit weights, got others")
     return _int8((rows[:, :k] ^ U8.type(0x80)).view(I8), scales, group)
+
+
+def _with_float_zeros(
+    arrays: Mapping[str, Any], data: NDArray[np.uint8], k: int, scales: NDArray[np.float32], group: int
+) -> DynQuantTensor:
+    """4-bit weights whose zero points are floats: these become minimums, rounded to float32."""
+    zeros = _of_blocks(_scales(arrays, "zero_points"), len(scales), scales.shape[1], "zero_points")
+    with np.errstate(over="ignore"):
+        minimums = -zeros * scales
+    check_finite(minimums, "zero_points")
+    rows = np.ascontiguousarray(data).reshape(len(data), -1)
+    return _int4(rows, k, scales, None, group, minimums)
 
 
 def _of_blocks(array: NDArray[Any], n: int, length: int, name: str) -> NDArray[Any]:

@@ -137,3 +137,7 @@ ctypedef struct Kernels:
                                       Py_ssize_t n) noexcept nogil
     double (*dot_row_f32_f64)(const float* x, const float* y, Py_ssize_t n) noexcept nogil
     double (*square_distance_row_f32_f64)(const float* x, const float* y, Py_ssize_t n) noexcept nogil
+    # gguf.pxi
+    bint (*quantize_row_q8_0)(const float* x, uint8_t* blocks, Py_ssize_t n) noexcept nogil
+    bint (*quantize_row_q4_0)(const float* x, uint8_t* blocks, Py_ssize_t n) noexcept nogil
+    bint (*quantize_row_q4_1)(const float* x, uint8_t* blocks, Py_ssize_t n) noexcept nogil

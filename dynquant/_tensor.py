@@ -196,10 +196,11 @@ class DynQuantTensor:
         awq                  4 bits: ``qweight`` int32 (k, n / 8), ``qzeros`` int32 (g, n / 8), ``scales``
                              (g, n), for the GEMM kernels of AutoAWQ.
         gguf                 groups of 32: ``data`` uint8, rows of blocks, and ``type``, ggml's number of the
-                             type: Q8_0, or Q4_0 for 4 bits with zero points of 8.
+                             type: Q8_0; for 4 bits with zero points of 8 Q4_0, with minimums Q4_1.
         matmulnbits          groups of 16, 32, 64, 128 or 256: ``B`` uint8 (n, g, group_size * bits / 8),
                              ``scales`` (n, g), ``zero_points`` uint8 (n, ceil(g / 2)) unless all are 8, and
-                             the attributes ``K`` and ``bits``.
+                             the attributes ``K`` and ``bits``. Zero points that are floats are read too, and
+                             become minimums.
         ==================== ===============================================================================
 
         Sources: the packing functions of compressed-tensors, GPTQModel and AutoAWQ, ggml's block types, and

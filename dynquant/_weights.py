@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -152,8 +152,12 @@ def quantize_matrix(
     moments: SecondMoments | None,
     threads: int,
     name: str,
+    round_scales: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None,
 ) -> DynQuantTensor:
-    """`quantize_weights` for a finite matrix called `name`, and options that are checked."""
+    """`quantize_weights` for a finite matrix called `name`, and options that are checked.
+
+    `round_scales` gives scales as they will be stored: codes are made for these.
+    """
     rows, group = float_matrix(w, *w.shape), fmt.group_of(w.shape[1])
     scales = np.empty(fmt.scales_shape(w.shape), F32)
     zero_points = None if symmetric else np.empty(scales.shape, U8)
@@ -163,7 +167,9 @@ def quantize_matrix(
     _core.fit_rows(rows, codes, fmt.clip if symmetric else 15, search, column_weights, threads)
     if not np.isfinite(scales).all():
         raise ParameterError(f"{name}: expected the range of each group within float32, got one beyond it")
-    _core.quantize_rows(rows, codes, fmt.clip, not search, threads)
+    if round_scales is not None:
+        scales[...] = round_scales(scales)
+    _core.quantize_rows(rows, codes, fmt.clip, not search and round_scales is None, threads)
     tensor = tensor_of_checked(data, scales, w.shape, fmt, zero_points)
     if moments is not None:
         compensate(w, tensor, moments, search, threads)

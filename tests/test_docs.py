@@ -1,7 +1,8 @@
 """README and docs: every block of Python runs, prints what the page shows, and every link leads somewhere.
 
 The blocks of a page run from top to bottom in one namespace. A block that is fenced as `output` shows what
-the block before it prints; a block without one prints nothing. The text has to be the same. A number with a
+the block before it prints; a block without one prints nothing. Commands of dynquant run too: a block that is
+fenced as `console` shows what they print. The text has to be the same. A number with a
 decimal point may differ by one in its last digit: the last bits of NumPy's products depend on the BLAS.
 """
 
@@ -10,11 +11,14 @@ import io
 import itertools
 import os
 import re
+import shlex
 import shutil
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
+
+from dynquant import cli
 
 ROOT = Path(__file__).parent.parent
 GUIDE = sorted((ROOT / "docs").rglob("*.md"))
@@ -24,7 +28,7 @@ LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 DECIMAL = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")
 
 # Pages that need a package of an extra.
-EXTRAS = {"dask": "dask.array"}
+EXTRAS = {"dask": "dask.array", "models": "safetensors", "command_line": "safetensors"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -36,8 +40,15 @@ def examples(text):
     return [
         (line, code, follower[1] if follower[0] == "output" else "")
         for (language, code, line), follower in pairs
-        if language == "python"
+        if language == "python" or (language == "console" and code.startswith("$ dynquant "))
     ]
+
+
+def parts_of(block):
+    """The commands of a block, and what they print: its other lines."""
+    lines = block.splitlines(keepends=True)
+    commands = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+    return commands, "".join(line for line in lines if not line.startswith("$ "))
 
 
 def prose(page):
@@ -86,7 +97,12 @@ def test_code_prints_what_the_page_shows(page, tmp_path, monkeypatch):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             # Blank lines in front, so that a traceback names the line of the page.
-            exec(compile("\n" * line + code, str(page), "exec"), namespace)
+            if code.startswith("$ "):
+                commands, shown = parts_of(code)
+                for command in commands:
+                    assert cli.main(shlex.split(command.removeprefix("dynquant "))) == 0, command
+            else:
+                exec(compile("\n" * line + code, str(page), "exec"), namespace)
         found = printed.getvalue()
         assert agree(shown, found), f"{page}:{line} prints\n{found}\nand shows\n{shown}"
 
@@ -94,7 +110,8 @@ def test_code_prints_what_the_page_shows(page, tmp_path, monkeypatch):
 @each_page
 def test_code_fits_the_page(page):
     """84 characters: on a window of 1,400 pixels nobody has to scroll sideways."""
-    code = [code for _, code, _ in examples(page.read_text(encoding="utf-8"))]
+    blocks = [code for _, code, _ in examples(page.read_text(encoding="utf-8"))]
+    code = [block for block in blocks if not block.startswith("$ ")]
     assert not [line for line in "".join(code).splitlines() if len(line) > 84]
 
 
@@ -127,6 +144,15 @@ def names_in_the_reference():
 def test_reference_has_every_public_name(module):
     public = pytest.importorskip(module, exc_type=ImportError).__all__
     assert sorted(names_in_the_reference()[module]) == sorted(public)
+
+
+def test_command_line_has_every_option():
+    text = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
+    (commands,) = [action for action in cli._parser()._actions if action.choices]
+    for name, parser in commands.choices.items():
+        assert f"dynquant {name}" in text
+        for action in parser._actions:
+            assert action.dest == "help" or any(o in text for o in action.option_strings or [action.metavar])
 
 
 def test_readme_is_short():

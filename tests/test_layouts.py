@@ -265,6 +265,37 @@ def test_one_scale_for_all():
     assert DynQuantTensor.from_layout("compressed-tensors", arrays).dequantize()[1].tolist() == [6.0, 8.0]
 
 
+def test_q4_1_has_minimums():
+    rng = np.random.default_rng(0)
+    data = rng.integers(0, 256, (3, 40)).astype(np.uint8)
+    halves = rng.standard_normal((3, 2, 2)).astype("<f2")
+    data.reshape(3, 2, 20)[..., :4] = halves.view(np.uint8)
+    tensor = DynQuantTensor.from_layout("gguf", {"data": data, "type": 3})
+    codes = data.reshape(3, 2, 20)[..., 4:]
+    codes = np.concatenate([codes & 15, codes >> 4], axis=-1).astype(F32)
+    d, m = halves[..., :1].astype(F32), halves[..., 1:].astype(F32)
+    assert_same_bits(tensor.dequantize(), (codes * d + m).reshape(3, 64))
+    again = tensor.to_layout("gguf")
+    assert again["type"] == 3
+    assert_same_bits(again["data"], data)
+    for name in set(LAYOUTS) - {"gguf"}:
+        with pytest.raises(ParameterError, match="tensor: expected codes without minimums"):
+            tensor.to_layout(name)
+    tensor.minimums[0, 0] = 0.1
+    with pytest.raises(ParameterError, match="tensor: expected scales and minimums that are float16"):
+        tensor.to_layout("gguf")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, F32])
+def test_zero_points_that_are_floats(dtype):
+    tensor, codes, scales, _ = int4(5, 96, 32)
+    arrays = tensor.to_layout("matmulnbits")
+    arrays["zero_points"] = np.random.default_rng(1).uniform(0, 15, (5, 3)).astype(dtype)
+    back = DynQuantTensor.from_layout("matmulnbits", arrays)
+    zeros, of = arrays["zero_points"].astype(F32), np.arange(96) // 32
+    assert_same_bits(back.dequantize(), codes.astype(F32) * scales[:, of] + (-zeros * scales)[:, of])
+
+
 def test_byte_order_of_files():
     tensor, *_ = int4(8, 64, 32)
     for name in INT4_LAYOUTS:
@@ -408,7 +439,7 @@ I32 = np.int32
         ),
         (
             "matmulnbits",
-            {"zero_points": np.ones((8, 1), F32)},
+            {"zero_points": np.ones((8, 1), np.int8)},
             DTypeError,
             "zero_points: expected dtype",
         ),

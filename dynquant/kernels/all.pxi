@@ -145,6 +145,7 @@ include "compensate.pxi"
 include "calibrate.pxi"
 include "hadamard.pxi"
 include "top_k.pxi"
+include "gguf.pxi"
 
 
 cdef Kernels kernels
@@ -216,5 +217,8 @@ kernels.matvec_u4s8_f32 = matvec_u4s8_f32
 kernels.negative_distance_row_f32 = negative_distance_row_f32
 kernels.dot_row_f32_f64 = dot_row_f32_f64
 kernels.square_distance_row_f32_f64 = square_distance_row_f32_f64
+kernels.quantize_row_q8_0 = quantize_row_q8_0
+kernels.quantize_row_q4_0 = quantize_row_q4_0
+kernels.quantize_row_q4_1 = quantize_row_q4_1
 
 table = PyCapsule_New(&kernels, "dynquant._table.Kernels", NULL)
