@@ -25,8 +25,8 @@ cdef inline bint any_above(const float* scores, float threshold) noexcept nogil:
     return not below
 
 
-# Keys of those scores (n,) that are above the threshold, or that are all where it is NaN, and allowed; score i
-# is that of index first + i. allowed (n,) is NULL where all are. Returns how many there are, -1 if one of them
+# Keys of those scores (n,) that are above the threshold, or of all where it is NaN, and allowed; score i is
+# that of index first + i. allowed (n,) is NULL where all are. Returns how many there are, -1 if one of them
 # is NaN: keys has room for n. After the first blocks of a corpus hardly any score is above, so the loop does
 # little but compare.
 cdef Py_ssize_t collect_above_f32(const float* scores, float threshold, uint32_t first,
