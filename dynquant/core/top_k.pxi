@@ -196,8 +196,8 @@ cdef inline void add_row(float* x, const float* y, Py_ssize_t n) noexcept nogil:
         x[i] += y[i]
 
 
-# Puts the hits of one query among n scores of vectors from `first` on into its reservoir; returns whether none
-# of them is NaN.
+# Puts the hits of one query among n scores of vectors from `first` on into its reservoir; returns whether
+# none of them is NaN.
 cdef bint collect_hits(const TopKSearch* s, const TopKPart* part, Py_ssize_t q, const float* scores,
                        Py_ssize_t first, Py_ssize_t n) noexcept nogil:
     cdef uint64_t* keys = part.keys + q * s.capacity
@@ -326,8 +326,8 @@ def top_k(CodeMatrix corpus not None, const int8_t[:, ::1] queries not None, con
     """Keys of the best hits.shape[2] vectors for each query, of each part of the corpus, in any order.
 
     The corpus has one scale for each vector where it is int8. `bias` is added to the scores. `allowed` has a
-    row, or one for each query. Returns how many parts, of at most hits.shape[0], were used; 0 where a score was
-    NaN.
+    row, or one for each query. Returns how many parts, of at most hits.shape[0], were used; 0 where a score
+    was NaN.
     """
     cdef TopKSearch s
     cdef TopKPart part
