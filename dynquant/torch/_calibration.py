@@ -67,9 +67,7 @@ def _checked(kept: Any, name: str, k: int, smooth: Any) -> Any:
     if kept.count == 0:
         raise ParameterError(f"{label}: expected a Calibrator that has seen something, got an empty one")
     if smooth is None or smooth == "search":
-        raise ParameterError(
-            f"{label}: expected rows, as from observe(model), got statistics alone"
-        )
+        raise ParameterError(f"{label}: expected rows, as from observe(model), got statistics alone")
     return kept
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._format import DynQuantFormat
 from .._linear import as_activations, moments_of, transform_of
 from .._smooth import as_factors
 from .._tensor import DynQuantTensor
@@ -18,7 +17,7 @@ from .._transform import InputTransform
 from .._validate import F32, as_count, as_finite_vector, as_flag, as_matrix, as_thread_count
 from .._weights import quantize_matrix, weight_format
 from ..errors import DTypeError, ParameterError
-from ._ops import TENSORS, Packed, check_input, packed_of, version_of
+from ._ops import TENSORS, Packed, check_input, codes_of, packed_of, version_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -211,6 +210,34 @@ class QuantLinear(nn.Module):
         module.train(linear.training)
         return module
 
+    @classmethod
+    def of_codes(
+        cls, codes: DynQuantTensor, bias: Tensor | None, activation_symmetric: bool = True
+    ) -> QuantLinear:
+        """A module of weights that are quantized already, whose memory is kept."""
+        module = cls.__new__(cls)
+        offset = None if bias is None else as_finite_vector(_array_of(bias), "bias", codes.shape[0])
+        module._set(codes, offset, None, None, activation_symmetric, None)
+        return module
+
+    def codes(self) -> DynQuantTensor:
+        """The weights, smoothed and rotated where the layer is, as `quantize_weights` gives them."""
+        fmt = weight_format(self.bits, self.group_size, None)[0]
+        return codes_of(self.weight, self.weight_scale, self.weight_zero_point, self.in_features, fmt)
+
+    def options(self) -> dict[str, Any]:
+        """What the constructor makes a module of the same kind from."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "hadamard": self.hadamard,
+            "smooth": self.smooth is not None,
+            "activation_symmetric": self.activation_symmetric,
+        }
+
     def tied(self, linear: nn.Module, name: str) -> QuantLinear:
         """A module for `linear`, whose weight this one was made of: the same tensors, but its own bias."""
         _, bias = float_arrays(linear, name)
@@ -369,8 +396,3 @@ def _array_of(tensor: Tensor) -> NDArray[Any]:
     """NumPy's view of a tensor, or of a float32 copy where NumPy has no such dtype."""
     tensor = tensor.detach()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def format_of(module: QuantLinear) -> DynQuantFormat:
-    """That of the module's weights."""
-    return weight_format(module.bits, module.group_size, None)[0]
