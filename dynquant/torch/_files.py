@@ -30,6 +30,9 @@ _SECTION = "quantization_config"
 _STANDARD, _OWN = "compressed-tensors", "dynquant"
 
 _LAYOUT = "compressed-tensors"
+
+# The zero point that symmetric codes of 4 bits have there.
+_MIDDLE = 8
 _COMPRESSED = {
     8: ("weight", "weight_scale", "weight_zero_point", "weight_g_idx"),
     4: ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
@@ -60,7 +63,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Models that are neither smoothed nor rotated are written in the format of compressed-tensors,
     ``int-quantized`` for 8 bits and ``pack-quantized`` for 4, which the libraries compressed-tensors and
     transformers, and other engines, read with the same dequantized values. 8-bit activations are part of the
-    first format; 4-bit weights are declared as weights alone.
+    first format; 4-bit weights are declared as weights alone. Releases of compressed-tensors up to 0.20 read
+    4-bit weights within transformers only if they are symmetric; by themselves they read all.
 
     Others, and models with a Conv1D or with groups that do not divide in_features, are the state of the
     modules as it is, for `load_into` alone. Readers of compressed-tensors refuse them: ``config.json`` has a
@@ -184,7 +188,7 @@ def _refused_section(layers: dict[str, QuantLinear]) -> dict[str, Any]:
 
     A method of another name would not do: transformers warns of it and goes on, with codes for weights.
     """
-    group = {"targets": ["Linear"], "dynquant": "inputs are smoothed or rotated: dynquant.torch.load_into"}
+    group = {"targets": ["Linear"], "dynquant": "smoothed or rotated"}
     return {"quant_method": _STANDARD, "config_groups": {"group_0": group}, "layers": options_of(layers)}
 
 
@@ -192,7 +196,10 @@ def _standard_section(model: nn.Module, layers: dict[str, QuantLinear]) -> dict[
     """What config.json has about layers in the formats of compressed-tensors."""
     recipes: dict[tuple[Any, ...], list[str]] = {}
     for name, layer in layers.items():
-        recipes.setdefault((layer.bits, layer.group_size, layer.activation_symmetric), []).append(name)
+        zero_point = layer.weight_zero_point
+        symmetric = zero_point is None or bool((zero_point == _MIDDLE).all())
+        recipe = layer.bits, layer.group_size, symmetric, layer.activation_symmetric
+        recipes.setdefault(recipe, []).append(name)
     left = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     groups = {
         f"group_{i}": _group(recipe, ["Linear"] if len(recipes) == 1 else names)
@@ -209,11 +216,11 @@ def _standard_section(model: nn.Module, layers: dict[str, QuantLinear]) -> dict[
 
 
 def _group(recipe: tuple[Any, ...], targets: list[str]) -> dict[str, Any]:
-    bits, group_size, symmetric = recipe
+    bits, group_size, symmetric, activation_symmetric = recipe
     weights = {
         "num_bits": bits,
         "type": "int",
-        "symmetric": bits == 8,
+        "symmetric": symmetric,
         "strategy": "channel" if group_size is None else "group",
         "group_size": group_size,
         "dynamic": False,
@@ -221,7 +228,7 @@ def _group(recipe: tuple[Any, ...], targets: list[str]) -> dict[str, Any]:
     activations = {
         "num_bits": 8,
         "type": "int",
-        "symmetric": symmetric,
+        "symmetric": activation_symmetric,
         "strategy": "token",
         "dynamic": True,
     }

@@ -39,6 +39,8 @@ class QuantLinear(nn.Module):
     bits : {8, 4}
     group_size : int, optional
         How many in_features share a scale of the weights; by default all.
+    symmetric : bool, optional
+        Whether 4-bit codes are around zero; by default they have zero points.
     hadamard : bool
         Whether inputs are rotated.
     smooth : bool
@@ -55,7 +57,7 @@ class QuantLinear(nn.Module):
         byte, the even one in the low nibble.
     weight_scale : Tensor of float32, (out_features, groups)
     weight_zero_point : Tensor of uint8, (out_features, groups), or None
-        With 4 bits.
+        With 4 bits, unless they are symmetric.
     bias : Tensor of float32, (out_features,), or None
     smooth : Tensor of float32, (in_features,), or None
     signs : Tensor of int8, (in_features,), or None
@@ -96,12 +98,13 @@ class QuantLinear(nn.Module):
         *,
         bits: int = 8,
         group_size: int | None = None,
+        symmetric: bool | None = None,
         hadamard: bool = False,
         smooth: bool = False,
         activation_symmetric: bool = True,
         num_threads: int | None = None,
     ) -> None:
-        fmt, symmetric = weight_format(bits, group_size, None)
+        fmt, symmetric = weight_format(bits, group_size, symmetric)
         k, n = as_count(in_features, "in_features"), as_count(out_features, "out_features")
         _, activation_symmetric = as_activations(8, activation_symmetric, fmt.bits)
         transform = transform_of(k, None, as_flag(hadamard, "hadamard"))
@@ -163,6 +166,7 @@ class QuantLinear(nn.Module):
         *,
         bits: int = 8,
         group_size: int | None = None,
+        symmetric: bool | None = None,
         hadamard: bool = False,
         activation_symmetric: bool = True,
         smooth: Any = None,
@@ -176,7 +180,7 @@ class QuantLinear(nn.Module):
         ----------
         linear : nn.Linear, or Conv1D of transformers
             On the CPU. It stays as it is.
-        bits, group_size, hadamard, activation_symmetric
+        bits, group_size, symmetric, hadamard, activation_symmetric
             As in `dynquant.QuantLinear.from_float`.
         smooth : array_like of floats, (in_features,), optional
             SmoothQuant factors above zero.
@@ -198,7 +202,7 @@ class QuantLinear(nn.Module):
         DynQuantError
             If another argument is not as described.
         """
-        fmt, symmetric = weight_format(bits, group_size, None)
+        fmt, symmetric = weight_format(bits, group_size, symmetric)
         _, activation_symmetric = as_activations(8, activation_symmetric, fmt.bits)
         w, bias, transform = prepared(linear, name, smooth, as_flag(hadamard, "hadamard"))
         k = w.shape[1]
@@ -233,6 +237,7 @@ class QuantLinear(nn.Module):
             "bias": self.bias is not None,
             "bits": self.bits,
             "group_size": self.group_size,
+            "symmetric": self.weight_zero_point is None,
             "hadamard": self.hadamard,
             "smooth": self.smooth is not None,
             "activation_symmetric": self.activation_symmetric,

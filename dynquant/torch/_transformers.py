@@ -23,7 +23,7 @@ class DynQuantConfig(QuantizationConfigMixin):
 
     Parameters
     ----------
-    bits, group_size, hadamard, activation_symmetric, include, exclude, num_threads
+    bits, group_size, symmetric, hadamard, activation_symmetric, include, exclude, num_threads
         As in `quantize`.
     layers : dict, optional
         The options of each quantized layer, as a checkpoint has them. Not for callers.
@@ -44,6 +44,7 @@ class DynQuantConfig(QuantizationConfigMixin):
         self,
         bits: int = 8,
         group_size: int | None = None,
+        symmetric: bool | None = None,
         hadamard: bool = False,
         activation_symmetric: bool = True,
         include: Any = None,
@@ -56,18 +57,18 @@ class DynQuantConfig(QuantizationConfigMixin):
         if unknown:
             raise ParameterError(f"quantization_config: expected options of quantize, got {unknown.pop()!r}")
         self.quant_method = _METHOD
-        weight_format(bits, group_size, None)
-        self.bits, self.group_size, self.hadamard = bits, group_size, hadamard
+        weight_format(bits, group_size, symmetric)
+        self.bits, self.group_size, self.symmetric, self.hadamard = bits, group_size, symmetric, hadamard
         self.activation_symmetric = activation_symmetric
         self.include, self.exclude, self.num_threads = include, exclude, num_threads
         self.layers = layers
 
     def options(self) -> dict[str, Any]:
         """Those of `quantize`."""
-        names = ("bits", "group_size", "hadamard", "activation_symmetric", "include", "num_threads")
+        names = ("bits", "group_size", "symmetric", "hadamard", "activation_symmetric", "include")
         # The default patterns may match nothing; a file gives them back as a list.
         given = {} if tuple(self.exclude or ()) == ("*lm_head",) else {"exclude": self.exclude}
-        return {**{name: getattr(self, name) for name in names}, **given}
+        return {**{name: getattr(self, name) for name in names}, "num_threads": self.num_threads, **given}
 
 
 @register_quantizer(_METHOD)

@@ -21,6 +21,7 @@ RECIPES = {
     "zero points": {"activation_symmetric": False},
     "int4": {"bits": 4},
     "int4 groups": {"bits": 4, "group_size": 32},
+    "int4 symmetric": {"bits": 4, "group_size": 32, "symmetric": True},
     "rotated": {"hadamard": True},
     "int4 rotated": {"bits": 4, "group_size": 32, "hadamard": True},
     "smoothed": {"smooth": 0.5},

@@ -105,7 +105,7 @@ def test_inputs_changed_in_between_are_not_shared():
 
 def test_hooks_go_when_the_model_raises():
     model = attention()
-    with pytest.raises(NonFiniteError, match="^input of query"), observe(model) as seen:
+    with pytest.raises(NonFiniteError, match=r"^input of query"), observe(model) as seen:
         model(torch.full((1, 2, 64), torch.nan))
     assert seen == {} and not model.query._forward_pre_hooks
 

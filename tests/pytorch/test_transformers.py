@@ -23,9 +23,10 @@ RECIPES = {
     "int8": {},
     "zero points": {"activation_symmetric": False},
     "groups": {"group_size": 32},
-    "int4": {"bits": 4},
-    "int4 groups": {"bits": 4, "group_size": 32},
+    "int4": {"bits": 4, "symmetric": True},
+    "int4 groups": {"bits": 4, "group_size": 32, "symmetric": True},
 }
+ASYMMETRIC = {"int4": {"bits": 4}, "int4 groups": {"bits": 4, "group_size": 32}}
 ROTATED = {"rotated": {"hadamard": True}, "int4 rotated": {"bits": 4, "group_size": 32, "hadamard": True}}
 
 
@@ -98,6 +99,23 @@ def test_transformers_reads_checkpoints_by_compressed_tensors(recipe, dtype, tmp
     assert len(layers) == 14
     for name, layer in layers.items():
         assert torch.equal(other.get_submodule(name).weight, layer.weight_dequantized())
+
+
+@parametrized(ASYMMETRIC)
+def test_compressed_tensors_reads_zero_points(recipe, tmp_path):
+    library = pytest.importorskip("compressed_tensors")
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = quantize(llama(), **recipe)
+    save(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    parsed = library.QuantizationConfig.model_validate(config)
+    compressor = library.compressors.BaseCompressor.get_value_from_registry(parsed.format)
+    tensors = safetensors.load_file(tmp_path / "model.safetensors")
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            state = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
+            read = compressor.decompress(state, parsed.config_groups["group_0"])
+            assert torch.equal(read["weight"], layer.weight_dequantized())
 
 
 @parametrized(ROTATED)
