@@ -24,7 +24,7 @@ LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 DECIMAL = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")
 
 # Pages that need a package of an extra.
-EXTRAS = {"dask": "dask.array"}
+EXTRAS = {"dask": "dask.array", "pytorch": "torch"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from .._alpha_search import search_alpha
 from .._batches import row_batches
-from .._calibrate import Calibrator
-from .._search import search_alpha
+from .._calibrator import Calibrator
 from .._smooth import SmoothQuantConfig, compute_smooth_factors
 from .._validate import F32
 from ..errors import FeatureDimMismatchError, ParameterError, shown

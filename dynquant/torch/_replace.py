@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .._calibrate import Calibrator
+from .._calibrator import Calibrator
 from .._linear import as_activations
 from .._metrics import error_metrics
 from .._validate import as_flag, as_thread_count
