@@ -21,7 +21,7 @@ library = $$($(CC) -print-file-name=$(1).so)
 UNSANITIZED := $(addprefix --deselect tests/test_,memory.py allocation.py old_cpus.py \
 	import.py::test_time_and_memory_of_the_import)
 
-.PHONY: help demo test test-dask test-models test-torch lint docs bench bench-peers bench-avx2 wheel wheels sanitize tsan \
+.PHONY: help demo test test-dask test-models test-torch demo-torch lint docs bench bench-peers bench-avx2 wheel wheels sanitize tsan \
 	leaks fuzz old-cpus arm arm-mca arm-wheel clean
 
 help:  ## list the targets
@@ -66,6 +66,9 @@ $(VENV)/installed-pytorch: $(VENV)/installed-test
 
 test-torch: $(VENV)/installed-pytorch  ## the tests of dynquant.torch, with PyTorch, transformers and a real model
 	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/pytorch $(PYTEST_ARGS)
+
+demo-torch: $(VENV)/installed-pytorch  ## a PyTorch model that encodes sentences: accuracy, bytes and speed
+	$(BIN)/python -m bench sentences $(BENCH_ARGS)
 
 lint: $(VENV)/installed-lint  ## ruff, cython-lint, mypy, stubs against the built modules
 	$(BIN)/ruff check .
