@@ -258,8 +258,9 @@ cdef Aligned aligned_memory(Py_ssize_t n) except *:
     return memory
 
 
-# Transposes in tiles of TILE_ROWS x TILE_COLUMNS, so that whole cache lines are read and written. Otherwise lines
-# that are a power of two apart would share a cache set, and evict each other before they are complete.
+# Transposes in tiles of TILE_ROWS x TILE_COLUMNS, so that whole cache lines are read and written. Otherwise
+# lines that are a power of two apart would share a cache set, and evict each other before they are
+# complete.
 cdef enum:
     TILE_ROWS = 16
     TILE_COLUMNS = 64

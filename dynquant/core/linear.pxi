@@ -1,5 +1,5 @@
-# A linear layer in the form that the kernels of one instruction set take. Its inputs are prepared here in each
-# call: smoothing, signs, then rotation, as _transform.py has them.
+# A linear layer in the form that the kernels of one instruction set take. Its inputs are prepared here in
+# each call: smoothing, signs, then rotation, as _transform.py has them.
 
 
 # x divided or multiplied by `factors`, unless NULL, and then rotated in spans of `block` elements, unless 0,

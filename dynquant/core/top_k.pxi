@@ -6,9 +6,10 @@
 # query's reservoir, which is cut back to the best k when it is full. So memory grows with queries times k,
 # never with the corpus.
 #
-# Ties: of equal scores the lower index wins, by hit_key in kernels/top_k.pxi. Vectors come in ascending order of
-# index, so one whose score only equals the k-th best can be dropped. Threads take ranges of the corpus, each with
-# reservoirs of its own. The best of all of them are the best of the corpus, since no two hits rank equal.
+# Ties: of equal scores the lower index wins, by hit_key in kernels/top_k.pxi. Vectors come in ascending
+# order of index, so one whose score only equals the k-th best can be dropped. Threads take ranges of the
+# corpus, each with reservoirs of its own. The best of all of them are the best of the corpus, since no two
+# hits rank equal.
 cdef enum:
     BLOCK_VECTORS = 256  # vectors of a block at most: 1 KiB of scores for each query
     BLOCK_BYTES = 1 << 17  # of a block's codes, which stay in a core's own cache while all queries use them

@@ -14,9 +14,9 @@
 #               starts with that number, modulo 2**16 like all sums in it, and so does the compensation.
 # DQ_WIDE       int16 codes and weights, VPMADDWD: 15 instructions for 64 products, whatever the codes are.
 #
-# Where a lane or a pair is out of range, the excess moves to residuals, as in split.pxi. Codes are scaled by the largest
-# magnitude of the row. Activations of real networks have a few large values and many small ones, so that few
-# lanes are out of range; where they are uniformly distributed nearly all are.
+# Where a lane or a pair is out of range, the excess moves to residuals, as in split.pxi. Codes are scaled
+# by the largest magnitude of the row. Activations of real networks have a few large values and many small
+# ones, so that few lanes are out of range; where they are uniformly distributed nearly all are.
 #
 # Codes take four bytes a k-step; in DQ_CENTERED 16 of them are followed by what starts their lanes, two
 # int16; in DQ_WIDE they are int16, the two even ones of a k-step first. Residuals have the rest of the 12

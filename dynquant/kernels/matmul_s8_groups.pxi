@@ -15,10 +15,9 @@
 # its sums begin with, DQ_LANES times, because a vector that has just been stored in parts is slow to load;
 # for each segment the end of its residuals; zero - center; the residuals.
 #
-# A sum starts at minus the correction for bias and zero point. So it ends at the exact sum, and nothing has to
-# be subtracted afterwards. With at most SEGMENT_K k nothing
-# wraps on the way: the start is at most 2 * 2**15 * 128 * 128 in magnitude, and what is added 2**15 * 128 *
-# 255, together less than 2**31.
+# A sum starts at minus the correction for bias and zero point. So it ends at the exact sum, and nothing has
+# to be subtracted afterwards. With at most SEGMENT_K k nothing wraps on the way: the start is at most 2 *
+# 2**15 * 128 * 128 in magnitude, and what is added 2**15 * 128 * 255, together less than 2**31.
 cdef enum:
     SEGMENT_K = 1 << 15
 
