@@ -285,18 +285,11 @@ class QuantLinear(nn.Module):
             if x.is_meta and self.weight.is_meta:
                 return self._traced(x)
             check_input(x)
-        packed = self._packed
-        if packed is None or not self._is_fresh():
-            packed = self._pack()
-        return packed(x, self.num_threads)
-
-    def _is_fresh(self) -> bool:
-        """Whether the packed form is that of the buffers as they are now."""
-        buffers = self._buffers
+        packed, buffers = self._packed, self._buffers
         for name, tensor, version in self._made_of:
             if buffers[name] is not tensor or tensor._version != version:
-                return False
-        return True
+                packed = None  # made of what is no longer there
+        return (packed or self._pack())(x, self.num_threads)
 
     def _pack(self) -> Packed:
         tensors = [self._buffers[name] for name in TENSORS]
@@ -333,6 +326,12 @@ class QuantLinear(nn.Module):
         finally:
             self._buffers.update(kept)
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A tensor in place of None is not among those that `forward` looks at."""
+        super().__setattr__(name, value)
+        if name in TENSORS:
+            super().__setattr__("_packed", None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None, "_made_of": ()}

@@ -56,7 +56,9 @@ class Packed:
             x = x.resolve_neg()
         if not x.is_contiguous():
             x = x.contiguous()
-        y = torch.empty((*shape[:-1], self._n), dtype=torch.float32, device="cpu")
+        # Naming the dtype costs as much as the rest of an allocation.
+        rows = (*shape[:-1], self._n)
+        y = x.new_empty(rows) if kind == _KIND_F32 else x.new_empty(rows, dtype=torch.float32)
         threads = torch.get_num_threads() if num_threads is None else num_threads
         m = x.numel() // k
         if not self._core.apply_at(x.data_ptr(), kind, m, y.data_ptr(), self._max_rows, threads):

@@ -202,6 +202,13 @@ def test_changes_of_the_tensors_count():
         module(x)
 
 
+def test_a_bias_that_comes_later_counts():
+    module, x = QuantLinear.from_float(nn.Linear(96, 64, bias=False)), inputs(3)
+    y = module(x)
+    module.bias = torch.ones(64)
+    assert torch.equal(module(x), y + 1)
+
+
 def test_states_of_inference_mode_can_be_loaded():
     module, x = layer(), inputs(3)
     with torch.inference_mode():
