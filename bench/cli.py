@@ -182,9 +182,29 @@ def _demo(argv: Sequence[str]) -> int:
     return demo.print_speeds() if args.speeds else demo.main(args.full)
 
 
+def _sentences(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} sentences",
+        description="Encode sentences with a quantized model of PyTorch: accuracy, bytes and speed.",
+    )
+    parser.add_argument("--no-avx512", action="store_true", help="keep everybody from AVX-512")
+    parser.add_argument("--profile", action="store_true", help="only where the time goes")
+    args = parser.parse_args(argv)
+    _one_thread()
+    if args.no_avx512:
+        from . import no_avx512
+
+        os.environ["DYNQUANT_ISA"] = "avx2"
+        no_avx512.apply(with_peers=True)
+    from . import sentences
+
+    return sentences.main(args.profile)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "compare": _compare,
     "chart": _chart,
     "table": _table,
     "demo": _demo,
+    "sentences": _sentences,
 }

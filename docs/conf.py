@@ -20,6 +20,8 @@ myst_heading_anchors = 3
 # The docstrings name types with their shapes and dtypes; the annotations would say it again, and less.
 autodoc_typehints = "none"
 autosummary_generate = True
+# PyTorch is large, and its builds differ from system to system: the docstrings do without.
+autodoc_mock_imports = ["torch", "transformers", "safetensors"]
 default_role = "py:obj"
 numpydoc_class_members_toctree = False
 numpydoc_show_inherited_class_members = False

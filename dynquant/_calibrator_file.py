@@ -1,4 +1,7 @@
-"""The file of a Calibrator: an archive of numbers, read with distrust, and that of version 0.1."""
+"""The file of a Calibrator, and that of version 0.1.
+
+It may come from anywhere. _npz.py refuses pickles and zip bombs, and every number is checked here.
+"""
 
 from __future__ import annotations
 
@@ -145,7 +148,7 @@ def _check_counts(state: CalibratorArrays, path: str) -> None:
     if (state.channel_counts.sum(axis=(0, 2), dtype=np.uint64) != rows).any():
         _raise_state(path, f"counts of a channel that do not add up to {rows}")
     if (np.diff(state.octaves.astype(int)) <= 0).any() or not state.channel_counts.any(axis=(1, 2)).all():
-        _raise_state(path, "octaves that do not ascend, or nothing is in")
+        _raise_state(path, "octaves that are not in ascending order, or have no counts")
 
 
 def _check_extremes(state: CalibratorArrays, path: str) -> None:
@@ -163,7 +166,7 @@ def _check_extremes(state: CalibratorArrays, path: str) -> None:
 def _check_channels(state: CalibratorArrays, path: str) -> None:
     amax = state.channel_amax
     if not np.isfinite(amax).all() or (amax.view(np.int32) < 0).any():
-        _raise_state(path, "largest magnitudes of channels that are none")
+        _raise_state(path, "largest magnitudes of channels that are negative or not finite")
     if not state.channels or state.elements == 0:
         if amax.any():
             _raise_state(path, "largest magnitudes of no elements")
@@ -185,7 +188,7 @@ def _top_bins(state: CalibratorArrays) -> NDArray[np.int64]:
 def _check_sums(state: CalibratorArrays, path: str) -> None:
     # 2**63 squares of float32 numbers; NaN fails the comparison.
     if not np.abs(state.sums).max() < 2.0 ** (63 + 2 * 128):
-        _raise_state(path, "sums beyond every possible one")
+        _raise_state(path, "sums larger than any input could give")
     if state.elements:
         mean, variance = mean_and_variance(state.elements, state.sums)
         least, most = state.extremes.tolist()

@@ -30,9 +30,9 @@ _DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _FIRST_TRIED = 3
 _DEFAULT_DAMPING = 1.0
 
-# Weaker damping than the first must leave less than this share of what the first leaves: rows held out
-# resemble those used more than inputs to come will, which the errors of other layers have reached. And of two
-# that leave nearly the same, that is taken which is farther from the first.
+# Weaker damping than the first is taken if its held-out error is below this share of the first's:
+# held-out rows resemble the rows used more than later inputs will, which also carry the errors of other
+# quantized layers. And of two with nearly the same error, the one farther from the first is taken.
 _WEAKER_LEAVES = 0.97
 _NEARLY_THE_SAME = 1.01
 

@@ -61,7 +61,7 @@ def select(isa: str | None = None) -> None:
     usable = [name for name in built if name in supported]
     if isa is not None and isa not in usable:
         raise IsaError(
-            f"{_VARIABLE}={isa!r} cannot be had: this build has {', '.join(built)}; "
+            f"{_VARIABLE}={isa!r} is not available: this build has {', '.join(built)}; "
             f"this CPU and operating system run {', '.join(supported)}"
             + "; Linux refuses AMX, as where the stack of a signal handler is too small for it"
             * refused
@@ -92,7 +92,7 @@ def simd_info() -> SimdInfo:
     The best one in both lists is selected when dynquant is imported; on macOS ``"dotprod"`` rather than
     ``"i8mm"``, which is no faster on the processors of Apple. The environment variable
     ``DYNQUANT_ISA``, set before that, selects one by name, and importing dynquant raises `IsaError` when it
-    cannot be had. Results do not depend on the choice in any bit.
+    is not available. Results do not depend on the choice in any bit.
 
     Linux has to permit the registers of AMX to the process. dynquant asks for them when the first weights are
     packed (with ``DYNQUANT_ISA=amx``, when it is imported). Linux refuses where the alternate stack of a

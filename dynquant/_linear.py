@@ -588,7 +588,7 @@ def transform_of(k: int, smooth: NDArray[np.float32] | None, hadamard: bool) -> 
 
 
 def moments_of(calibration: Any, k: int, relative: bool, transform: InputTransform) -> SecondMoments:
-    """Those of calibration rows as the layer meets them, with rotation still to come."""
+    """Second moments of smoothed calibration rows; signs and rotation are applied to the moments later."""
     smoothing = InputTransform(transform.smooth, None, 0)
     rotation = InputTransform(None, transform.signs, transform.span)
 

@@ -181,7 +181,7 @@ def raise_bad_row(x: NDArray[Any], layer: _core.PackedLinear, name: str) -> NoRe
         with np.errstate(over="ignore"):
             check_finite(x.astype(F32, copy=False) / np.abs(layer.factors), f"{name} / smooth")
     if layer.symmetric:
-        raise ParameterError(f"{name}: expected rows within float32 when rotated, got one that is not")
+        raise ParameterError(f"{name}: expected rows within float32 after rotation, got one that overflows")
     raise ParameterError(
         f"{name}: expected rows whose range, largest minus smallest value, is within float32, when rotated "
         "too if the layer does that; got one that is not"

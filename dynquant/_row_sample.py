@@ -41,7 +41,7 @@ class RowSample:
 
     @classmethod
     def restored(cls, capacity: int, rows: NDArray[np.float32]) -> RowSample:
-        """The sample that holds just these rows; `hashes` do not ascend if they are those of no sample."""
+        """The sample that holds just these rows; its hashes do not ascend if they are no sample."""
         return cls(capacity, _hashes(rows, 1), rows)
 
     def updated(self, x: NDArray[Any], threads: int) -> RowSample:

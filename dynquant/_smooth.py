@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 _NON_FINITE_BITS = 0x7F800000
 _MAX_ABS = MaxAbs()
 
-# Columns are ranked as rows of a transposed copy: of this many floats, or where columns are long of 16 of
-# them, which is a cache line of every row.
+# To rank columns, some at a time are copied to rows: about _TRANSPOSED floats, or _COLUMNS columns where
+# columns are long, since 16 floats are one cache line of each row.
 _TRANSPOSED = 1 << 16
 _COLUMNS = 16
 

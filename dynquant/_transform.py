@@ -1,4 +1,8 @@
-"""What a linear layer does to its inputs before they are quantized, and to its weights once to match."""
+"""What a linear layer does to its inputs before they are quantized, and to its weights once to match.
+
+Smoothing first, then signs, then rotation. A call of a layer does the same to its inputs row by row:
+`prepared_row` in core/linear.pxi.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +86,7 @@ class InputTransform:
             _core.hadamard(x.reshape(-1), self.span)
             if not _core.all_finite(float_matrix(x, *x.shape)):
                 raise ParameterError(
-                    f"{name}: expected rows within float32 when rotated, got one that is not"
+                    f"{name}: expected rows within float32 after rotation, got one that overflows"
                 )
         return x
 

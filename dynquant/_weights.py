@@ -93,16 +93,18 @@ def quantize_weights(
 
     With `calibration` rounding is error-compensated: Frantar et al., "GPTQ: Accurate Post-Training
     Quantization for Generative Pre-trained Transformers" (ICLR 2023), columns in the order of their second
-    moments. Weights that are zero stay zero. Damping comes from the data: of every four spans of eight rows
-    one is held out, by a hash of their index, and the damping with the least error there is taken, or plain
-    rounding if nothing is better; of 24 rows and fewer none is held out, and the damping is strong. Beside
-    the weights that takes about seven float32 matrices of in_features by in_features, and 32 MiB for outputs,
-    which are worked on in blocks; time goes with in_features squared times the sum of in_features, outputs
-    and rows. The products are NumPy's, and their last bits are those of the BLAS that NumPy uses: here alone
-    codes may differ from one machine to another.
+    moments. Weights that are zero stay zero. Damping comes from the data: of every four spans of rows one is
+    held out, by a hash of their index, and the damping with the least error there is taken, or plain rounding
+    if nothing is better; the weakest ones only where they are clearly better. A span has 8 rows, from row 512
+    on 64 and from row 1024 on 128, so that few texts are on both sides. Of 24 rows and fewer none is held
+    out, and the damping is strong. Beside the weights that takes about three float32 matrices of in_features
+    by in_features, and 32 MiB for outputs, which are worked on in blocks; time goes with in_features squared
+    times the sum of in_features, outputs and rows. The products are NumPy's, and their last bits are those of
+    the BLAS that NumPy uses: here alone codes may differ from one machine to another.
 
     `search` and `calibration` together choose ranges by the error that the rows weight, the diagonal of their
-    second moments, and go over the columns three times more, each rounded to what is best beside the others.
+    second moments. Three times more each scale is then fitted to the codes, by least squares of the error in
+    the output, and each column rounded to what is best beside the others. That takes several times as long.
 
     Examples
     --------

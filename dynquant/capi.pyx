@@ -1,8 +1,8 @@
 """The row kernels for other packages: cimported from capi.pxd, or by the table that dynquant.h describes."""
 
-# Design ------ One implementation: the functions that capi.pxd exports are those that the table points to.
-# The C compiler checks them against dynquant.h, Cython against capi.pxd, and a test holds the signatures of
-# both for ever.
+# There is one implementation: the functions that capi.pxd exports are those that the table points to. The C
+# compiler checks them against dynquant.h, and Cython against capi.pxd. A test compares both with a stored
+# list of signatures, so that none changes by accident.
 #
 # The kernels behind them have preconditions (the length of a block, a scale above 0, aligned panels, finite
 # input). These functions have none but valid pointers: each checks lengths and numbers first, then the

@@ -175,7 +175,7 @@ class LayoutError(DynQuantError, ValueError):
 
 
 class IsaError(DynQuantError, ImportError):
-    """The instruction set asked for by ``DYNQUANT_ISA`` cannot be had."""
+    """The instruction set asked for by ``DYNQUANT_ISA`` is not available."""
 
 
 class SilentChannelWarning(UserWarning):

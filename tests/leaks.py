@@ -65,7 +65,7 @@ EVERY = {
     **{f"{name} refuses": refused(calls) for name, calls in refusals().items()},
 }
 # Calls that measure time or wait for the disk; thousands of them would take hours.
-TOO_SLOW = {"a report of recall", "an index", "an array to a folder"}
+TOO_SLOW = {"a report of recall", "an index in a folder", "an array to a folder"}
 # Free lists of the interpreter, of NumPy and of malloc may have grown. 2,000 calls that each leak the
 # smallest block leak 32,000 bytes.
 MAX_OBJECTS, MAX_BYTES = 200, 16_000

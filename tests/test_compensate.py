@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from dynquant import (
     smooth_activations,
     smooth_weights,
 )
-from dynquant._compensate import SecondMoments, _is_held_out
+from dynquant._compensate import SecondMoments, _factor, _is_held_out
 
 F32 = np.float32
 
@@ -101,6 +102,29 @@ def test_a_search_finds_better_codes_and_ranges(name, hadamard):
         for search in (False, True)
     ]
     assert sqnr[1] > sqnr[0] + 0.3
+
+
+@pytest.mark.parametrize("k", [1, 5, 128, 300])
+def test_the_factor_in_place_is_that_of_numpy(k):
+    x = np.random.default_rng(0).standard_normal((2 * k, k))
+    h = (x.T @ x + np.eye(k)).astype(F32)
+    expected = np.linalg.cholesky(h.astype(np.float64))
+    _factor(h)
+    np.testing.assert_allclose(np.tril(h), expected, atol=1e-4 * np.abs(expected).max())
+    with pytest.raises(np.linalg.LinAlgError):
+        _factor(-h)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_memory_is_three_matrices_and_a_block_of_outputs(rotated):
+    k, n = 1536, 3000
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal((n, k), dtype=F32), rng.standard_normal((512, k), dtype=F32)
+    tracemalloc.start()
+    QuantLinear.from_float(w, bits=4, group_size=32, calibration=x, search=True, hadamard=rotated)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * 4 * k * k + (48 << 20) + (4 * n * k if rotated else 0)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -28,7 +28,12 @@ LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 DECIMAL = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")
 
 # Pages that need a package of an extra.
-EXTRAS = {"dask": "dask.array", "models": "safetensors", "command_line": "safetensors"}
+EXTRAS = {
+    "command_line": "safetensors",
+    "dask": "dask.array",
+    "models": "safetensors",
+    "pytorch": "torch",
+}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

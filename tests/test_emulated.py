@@ -40,7 +40,7 @@ pytestmark = [pytest.mark.whitebox, pytest.mark.slow]
 ROOT = pathlib.Path(__file__).parent.parent
 # Flags of each build.
 MACROS = ("SSE2", "AVX2", "AVXVNNI", "AVX512BW", "AVX512VNNI", "AMX_INT8", "F16C", "ARM_NEON")
-VNNI = ["-D__SSE2__", "-D__AVX512BW__", "-D__AVX512VNNI__"]
+VNNI = ["-D__SSE2__", "-D__AVX512BW__", "-D__AVX512VNNI__", "-U__ARM_NEON"]
 BUILDS = {
     "avxvnni": ["-march=x86-64-v3", "-DEMULATED_AVXVNNI"],
     "vnni": VNNI,

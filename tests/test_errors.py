@@ -628,7 +628,7 @@ BAD_CALLS = [
     Bad(ParameterError, "expected the range", QuantLinear.from_float, (X.T * F32(3e38),), {"bits": 4}),
     Bad(ParameterError, "w: expected the range", quantize_weights, (X.T * F32(3e38),), {"bits": 4}),
     # Instruction sets
-    *each(["sse9", "", "AVX2", 7], IsaError, "cannot be had", _isa.select),
+    *each(["sse9", "", "AVX2", 7], IsaError, "is not available", _isa.select),
 ]  # fmt: skip
 
 

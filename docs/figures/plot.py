@@ -56,7 +56,8 @@ LABELS = {
     "W4A8, groups of 128": ("plain", -3),
     "W4A8, groups of 32": ("plain", -4),
     "W4A8, groups of 32, compensated": ("compensated", -8),
-    "W4A8, groups of 32, compensated and rotated": ("compensated and rotated", 0),
+    "W4A8, groups of 32, compensated and rotated": ("compensated and rotated", -2),
+    "W4A8, groups of 32, compensated, searched and rotated": ("and searched", 2),
 }
 
 

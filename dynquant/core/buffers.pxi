@@ -258,9 +258,8 @@ cdef Aligned aligned_memory(Py_ssize_t n) except *:
     return memory
 
 
-# Memory in the order of columns is read a band of TILE_COLUMNS at a time, TILE_ROWS of it together: whole
-# cache lines of x, and whole ones of the result, which would evict each other before they are full where they
-# are a power of two apart.
+# Transposes in tiles of TILE_ROWS x TILE_COLUMNS, so that whole cache lines are read and written. Otherwise lines
+# that are a power of two apart would share a cache set, and evict each other before they are complete.
 cdef enum:
     TILE_ROWS = 16
     TILE_COLUMNS = 64

@@ -105,7 +105,7 @@ cdef inline Py_ssize_t moments_ns(Py_ssize_t n) noexcept nogil:
 
 
 cdef enum:
-    BINS_WORTH = 16  # the share of a thread, over that of others, which makes up for adding its bins
+    BINS_WORTH = 16  # bins that a thread must fill, for each that is added up afterwards, to be worth it
     CHANNELS_TOGETHER = 64  # of which the bins of several octaves, 2 KB each, stay in L1 from row to row
     MERGED = 256  # blocks whose sums are kept until they are merged
     OCTAVES = 256  # exponents of a float32; that of NaN and infinity among them
@@ -226,8 +226,8 @@ cdef bint sum_part_range(void* context, Py_ssize_t first, Py_ssize_t end) noexce
 cdef class CalibratorState:
     """Writable views of the arrays that a Calibrator keeps.
 
-    All is allocated and looked at before: once `update` or `merge` has begun to change them, nothing keeps it
-    from coming to an end.
+    All memory is allocated and all input validated in advance: once `update` or `merge` begins to write, it
+    cannot fail.
     """
 
     cdef int64_t[::1] count

@@ -127,7 +127,7 @@ cdef void pack_inner_panels(const InnerProduct* p, Py_ssize_t c, Py_ssize_t i,
         c += p.table.panel_outputs
 
 
-# What is to be packed next, while block b is multiplied its share of it.
+# Prefetches weights for the next call of pack_inner_panels: while block b is multiplied, its share of them.
 cdef inline void fetch_weights(const InnerProduct* p, Py_ssize_t c, Py_ssize_t i,
                                Py_ssize_t b) noexcept nogil:
     cdef Py_ssize_t r, share = INNER_COLS // p.chunk_blocks

@@ -1,4 +1,5 @@
-# A linear layer in the form that the kernels of one instruction set take.
+# A linear layer in the form that the kernels of one instruction set take. Its inputs are prepared here in each
+# call: smoothing, signs, then rotation, as _transform.py has them.
 
 
 # x divided or multiplied by `factors`, unless NULL, and then rotated in spans of `block` elements, unless 0,
@@ -130,7 +131,7 @@ cdef class Activations:
     def __dealloc__(self):
         PyMem_RawFree(self.memory.block)
 
-    # Rows first .. end of m are to follow.
+    # Prepares for rows first .. min(end, m).
     cdef int begin(self, Py_ssize_t first, Py_ssize_t end, Py_ssize_t m) except -1:
         self.first, self.m = first, min(end, m) - first
         check_size(self.capacity, self.m)
@@ -141,10 +142,12 @@ cdef class Activations:
 cdef class PackedLinear:
     """A linear layer, n outputs of k > 0 inputs, for the kernels that were in use when it was made.
 
-    With group 0 the weights are int8 with one scale for each output, otherwise 4-bit with a scale and a zero
-    point, or with `minimums` a minimum, for each group, or with int8_groups int8 with a scale for each group.
-    Only these take activations that are not symmetric. Inputs are divided, or with `divide` False multiplied,
-    by `factors`, unless None, and then rotated in spans of `block`, unless 0.
+    Weights: int8 with one scale for each output where group is 0; int8 with a scale for each group with
+    `int8_groups`; otherwise 4-bit with a scale and a zero point for each group, or with `minimums` a minimum.
+    Only int8 weights take activations that are not symmetric.
+
+    Inputs: divided by `factors`, or multiplied where `divide` is False, unless None; then rotated in spans of
+    `block` elements, unless 0.
     """
     cdef PackedWeights w
     cdef Aligned memory

@@ -142,7 +142,7 @@ static int dq_to_wake(void) {
     return wake < 2 ? wake : 2;
 }
 
-/* Not with the lock, which those who wake want. */
+/* Call it without the lock: the threads that wake up need that at once. */
 static void dq_wake(int n) {
     while (n-- > 0) pthread_cond_signal(&dq_pool.opened);
 }

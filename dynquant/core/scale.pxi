@@ -240,6 +240,8 @@ cdef Py_ssize_t collect_between(const Floats* x, int32_t low, int32_t high, int3
 cpdef Py_ssize_t percentile_rank(double p, Py_ssize_t n) noexcept nogil:
     """Index of percentile p, 0 < p <= 1, by nearest rank among n > 0 ascending magnitudes.
 
+    Nothing is interpolated, and repeated values count each time: the percentile is always one of the values.
+
     ``p * n`` is a float32 product up to n = 2**24, beyond which float32 cannot tell neighboring ranks apart,
     and a float64 product above.
     """

@@ -24,8 +24,8 @@ cdef enum:
     AWAKE_NS = 4000
     ASLEEP_NS = 16000
     STARTED_NS = 200000
-    # Pieces of a thread's share: a core that is late is waited for an eighth of it. A short piece would cost
-    # more than it does.
+    # Each thread's share is cut into pieces: for a slow core the others wait for at most one, an eighth of a
+    # share. Taking a piece costs some time, so it should not be too short.
     PIECES = 8
     PIECE_NS = 1500
 

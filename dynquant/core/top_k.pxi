@@ -6,9 +6,9 @@
 # query's reservoir, which is cut back to the best k when it is full. So memory grows with queries times k,
 # never with the corpus.
 #
-# Vectors come in ascending order of index, so that one whose score only equals the k-th best can be dropped.
-# Threads take ranges of the corpus, each with reservoirs of its own; the best of all of them are the best of
-# the corpus, because the order of hits is total.
+# Ties: of equal scores the lower index wins, by hit_key in kernels/top_k.pxi. Vectors come in ascending order of
+# index, so one whose score only equals the k-th best can be dropped. Threads take ranges of the corpus, each with
+# reservoirs of its own. The best of all of them are the best of the corpus, since no two hits rank equal.
 cdef enum:
     BLOCK_VECTORS = 256  # vectors of a block at most: 1 KiB of scores for each query
     BLOCK_BYTES = 1 << 17  # of a block's codes, which stay in a core's own cache while all queries use them
@@ -196,8 +196,8 @@ cdef inline void add_row(float* x, const float* y, Py_ssize_t n) noexcept nogil:
         x[i] += y[i]
 
 
-# Puts the hits of one query among n scores of vectors from `first` on into its reservoir; returns whether none
-# of them is NaN.
+# Puts the hits of one query among n scores of vectors from `first` on into its reservoir; returns whether
+# none of them is NaN.
 cdef bint collect_hits(const TopKSearch* s, const TopKPart* part, Py_ssize_t q, const float* scores,
                        Py_ssize_t first, Py_ssize_t n) noexcept nogil:
     cdef uint64_t* keys = part.keys + q * s.capacity
@@ -326,8 +326,8 @@ def top_k(CodeMatrix corpus not None, const int8_t[:, ::1] queries not None, con
     """Keys of the best hits.shape[2] vectors for each query, of each part of the corpus, in any order.
 
     The corpus has one scale for each vector where it is int8. `bias` is added to the scores. `allowed` has a
-    row, or one for each query. Returns how many parts, of at most hits.shape[0], were used; 0 where a score was
-    NaN.
+    row, or one for each query. Returns how many parts, of at most hits.shape[0], were used; 0 where a score
+    was NaN.
     """
     cdef TopKSearch s
     cdef TopKPart part

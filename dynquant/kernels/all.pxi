@@ -52,6 +52,7 @@ cdef extern from "kernels/simd/simd.h" nogil:
     dq_acc dq_acc_zero()
     dq_acc dq_acc_load(const int32_t* s)
     void dq_acc_store(int32_t* out, dq_acc s)
+    dq_acc dq_acc_add(dq_acc x, dq_acc y)
     dq_broadcast_act dq_broadcast(const uint8_t* a)
     void dq_transpose_16(const int8_t* w, Py_ssize_t stride, uint8_t* out, Py_ssize_t out_stride)
     dq_weights dq_weights_load(const uint8_t* w)

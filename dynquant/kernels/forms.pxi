@@ -14,7 +14,7 @@
 #               starts with that number, modulo 2**16 like all sums in it, and so does the compensation.
 # DQ_WIDE       int16 codes and weights, VPMADDWD: 15 instructions for 64 products, whatever the codes are.
 #
-# What is over in a lane or a pair goes to residuals, as in split.pxi. Codes are scaled by the largest
+# Where a lane or a pair is out of range, the excess moves to residuals, as in split.pxi. Codes are scaled by the largest
 # magnitude of the row. Activations of real networks have a few large values and many small ones, so that few
 # lanes are out of range; where they are uniformly distributed nearly all are.
 #

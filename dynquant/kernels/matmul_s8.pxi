@@ -23,7 +23,7 @@ cdef enum:
 cdef struct ActSegment:
     int32_t compensation  # subtracted from every sum
     int32_t residuals
-    int32_t form  # one of DQ_FORMS, for all segments of a row
+    int32_t form  # DQ_PAIRS, DQ_EIGHTS, DQ_CENTERED or DQ_WIDE; the same for all segments of a row
     int32_t steps_out_of_range  # k-steps with a pair out of range
     int32_t eights_out_of_range  # lanes of eight codes out of the range of DQ_EIGHTS
     int32_t centered_out_of_range  # the same of DQ_CENTERED
@@ -190,8 +190,8 @@ cdef void pack_activation_s8(int8_t* codes, uint8_t* a, Py_ssize_t start, Py_ssi
             wide[i] = codes[i]
 
 
-# acc (PANEL,) = one segment of a panel times one row of activations. No int32 wraps: a sum is at most
-# 2**16 * 127 * 255 = 2,122,383,360 < 2**31 in magnitude before the compensation is subtracted.
+# acc (PANEL,) = one segment of a panel times one row of activations. No int32 can overflow: a sum is
+# at most 2**16 * 127 * 255 = 2,122,383,360 < 2**31 in magnitude before the compensation is subtracted.
 cdef inline void gemv(const uint8_t* segment, const uint8_t* a, int32_t* acc,
                       Py_ssize_t k_steps) noexcept nogil:
     cdef dq_acc s0 = dq_acc_zero(), s1 = s0
@@ -278,6 +278,41 @@ cdef inline void microkernel_4(const uint8_t* segment, const uint8_t* a0, const 
     store_tile(acc, s00, s01, s10, s11, s20, s21, s30, s31)
 
 
+# acc (2, PANEL) = the same for two rows, whose sums of one k-step would wait for each other: two are made in
+# turns.
+cdef inline void microkernel_2(const uint8_t* segment, const uint8_t* a0, const uint8_t* a1, int32_t* acc,
+                               Py_ssize_t k_steps) noexcept nogil:
+    cdef dq_acc s00 = dq_acc_zero(), s01 = s00, s10 = s00, s11 = s00, t00 = s00, t01 = s00, t10 = s00
+    cdef dq_acc t11 = s00
+    cdef dq_weights w0, w1
+    cdef dq_broadcast_act k
+    cdef Py_ssize_t i
+    for i in range(0, k_steps, 2):
+        dq_prefetch(segment + k_steps * (PANEL * DQ_DEPTH), 2 * (PANEL * DQ_DEPTH))
+        w0 = dq_weights_load(segment)
+        w1 = dq_weights_load(segment + DQ_LANES * DQ_DEPTH)
+        k = dq_broadcast(a0 + 4 * i)
+        s00 = dq_acc_step(s00, w0, k)
+        s01 = dq_acc_step(s01, w1, k)
+        k = dq_broadcast(a1 + 4 * i)
+        s10 = dq_acc_step(s10, w0, k)
+        s11 = dq_acc_step(s11, w1, k)
+        segment += PANEL * DQ_DEPTH
+        w0 = dq_weights_load(segment)
+        w1 = dq_weights_load(segment + DQ_LANES * DQ_DEPTH)
+        k = dq_broadcast(a0 + 4 * i + 4)
+        t00 = dq_acc_step(t00, w0, k)
+        t01 = dq_acc_step(t01, w1, k)
+        k = dq_broadcast(a1 + 4 * i + 4)
+        t10 = dq_acc_step(t10, w0, k)
+        t11 = dq_acc_step(t11, w1, k)
+        segment += PANEL * DQ_DEPTH
+    dq_acc_store(acc, dq_acc_add(s00, t00))
+    dq_acc_store(acc + DQ_LANES, dq_acc_add(s01, t01))
+    dq_acc_store(acc + 2 * DQ_LANES, dq_acc_add(s10, t10))
+    dq_acc_store(acc + 3 * DQ_LANES, dq_acc_add(s11, t11))
+
+
 # Adds the residuals of one row to acc (PANEL,).
 cdef inline void add_residuals(const uint8_t* segment, const ActSegment* a, int32_t* acc,
                                Py_ssize_t k_steps) noexcept nogil:
@@ -297,7 +332,7 @@ cdef inline void add_residuals(const uint8_t* segment, const ActSegment* a, int3
 
 # acc (rows, PANEL) for one panel and at most MICROKERNEL_ROWS rows of a, `stride` bytes from each other; or
 # (panels, PANEL) for one row and 1 or DQ_CONCURRENT_PANELS panels, `panel_stride` bytes from each other.
-# Where the microkernel of four rows is all there is, two and three rows take it with the last row repeated.
+# Where the microkernel of four rows is all there is, three take it with the last row repeated.
 cdef inline void microkernel(const uint8_t* segment, Py_ssize_t panel_stride, Py_ssize_t panels,
                              const uint8_t* a, Py_ssize_t stride, Py_ssize_t rows, int32_t* acc,
                              Py_ssize_t k_steps) noexcept nogil:
@@ -311,9 +346,11 @@ cdef inline void microkernel(const uint8_t* segment, Py_ssize_t panel_stride, Py
         gemv(segment, codes, acc, k_steps)
     elif rows >= DQ_TILES_FROM:
         dq_tiles(segment, codes, stride, rows, acc, k_steps, DQ_TILE_K_STEPS, False)
+    elif rows == 2:
+        microkernel_2(segment, codes, codes + stride, acc, k_steps)
     else:
-        microkernel_4(segment, codes, codes + stride, codes + (rows - 1 if rows < 3 else 2) * stride,
-                      codes + (rows - 1) * stride, acc, k_steps)
+        microkernel_4(segment, codes, codes + stride, codes + 2 * stride, codes + (rows - 1) * stride, acc,
+                      k_steps)
     if DQ_SPLIT:
         for r in range(rows):
             for p in range(panels):
@@ -375,12 +412,14 @@ cdef inline Py_ssize_t rows_of_form(const uint8_t* a, Py_ssize_t m) noexcept nog
     return (n + parts - 1) // parts
 
 
-# How many of m rows are taken together when `done` are done. Where fewer than TILE are left, too few for a
-# tile, some rows before them are computed again.
+# How many of m rows are taken together when `done` are done. With AMX, where fewer than TILE are left, too
+# few for a tile, some rows before them are computed again. With VNNI the last two parts are nearly equal.
 cdef inline Py_ssize_t rows_at_once(Py_ssize_t done, Py_ssize_t m) noexcept nogil:
     cdef Py_ssize_t left = m - done
     if DQ_TILES_FROM <= left < TILE <= m:
         return TILE
+    if DQ_TILE_ROWS == 2 * ROWS and DQ_TILE_ROWS < left < 2 * DQ_TILE_ROWS:
+        return (left + 1) // 2
     return left if left < DQ_TILE_ROWS else DQ_TILE_ROWS
 
 

@@ -15,7 +15,8 @@
 # its sums begin with, DQ_LANES times, because a vector that has just been stored in parts is slow to load;
 # for each segment the end of its residuals; zero - center; the residuals.
 #
-# A sum begins with what is to come off it, so that it ends as the exact one. With at most SEGMENT_K k nothing
+# A sum starts at minus the correction for bias and zero point. So it ends at the exact sum, and nothing has to
+# be subtracted afterwards. With at most SEGMENT_K k nothing
 # wraps on the way: the start is at most 2 * 2**15 * 128 * 128 in magnitude, and what is added 2**15 * 128 *
 # 255, together less than 2**31.
 cdef enum:
@@ -513,8 +514,8 @@ cdef void gemm_s8_groups_f32(const uint8_t* panel, const float* scales, const in
             rows = 1
             if group > SEGMENT_K:
                 s8_long_groups(panel, scales, w_sums, a + r * stride, total, k, group)
-            elif m == 1:
-                s8_groups_gemv(panel, panels, scales, w_sums, a, total, k, group)
+            elif m - r == 1:
+                s8_groups_gemv(panel, panels, scales, w_sums, a + r * stride, total, k, group)
             else:
                 rows = m - r if m - r < ROWS else ROWS
                 s8_groups_4_rows(panel, scales, w_sums, a + r * stride, stride, rows, total, k, group)

@@ -43,8 +43,8 @@ cdef inline void quantize_steps(const float* x, float scale, float lo, float hi,
 # much as everything else, so it is done only where it decides. With r = fl(1 / scale), lo = fl(r * (1 -
 # 2**-21)) and hi = fl(r * (1 + 2**-21)), each rounding being at most 2**-24,
 #     |x * lo| < |x / scale| * (1 - 5 * 2**-24) < |fl(x / scale)| < |x / scale| * (1 + 5 * 2**-24) < |x * hi|.
-# Rounding is monotonic. So where x * lo and x * hi round to one integer, fl(x / scale) rounds to it too; and
-# it is no tie, so the direction of ties does not matter. Of random floats two to five in 10**5 fail this
+# Rounding is monotonic. So where x * lo and x * hi round to one integer, fl(x / scale) rounds to it too. It is
+# then not halfway between two integers, so how halves are rounded does not matter. Of random floats two to five in 10**5 fail this
 # test, and their whole step is then divided. The bounds need normal r, lo and hi, hence the range of scale.
 # With in_range no |x| is above the magnitude whose quotient by clip, rounded, is `scale`. x * hi is then at
 # most clip * (1 + 2**-20), which rounds to clip, and codes need no clamping. With nontemporal the codes of a

@@ -25,8 +25,8 @@ cdef inline bint any_above(const float* scores, float threshold) noexcept nogil:
     return not below
 
 
-# Keys of those scores (n,) that are above the threshold, or that are all where it is NaN, and allowed; score i
-# is that of index first + i. allowed (n,) is NULL where all are. Returns how many there are, -1 if one of them
+# Keys of those scores (n,) that are above the threshold, or of all where it is NaN, and allowed; score i is
+# that of index first + i. allowed (n,) is NULL where all are. Returns how many there are, -1 if one of them
 # is NaN: keys has room for n. After the first blocks of a corpus hardly any score is above, so the loop does
 # little but compare.
 cdef Py_ssize_t collect_above_f32(const float* scores, float threshold, uint32_t first,
@@ -125,7 +125,8 @@ cdef void matvec_u4s8_f32(const uint8_t* w, const float* scales, const uint8_t* 
     cdef int32_t a_sums[NIBBLE_BLOCKS]
     cdef float terms[NIBBLE_BLOCKS]
     cdef Py_ssize_t blocks = (k + NIBBLES - 1) // NIBBLES, groups = groups_of(k, group), width = (k + 1) // 2
-    cdef Py_ssize_t each = blocks if groups == 1 else group // NIBBLES, span = min(groups, NIBBLE_BLOCKS // each)
+    cdef Py_ssize_t each = blocks if groups == 1 else group // NIBBLES
+    cdef Py_ssize_t span = min(groups, NIBBLE_BLOCKS // each)
     cdef Py_ssize_t batch = NIBBLE_BLOCKS // blocks if span == groups else 1
     cdef Py_ssize_t r, g, first, start, n, done = 0
     cdef uint8_t flip = 0x88 if zero_points == NULL else 0
@@ -143,8 +144,8 @@ cdef void matvec_u4s8_f32(const uint8_t* w, const float* scales, const uint8_t* 
             if done == 0 or span < groups:
                 for g in range(batch * n):
                     a_sums[g] = (<const int32_t*> (a + blocks * NIBBLES))[first + g % n]
-            group_terms(sums, a_sums, scales + done * groups + first, zero_points, done * groups + first, terms,
-                        batch * n)
+            group_terms(sums, a_sums, scales + done * groups + first, zero_points, done * groups + first,
+                        terms, batch * n)
             for r in range(batch):
                 total = out[done + r]
                 for g in range(n):
@@ -182,7 +183,8 @@ cdef inline void sum_nibbles(const uint8_t* w, const uint8_t* a, uint8_t flip, i
         dq_nibble_sums(last, <const int8_t*> a + blocks * NIBBLES, flip, sums + blocks, 1)
 
 
-# sums[g] = the sum of `each` of them, for n groups, of which the last may have fewer: there are at most `blocks`.
+# sums[g] = the sum of `each` of them, for n groups, of which the last may have fewer: there are at most
+# `blocks`.
 cdef inline void add_blocks(int32_t* sums, Py_ssize_t n, Py_ssize_t each, Py_ssize_t blocks) noexcept nogil:
     cdef Py_ssize_t g, i
     cdef int32_t sum

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from .._alpha_search import search_alpha
 from .._batches import row_batches
-from .._calibrate import Calibrator
-from .._search import search_alpha
+from .._calibrator import Calibrator
 from .._smooth import SmoothQuantConfig, compute_smooth_factors
 from .._validate import F32
 from ..errors import FeatureDimMismatchError, ParameterError, shown
@@ -98,7 +98,7 @@ def _factors_of(
     kept: Any, weights: list[NDArray[Any]], smooth: Any, options: dict[str, Any]
 ) -> NDArray[np.float32]:
     if smooth == "search":
-        recipe = {name: options[name] for name in ("bits", "group_size", "hadamard")}
+        recipe = {name: options[name] for name in ("bits", "group_size", "symmetric", "hadamard")}
         return search_alpha(kept, weights, relative=True, **recipe).factors
     magnitudes = kept.channel_amax() if isinstance(kept, Calibrator) else kept
     return compute_smooth_factors(magnitudes, weights, SmoothQuantConfig(smooth))

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._format import DynQuantFormat
 from .._linear import as_activations, moments_of, transform_of
 from .._smooth import as_factors
 from .._tensor import DynQuantTensor
@@ -18,7 +17,7 @@ from .._transform import InputTransform
 from .._validate import F32, as_count, as_finite_vector, as_flag, as_matrix, as_thread_count
 from .._weights import quantize_matrix, weight_format
 from ..errors import DTypeError, ParameterError
-from ._ops import TENSORS, Packed, check_input, packed_of, version_of
+from ._ops import TENSORS, Packed, check_input, codes_of, packed_of, version_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,6 +39,8 @@ class QuantLinear(nn.Module):
     bits : {8, 4}
     group_size : int, optional
         How many in_features share a scale of the weights; by default all.
+    symmetric : bool, optional
+        Whether 4-bit codes are around zero; by default they have zero points.
     hadamard : bool
         Whether inputs are rotated.
     smooth : bool
@@ -56,7 +57,7 @@ class QuantLinear(nn.Module):
         byte, the even one in the low nibble.
     weight_scale : Tensor of float32, (out_features, groups)
     weight_zero_point : Tensor of uint8, (out_features, groups), or None
-        With 4 bits.
+        With 4 bits, unless they are symmetric.
     bias : Tensor of float32, (out_features,), or None
     smooth : Tensor of float32, (in_features,), or None
     signs : Tensor of int8, (in_features,), or None
@@ -97,12 +98,13 @@ class QuantLinear(nn.Module):
         *,
         bits: int = 8,
         group_size: int | None = None,
+        symmetric: bool | None = None,
         hadamard: bool = False,
         smooth: bool = False,
         activation_symmetric: bool = True,
         num_threads: int | None = None,
     ) -> None:
-        fmt, symmetric = weight_format(bits, group_size, None)
+        fmt, symmetric = weight_format(bits, group_size, symmetric)
         k, n = as_count(in_features, "in_features"), as_count(out_features, "out_features")
         _, activation_symmetric = as_activations(8, activation_symmetric, fmt.bits)
         transform = transform_of(k, None, as_flag(hadamard, "hadamard"))
@@ -164,6 +166,7 @@ class QuantLinear(nn.Module):
         *,
         bits: int = 8,
         group_size: int | None = None,
+        symmetric: bool | None = None,
         hadamard: bool = False,
         activation_symmetric: bool = True,
         smooth: Any = None,
@@ -177,7 +180,7 @@ class QuantLinear(nn.Module):
         ----------
         linear : nn.Linear, or Conv1D of transformers
             On the CPU. It stays as it is.
-        bits, group_size, hadamard, activation_symmetric
+        bits, group_size, symmetric, hadamard, activation_symmetric
             As in `dynquant.QuantLinear.from_float`.
         smooth : array_like of floats, (in_features,), optional
             SmoothQuant factors above zero.
@@ -199,7 +202,7 @@ class QuantLinear(nn.Module):
         DynQuantError
             If another argument is not as described.
         """
-        fmt, symmetric = weight_format(bits, group_size, None)
+        fmt, symmetric = weight_format(bits, group_size, symmetric)
         _, activation_symmetric = as_activations(8, activation_symmetric, fmt.bits)
         w, bias, transform = prepared(linear, name, smooth, as_flag(hadamard, "hadamard"))
         k = w.shape[1]
@@ -210,6 +213,35 @@ class QuantLinear(nn.Module):
         module._set(codes, bias, transform.smooth, transform.signs, activation_symmetric, num_threads)
         module.train(linear.training)
         return module
+
+    @classmethod
+    def of_codes(
+        cls, codes: DynQuantTensor, bias: Tensor | None, activation_symmetric: bool = True
+    ) -> QuantLinear:
+        """A module of weights that are quantized already, whose memory is kept."""
+        module = cls.__new__(cls)
+        offset = None if bias is None else as_finite_vector(_array_of(bias), "bias", codes.shape[0])
+        module._set(codes, offset, None, None, activation_symmetric, None)
+        return module
+
+    def codes(self) -> DynQuantTensor:
+        """The weights, smoothed and rotated where the layer is, as `quantize_weights` gives them."""
+        fmt = weight_format(self.bits, self.group_size, None)[0]
+        return codes_of(self.weight, self.weight_scale, self.weight_zero_point, self.in_features, fmt)
+
+    def options(self) -> dict[str, Any]:
+        """What the constructor makes a module of the same kind from."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "symmetric": self.weight_zero_point is None,
+            "hadamard": self.hadamard,
+            "smooth": self.smooth is not None,
+            "activation_symmetric": self.activation_symmetric,
+        }
 
     def tied(self, linear: nn.Module, name: str) -> QuantLinear:
         """A module for `linear`, whose weight this one was made of: the same tensors, but its own bias."""
@@ -369,8 +401,3 @@ def _array_of(tensor: Tensor) -> NDArray[Any]:
     """NumPy's view of a tensor, or of a float32 copy where NumPy has no such dtype."""
     tensor = tensor.detach()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def format_of(module: QuantLinear) -> DynQuantFormat:
-    """That of the module's weights."""
-    return weight_format(module.bits, module.group_size, None)[0]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
-from .._calibrate import Calibrator
+from .._calibrator import Calibrator
 from .._validate import F32, as_count, check_finite
 from ..errors import ParameterError
 from ._ops import version_of

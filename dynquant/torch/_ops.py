@@ -79,21 +79,25 @@ def pack(
     DynQuantError
         If the tensors do not fit each other, are not finite, or have a code that is none.
     """
-    weight, scale, zero_point, bias, smooth, signs = (
-        None if tensor is None else tensor.detach().numpy() for tensor in tensors
-    )
+    weight, scale, zero_point, *vectors = tensors
     assert weight is not None and scale is not None
     fmt = DynQuantFormat(bits, "per_row" if group_size is None else "per_group", group_size, bits == 4)
-    if fmt.packed:
-        weight = weight.view("uint8")
-    if group_size is None:
-        scale = scale.reshape(-1)
-        zero_point = None if zero_point is None else zero_point.reshape(-1)
-    codes = DynQuantTensor(weight, scale, zero_point, (len(weight), in_features), fmt)
+    codes = codes_of(weight, scale, zero_point, in_features, fmt)
+    bias, smooth, signs = (None if tensor is None else tensor.detach().numpy() for tensor in vectors)
     layer = _linear.QuantLinear(
         codes, bias, smooth, signs is not None, signs=signs, activation_symmetric=symmetric
     )
     return Packed(layer)
+
+
+def codes_of(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int, fmt: DynQuantFormat
+) -> DynQuantTensor:
+    """The tensor that shares the memory of a layer's tensors."""
+    shape = len(weight), in_features
+    scales = scale.detach().numpy().reshape(fmt.scales_shape(shape))
+    zero_points = None if zero_point is None else zero_point.numpy().reshape(scales.shape)
+    return DynQuantTensor(weight.numpy().view(fmt.data_dtype), scales, zero_points, shape, fmt)
 
 
 def version_of(tensor: Tensor) -> int:

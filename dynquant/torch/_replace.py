@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .._calibrate import Calibrator
+from .._calibrator import Calibrator
 from .._linear import as_activations
 from .._metrics import error_metrics
 from .._validate import as_flag, as_thread_count
@@ -36,6 +36,7 @@ def quantize(
     *,
     bits: int = 8,
     group_size: int | None = None,
+    symmetric: bool | None = None,
     hadamard: bool = False,
     activation_symmetric: bool = True,
     include: str | Iterable[str] | None = None,
@@ -51,7 +52,7 @@ def quantize(
     ----------
     model : nn.Module
         On the CPU. Its `nn.Linear` and transformers' `Conv1D` modules are replaced by `QuantLinear`.
-    bits, group_size, hadamard, activation_symmetric
+    bits, group_size, symmetric, hadamard, activation_symmetric
         How, as in `dynquant.QuantLinear.from_float`.
     include, exclude : str or iterable of str, optional
         Patterns of qualified names, as in `fnmatch`, where ``*`` matches dots too: ``"encoder.layer.0.*"``.
@@ -96,11 +97,12 @@ def quantize(
     `nn.MultiheadAttention` and `nn.TransformerEncoderLayer`. Two layers with one weight get one quantized
     weight. Hooks move to the new module.
     """
-    fmt, _ = weight_format(bits, group_size, None)
+    fmt, symmetric = weight_format(bits, group_size, symmetric)
     as_activations(8, activation_symmetric, fmt.bits)
     options: dict[str, Any] = {
         "bits": fmt.bits,
         "group_size": fmt.group_size,
+        "symmetric": symmetric,
         "hadamard": as_flag(hadamard, "hadamard"),
         "activation_symmetric": activation_symmetric,
         "num_threads": None if num_threads is None else as_thread_count(num_threads),

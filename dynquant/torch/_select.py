@@ -161,7 +161,7 @@ def _as_patterns(value: Any, name: str, names: list[str] | None) -> list[str] | 
         if names is not None and not fnmatch.filter(names, pattern):
             raise ParameterError(
                 f"{name}: expected patterns that match a linear layer, got {pattern!r}; the layers are "
-                f"{_listed(names)}"
+                f"{listed(names)}"
             )
     return patterns
 
@@ -170,13 +170,13 @@ def _matches(layer: Layer, patterns: list[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in layer.names for pattern in patterns)
 
 
-def _listed(items: list[str]) -> str:
+def listed(items: list[str]) -> str:
     more = len(items) - _NAMES_SHOWN
     return ", ".join(items[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def found_in(model: nn.Module, layers: list[Layer]) -> str:
     if layers:
-        return _listed([f"{layer.name} ({layer.reason})" for layer in layers])
+        return listed([f"{layer.name} ({layer.reason})" for layer in layers])
     quantized = sum(isinstance(module, QuantLinear) for module in model.modules())
     return f"{quantized} that are quantized already" if quantized else f"none in {type(model).__name__}"

@@ -149,7 +149,7 @@ def _bytes_of(model: nn.Module) -> int:
 
 
 def _saved(model: nn.Module) -> int:
-    """Bytes that the model had more, of which tied weights count once."""
+    """How many bytes quantization saved. Tied weights count once."""
     saved = 0
     seen: set[int] = set()
     for module in model.modules():

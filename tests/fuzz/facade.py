@@ -26,6 +26,7 @@ from dynquant import (
     DynQuantError,
     DynQuantFormat,
     DynQuantTensor,
+    EmbeddingIndex,
     LayoutError,
     MaxAbs,
     NonFiniteError,
@@ -49,6 +50,7 @@ from dynquant import (
     search_alpha,
     smooth_activations,
     smooth_weights,
+    top_k,
     w4a8_matmul,
     w4a8_matvec,
     w8a8_matmul,
@@ -416,6 +418,46 @@ def product8(x, codes, scales, bias):
         return y if bias is None else y + bias
 
 
+@drawn(st.data(), isas, threads)
+def searches(data, isa, num_threads):
+    """k of 0, 1, n and more, ties, masks, int8 and packed corpora, one query and many."""
+    w, plain, options, fmt, expected = draw_weights(data)
+    (n, d), m = w.shape, data.draw(st.sampled_from([0, 1, 2, 9]))
+    x, plain_x = data.draw(matrices(m, d))
+    k = data.draw(st.sampled_from([0, 1, 3, n, n + 2]))
+    metric = data.draw(st.sampled_from(["dot", "dot", "cosine", "l2"]))
+    allowed = None
+    if data.draw(st.booleans()):
+        rng = np.random.default_rng(data.draw(seeds))
+        allowed = rng.random((n,) if data.draw(st.booleans()) else (m, n)) < data.draw(st.floats(0, 1))
+    if expected is None or not np.abs(plain).max(initial=0) < 1e30:
+        return
+    codes, scales, zeros = expected
+    with using(isa), unchanged(w, x, *([] if allowed is None else [allowed])):
+        corpus = quantize_weights(w, **options)
+        try:
+            found = top_k(x, corpus, k, metric=metric, allowed=allowed, num_threads=num_threads)
+        except ParameterError:
+            assert k == 0
+            return
+    assert k and found.scores.shape == found.indices.shape == (m, k)
+    hits = found.indices >= 0
+    may = np.ones((m, n), bool) if allowed is None else np.broadcast_to(allowed, (m, n))
+    assert np.array_equal(hits.sum(1), np.minimum(may.sum(1), k))
+    assert np.isinf(found.scores[~hits]).all()
+    if metric != "dot":
+        return
+    if fmt.bits == 8:
+        y = product8(plain_x, codes, scales[:, 0], None)
+    else:
+        y = product(plain_x, codes, scales, zeros, parts_of(w, fmt) if fmt.group_size else [(0, d)], None)
+    order = np.argsort(np.where(may, -y, F32(np.inf)), axis=1, kind="stable")[:, :k]
+    for row in range(m):
+        count = int(hits[row].sum())
+        assert_equal(found.indices[row, :count], order[row, :count], "indices")
+        assert_equal(found.scores[row, :count], y[row, order[row, :count]], "scores")
+
+
 @drawn(st.data(), isas)
 def transforms(data, isa):
     m, k = data.draw(st.integers(0, 6)), data.draw(lengths)
@@ -495,6 +537,31 @@ def damaged(array, data):
         return array[None]
     rng = np.random.default_rng(data.draw(seeds))
     return rng.permutation(array.reshape(-1)).reshape(array.shape)[..., ::-1]
+
+
+@drawn(st.data())
+def indexes(data):
+    """An index with a damaged file is refused, or opens and can be searched."""
+    rng = np.random.default_rng(data.draw(seeds))
+    options = data.draw(st.sampled_from([{}, {"bits": 4, "group_size": 3, "center": "mean"}]))
+    index = EmbeddingIndex(5, **options)
+    for n in data.draw(st.lists(st.integers(0, 20), max_size=3)):
+        index.add(rng.standard_normal((n, 5)).astype(F32))
+    index.remove(data.draw(st.lists(st.integers(0, 40), max_size=4)) or [0])
+    with tempfile.TemporaryDirectory() as folder:
+        index.save(folder)
+        path = data.draw(st.sampled_from(sorted(pathlib.Path(folder).iterdir())))
+        content = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(1, 3))):
+            damage(content, data)
+        path.write_bytes(content)
+        try:
+            opened = EmbeddingIndex.open(folder, mmap=data.draw(st.booleans()))
+            opened.add(np.ones((1, opened.dim), F32))
+            found = opened.search(np.ones((2, opened.dim), F32), 3)
+        except DynQuantError:
+            return
+        assert found.scores.shape == (2, 3) and len(opened) <= len(index) + 1
 
 
 @drawn(st.data())

@@ -86,10 +86,15 @@ def new_layer(**options):
 
 
 def new_index():
-    index = EmbeddingIndex(K, metric="cosine", bits=4, group_size=3, hadamard=True, center="mean")
+    index = EmbeddingIndex(K, bits=4, group_size=3)
     index.add(A)
     index.remove([0])
-    index.search(A, 2, rescore=A, allowed=[1, 2])
+    return index.search(A, 2, rescore=A, allowed=[1, 2]), index.search(A, 2)
+
+
+def saved_index():
+    index = EmbeddingIndex(K, metric="cosine", bits=4, group_size=3, hadamard=True, center="mean")
+    index.add(A)
     index.save(os.path.join(FOLDER, "index"))
     opened = EmbeddingIndex.open(os.path.join(FOLDER, "index"))
     return opened.memory_bytes, opened.dim, opened.ids, repr(opened)
@@ -127,6 +132,7 @@ CALLS = {
     "a layer's inputs": lambda: LAYER(LAYER.quantize_input(A)),
     "top_k": lambda: top_k(A, Q_ROWS, 2, rescore=A),
     "an index": new_index,
+    "an index in a folder": saved_index,
     "a report of recall": lambda: recall_report(A, A[:2], 1, recipes={"int8": {}}).to_html(os.devnull),
     "an array to a folder": new_folder,
     "scales given": lambda: quantize(A, Q_ROWS.scales),

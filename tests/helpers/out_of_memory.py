@@ -136,7 +136,7 @@ def into(call, out):
 
 
 # NumPy crashes where the iterator of a division by a column finds no memory.
-CRASH_IN_NUMPY = {"an index"}
+CRASH_IN_NUMPY = {"an index in a folder"}
 
 
 def main():

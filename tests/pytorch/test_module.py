@@ -24,6 +24,7 @@ RECIPES = {
     "zero points": {"activation_symmetric": False},
     "int4": {"bits": 4},
     "int4 groups": {"bits": 4, "group_size": 32},
+    "int4 symmetric": {"bits": 4, "group_size": 32, "symmetric": True},
 }
 each_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]

@@ -115,6 +115,7 @@ def test_patterns_of_another_type(options):
     [
         {"bits": 3},
         {"bits": 4, "activation_symmetric": False},
+        {"bits": 8, "symmetric": False},
         {"group_size": 0},
         {"hadamard": 1},
         {"num_threads": 0},

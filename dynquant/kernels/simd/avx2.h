@@ -184,6 +184,7 @@ typedef __m256i dq_broadcast_act;
 static inline dq_acc dq_acc_zero(void) { return _mm256_setzero_si256(); }
 static inline dq_acc dq_acc_load(const int32_t* s) { return _mm256_loadu_si256((const __m256i*)s); }
 static inline void dq_acc_store(int32_t* out, dq_acc s) { _mm256_storeu_si256((__m256i*)out, s); }
+static inline dq_acc dq_acc_add(dq_acc x, dq_acc y) { return _mm256_add_epi32(x, y); }
 static inline dq_broadcast_act dq_broadcast(const uint8_t* a) {
     int32_t four;
     memcpy(&four, a, 4);

@@ -1,6 +1,7 @@
 /* Matrix products on AVX2 without VNNI, where VPMADDUBSW adds pairs of products in int16. Weights of 16 k and 16
    outputs stay in eight registers while the loop goes over the rows of activations, so that per row they cost
-   neither loads nor unpacking; accumulators lie in memory, in L1. */
+   neither loads nor unpacking; accumulators lie in memory, in L1. Why no int16 sum can overflow is said in
+   kernels/forms.pxi and split.pxi, why no int32 sum can in kernels/matmul_s8.pxi and matmul_u4.pxi. */
 
 #if defined(__GNUC__)
 #define DQ_INLINE static inline __attribute__((always_inline)) /* or the weights are passed in memory */
@@ -43,7 +44,8 @@ DQ_INLINE dq_weights_16 dq_codes_16(const uint8_t* w) {
     return (dq_weights_16){a.even, b.even, a.odd, b.odd, c.even, d.even, c.odd, d.odd};
 }
 
-/* acc32 (rows, 16) = or with `add` += four k-blocks, or with `end` both go to the float acc. A lane of part is the
+/* Multiplies four k-blocks. Stores the sums in acc32 (rows, 16), or adds them to it if `add`. With `end` the group
+   is complete: its sums are scaled and added to the float array acc instead. A lane of part is the
    sum of 8 pairs of at most 2 * 15 * 127 = 3,810 when it ends: 30,480 < 2**15. */
 DQ_INLINE void dq_group_span(const uint8_t* w, const uint8_t* a, ptrdiff_t stride, ptrdiff_t rows, int16_t* part,
                              int32_t* acc32, int add, int end, const float* scales, const uint8_t* offsets,
@@ -108,8 +110,8 @@ DQ_INLINE void dq_group_rows(const uint8_t* w, const float* scales, const uint8_
 #define DQ_FORMS 1
 #define DQ_TILE_K_STEPS 4
 
-/* The sums of the positive codes and of the magnitudes of the negative ones in each of two lanes of eight codes,
-   in turns through all int16. */
+/* For each of the two lanes of eight codes: the sum of its positive codes, and the sum of the magnitudes of its
+   negative codes. The two lanes alternate through the int16 elements. */
 DQ_INLINE void dq_lane_sums(__m256i v, __m256i* positive, __m256i* negative) {
     const __m256i ones = _mm256_set1_epi8(1);
     __m256i p = _mm256_maddubs_epi16(ones, _mm256_max_epi8(v, _mm256_setzero_si256()));
@@ -149,7 +151,7 @@ static inline int dq_center_16(const uint8_t* a, uint8_t* out) {
     return _mm_movemask_epi8(_mm_or_si128(_mm_cmpgt_epi16(sum, _mm_set1_epi16(DQ_CENTERED_LIMIT)),
                                           _mm_cmpgt_epi16(pairs, _mm_set1_epi16(DQ_PAIR))));
 }
-/* Of int16 pairs, what is in the range of DQ_PAIR: the second of a sign gives way. */
+/* Clips int16 pairs to the range of DQ_PAIR: where both are of one sign and too large together, the second. */
 DQ_INLINE __m256i dq_pairs_in_range(__m256i v) {
     const __m256i limit = _mm256_set1_epi16(DQ_PAIR), p = _mm256_max_epi16(v, _mm256_setzero_si256());
     const __m256i n = _mm256_sub_epi16(p, v);

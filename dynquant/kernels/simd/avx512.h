@@ -86,6 +86,7 @@ typedef __m512i dq_broadcast_act;
 static inline dq_acc dq_acc_zero(void) { return _mm512_setzero_si512(); }
 static inline dq_acc dq_acc_load(const int32_t* s) { return _mm512_loadu_si512(s); }
 static inline void dq_acc_store(int32_t* out, dq_acc s) { _mm512_storeu_si512(out, s); }
+static inline dq_acc dq_acc_add(dq_acc x, dq_acc y) { return _mm512_add_epi32(x, y); }
 static inline dq_broadcast_act dq_broadcast(const uint8_t* a) {
     int32_t four;
     memcpy(&four, a, 4);
@@ -107,10 +108,12 @@ static inline dq_acc dq_acc_step(dq_acc acc, dq_weights w, dq_broadcast_act a) {
 
 #if defined(__AVX512VNNI__) && !defined(DQ_AMX)
 #define DQ_TILE_ROWS 8
-#define DQ_EACH_ROW(of) of(0) of(1) of(2) of(3) of(4) of(5) of(6) of(7)
-/* What is past the last row is that row again. */
+#define DQ_5_ROWS(of) of(0) of(1) of(2) of(3) of(4)
+#define DQ_6_ROWS(of) DQ_5_ROWS(of) of(5)
+#define DQ_7_ROWS(of) DQ_6_ROWS(of) of(6)
+#define DQ_8_ROWS(of) DQ_7_ROWS(of) of(7)
 #define DQ_BEGIN(r) \
-    const uint8_t* a##r = a + (r < rows ? r : rows - 1) * stride; \
+    const uint8_t* a##r = a + r * stride; \
     __m512i s##r = _mm512_setzero_si512(), t##r = s##r;
 #define DQ_MULTIPLY(r) \
     x = dq_broadcast(a##r + 4 * i); \
@@ -119,19 +122,29 @@ static inline dq_acc dq_acc_step(dq_acc acc, dq_weights w, dq_broadcast_act a) {
 #define DQ_STORE(r) \
     _mm512_storeu_si512(acc + 32 * r, s##r); \
     _mm512_storeu_si512(acc + 32 * r + 16, t##r);
+/* The next panel is prefetched, as in microkernel_4. */
+#define DQ_TILE(each_row) \
+    each_row(DQ_BEGIN) \
+    for (ptrdiff_t i = 0; i < k_steps; i++, w += 128) { \
+        dq_prefetch(w + 128 * k_steps, 128); \
+        w0 = _mm512_loadu_si512(w); \
+        w1 = _mm512_loadu_si512(w + 64); \
+        each_row(DQ_MULTIPLY) \
+    } \
+    each_row(DQ_STORE)
 static inline void dq_tiles(const uint8_t* w, const uint8_t* a, ptrdiff_t stride, int rows, int32_t* acc,
                             ptrdiff_t k_steps, int tile_k_steps, int add) {
-    (void)tile_k_steps, (void)add;
     __m512i w0, w1, x;
-    DQ_EACH_ROW(DQ_BEGIN)
-    for (ptrdiff_t i = 0; i < k_steps; i++) {
-        dq_prefetch(w + 128 * k_steps, 128); /* of the next panel, as in microkernel_4 */
-        w0 = _mm512_loadu_si512(w);
-        w1 = _mm512_loadu_si512(w + 64);
-        DQ_EACH_ROW(DQ_MULTIPLY)
-        w += 128;
+    (void)tile_k_steps, (void)add;
+    if (rows == 5) {
+        DQ_TILE(DQ_5_ROWS)
+    } else if (rows == 6) {
+        DQ_TILE(DQ_6_ROWS)
+    } else if (rows == 7) {
+        DQ_TILE(DQ_7_ROWS)
+    } else {
+        DQ_TILE(DQ_8_ROWS)
     }
-    DQ_EACH_ROW(DQ_STORE)
 }
 #endif
 

@@ -166,6 +166,9 @@ typedef int8x16_t dq_broadcast_act;
 #define DQ_SPLIT 0
 static inline dq_acc dq_acc_zero(void) { return (dq_acc){vdupq_n_s32(0), vdupq_n_s32(0)}; }
 static inline dq_acc dq_acc_load(const int32_t* s) { return (dq_acc){vld1q_s32(s), vld1q_s32(s + 4)}; }
+static inline dq_acc dq_acc_add(dq_acc x, dq_acc y) {
+    return (dq_acc){vaddq_s32(x.low, y.low), vaddq_s32(x.high, y.high)};
+}
 static inline void dq_acc_store(int32_t* out, dq_acc s) {
     vst1q_s32(out, s.low);
     vst1q_s32(out + 4, s.high);

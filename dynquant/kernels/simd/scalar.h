@@ -105,6 +105,7 @@ typedef dq_weights dq_broadcast_act;
 static inline dq_acc dq_acc_zero(void) { return 0; }
 static inline dq_acc dq_acc_load(const int32_t* s) { return *s; }
 static inline void dq_acc_store(int32_t* out, dq_acc s) { *out = s; }
+static inline dq_acc dq_acc_add(dq_acc x, dq_acc y) { return x + y; }
 static inline dq_broadcast_act dq_broadcast(const uint8_t* a) {
     dq_weights pair;
     memcpy(&pair, a, 4);

@@ -3,8 +3,10 @@
 
    One file holds one instruction set. They are included from the strongest that this module is compiled for to
    scalar.h, and each defines the primitives that no stronger one has defined: a primitive's own macro
-   (DQ_QUANTIZE_STEP, DQ_LANES, ...) tells. So a new instruction set is one new file and one #include below, and
-   may begin with a single primitive. Forms may differ in speed only, never in a bit of any result. */
+   (DQ_QUANTIZE_STEP, DQ_LANES, ...) tells. So the kernels of a new instruction set, such
+   as SVE, are one new file and one #include below, which may begin with a single primitive. Beside that it needs
+   _isa_<name>.pyx, its detection in cpu.h and _core.pyx, an import in _isa.py and flags in setup.py: docs/design.md
+   has the list. Forms may differ in speed only, never in a bit of any result. */
 #ifndef DQ_SIMD_H
 #define DQ_SIMD_H
 
@@ -212,9 +214,10 @@ static inline float dq_widen(uint16_t h) {
 
 /* uint32_t dq_bias_step(int8_t* a, int32_t* compensation)
 
-   Prepares DQ_BIAS_STEP codes for dq_acc_step or dq_dot_biased_step, all but the split: negates the odd ones,
-   adds to *compensation what this is subtracted for, and returns which pairs are out of the range of DQ_PAIR,
-   bit j for pair j. */
+   Prepares DQ_BIAS_STEP codes for dq_acc_step or dq_dot_biased_step, all but the split: negates the codes
+   at odd k, and adds to *compensation the amount by which biasing the weights increases the sum, which the caller
+   subtracts later. Pairs that are out of the range of DQ_PAIR stay as they are; bit j of the result tells of pair
+   j. */
 #define DQ_BIAS_STEP 32
 
 /* Forms in which a row of biased codes can be multiplied, where DQ_FORMS is 1: kernels/forms.pxi. */
@@ -235,9 +238,9 @@ enum { DQ_PAIRS, DQ_EIGHTS, DQ_CENTERED, DQ_WIDE };
 
    uint32_t dq_split_16(uint8_t* a, int8_t* residuals, int form)
 
-   Leaves of 16 biased codes what is in range of the form, of each lane the first ones. residuals (2, 4, 4): of the
-   four k-steps what is over, and of that in turn what is out of the range of DQ_PAIR. Bit j is set where the k-step
-   j of these eight is not zero.
+   Clips 16 biased codes in place, so that every lane is in range of the form; the first codes of a lane keep their
+   values. residuals (2, 4, 4): what was clipped off the four k-steps, itself clipped to the range of DQ_PAIR; and
+   what was clipped off that. Bit j of the result is set where k-step j of these eight is not all zero.
 
    void dq_widen_16(const uint8_t* a, uint8_t* out): 16 biased codes -> 32 bytes of the form DQ_WIDE.
 
@@ -262,7 +265,7 @@ enum { DQ_PAIRS, DQ_EIGHTS, DQ_CENTERED, DQ_WIDE };
    rows, or from 16 to 32: the second tile ends at the last row and shares some with the first. dq_tiles_end
    releases the tiles, because a thread that holds them is expensive to switch.
 
-   With VNNI, 16 accumulators hide the latency of VPDPBUSD, which Intel cores issue twice per cycle. `add` is
+   With VNNI, 10 accumulators hide the latency of VPDPBUSD, which Intel cores issue twice per cycle. `add` is
    supported where DQ_GROUP_TILES_FROM is not 0, which alone needs it.
 
    void dq_unpack_k_blocks(const uint8_t* w, uint8_t* k_steps, ptrdiff_t k_blocks)

@@ -38,6 +38,7 @@ typedef __m128i dq_broadcast_act;
 static inline dq_acc dq_acc_zero(void) { return _mm_setzero_si128(); }
 static inline dq_acc dq_acc_load(const int32_t* s) { return _mm_loadu_si128((const __m128i*)s); }
 static inline void dq_acc_store(int32_t* out, dq_acc s) { _mm_storeu_si128((__m128i*)out, s); }
+static inline dq_acc dq_acc_add(dq_acc x, dq_acc y) { return _mm_add_epi32(x, y); }
 static inline dq_broadcast_act dq_broadcast(const uint8_t* a) {
     int32_t four;
     memcpy(&four, a, 4);
