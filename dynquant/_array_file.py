@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._files import read_array, read_json, write_json
+from ._files import read_array, read_json, read_npy_header, write_json
 from ._progress import reporter
 from ._tensor import DynQuantTensor
 from ._validate import F32, U8, as_array, as_count, as_floats, as_path, as_thread_count
@@ -163,14 +163,8 @@ def _opened(source: Any) -> Iterator[_Rows]:
     path = os.fspath(source)
     with open(path, "rb") as file:
         try:
-            version = np.lib.format.read_magic(file)
-            read = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            shape, fortran_order, dtype = read(file)
-        except (ValueError, EOFError, SyntaxError, TypeError) as error:
+            shape, fortran_order, dtype = read_npy_header(file)
+        except ValueError as error:
             raise ParameterError(f"source: expected a .npy file, got {path!r} ({error})") from error
         if len(shape) != 2:
             raise ShapeMismatchError("(n, d)", shape, "source")

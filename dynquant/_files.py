@@ -116,6 +116,23 @@ def read_json(path: str) -> dict[str, Any]:
     return content
 
 
+def read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether in Fortran order, and dtype of a ``.npy`` file; a ValueError for whatever is wrong."""
+    import tokenize
+
+    try:
+        version = np.lib.format.read_magic(file)
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, fortran_order, dtype = read(file)
+        if any(type(length) is not int or length < 0 for length in shape):
+            raise ValueError(f"shape {shape}")
+    except (EOFError, SyntaxError, TypeError, RecursionError, MemoryError, tokenize.TokenError) as error:
+        raise ValueError(f"another header: {error}") from error
+    return shape, fortran_order, dtype
+
+
 def read_array(path: str, dtype: Any, shape: tuple[int, ...], mmap: bool) -> NDArray[Any]:
     """The array in a ``.npy`` file, which must have just this dtype and shape, and nothing after it."""
     stored = np.dtype(dtype).newbyteorder("<")

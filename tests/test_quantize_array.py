@@ -269,3 +269,15 @@ def test_bad_calls(tmp_path):
         with pytest.raises(error, match=message):
             call()
     assert not q.exists()
+
+
+@pytest.mark.parametrize("shape", [b"(4, 4, #", b"(4, -4)", b"(4.0, 4)", b"(9**99,)", b"{4, 4}  "])
+def test_headers_that_numpy_stumbles_over(tmp_path, shape):
+    np.save(tmp_path / "x.npy", np.ones((4, 4), np.float32))
+    content = (tmp_path / "x.npy").read_bytes()
+    bad = content.replace(b"(4, 4), }" + b" " * (len(shape) - 6), shape + b", }")
+    assert bad != content
+    (tmp_path / "x.npy").write_bytes(bad)
+    with pytest.raises(ParameterError, match=r"source: expected a .npy file"):
+        quantize_array(tmp_path / "x.npy", tmp_path / "q")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]

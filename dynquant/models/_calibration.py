@@ -12,6 +12,7 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
 
+from .._files import read_npy_header
 from .._validate import as_path
 from ..errors import ParameterError, shown
 from ._stored import bad_file
@@ -25,7 +26,6 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 
 # Bytes of the directory at the end, which is read into memory whole.
 _MOST_DIRECTORY = 16 << 20
-_LONGEST_HEADER = 1 << 16
 
 
 def checked_calibration(calibration: Any, layers: Mapping[str, str]) -> dict[str, Any]:
@@ -90,14 +90,12 @@ def _mapped(file: IO[bytes], path: str, member: ZipInfo, size: int) -> NDArray[A
     if fields[0] != b"PK\x03\x04" or start + member.file_size > size:
         raise ValueError(f"{name!r} beyond the end of the file")
     file.seek(start)
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
-        shape, fortran_order, dtype = read(file, max_header_size=_LONGEST_HEADER)
-    except (SyntaxError, TypeError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{name!r} with another header") from error
+        shape, fortran_order, dtype = read_npy_header(file)
+    except ValueError as error:
+        raise ValueError(f"{name!r} with {error}") from error
     at = file.tell()
-    if dtype.hasobject or any(length < 0 for length in shape):
+    if dtype.hasobject:
         raise ValueError(f"{name!r} of dtype {dtype} and shape {shape}")
     if at - start + math.prod(shape) * dtype.itemsize != member.file_size:
         raise ValueError(f"{name!r} of another size than its shape {shape}")

@@ -46,8 +46,7 @@ class WeightErrors:
         self._count += x.size
         self._zeros += _count_zeros(q)
         if self._may_clip:
-            steps = np.abs(_of_each(q.scales, q)) * _CLIPPED_STEPS
-            self._clipped += int(np.count_nonzero((np.abs(x - q.dequantize()) > steps) & _at_ends(q)))
+            self._clipped += _count_clipped(x, q)
 
     @property
     def sqnr_db(self) -> float:
@@ -78,6 +77,13 @@ def _count_zeros(q: DynQuantTensor) -> int:
         return int(np.count_nonzero(q.dequantize() == 0))
     zero = 8 if q.zero_points is None else _of_each(q.zero_points, q)
     return int(np.count_nonzero(codes == zero))
+
+
+def _count_clipped(x: NDArray[np.float32], q: DynQuantTensor) -> int:
+    rows, columns = np.nonzero(_at_ends(q))
+    scales = q.scales.reshape(len(x), -1)
+    steps = np.abs(scales[rows, columns // q.format.group_of(q.shape[1])]) * _CLIPPED_STEPS
+    return int(np.count_nonzero(np.abs(x[rows, columns] - q.dequantize()[rows, columns]) > steps))
 
 
 def _at_ends(q: DynQuantTensor) -> NDArray[np.bool_]:

@@ -1,5 +1,6 @@
 """Files that are damaged, or made to do harm: one clear error each, and nothing left behind."""
 
+import contextlib
 import io
 import json
 import os
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 from helpers import models
 from helpers.common import F32
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dynquant import DynQuantError, ParameterError, open_model, quantize_model
+from dynquant.models._calibration import read_rows
 
 pytest.importorskip("safetensors")
 
@@ -163,6 +167,38 @@ def test_every_changed_byte_of_a_header(tmp_path):
                     pass
 
 
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_random_damage(tmp_path_factory, data):
+    """A model whose tensors can be read, or a typed error; never more memory than the file and its header."""
+    pairs = [STRING("k") + struct.pack("<IIQ", 9, 8, 2) + STRING("x") * 2]
+    seeds = [
+        models.gguf_bytes([TENSOR, ("b.weight", 8, (1, 32), 32, bytes(34))], pairs),
+        header({"a.weight": entry(), "b": entry("BF16", (2, 1), 32, 36)}, DATA + bytes(4)),
+        archive({NAME: npy(X), "b.npy": npy(X)}),
+    ]
+    content = bytearray(data.draw(st.sampled_from(seeds)))
+    end = min(len(content), 300)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, end - 1))
+        size = data.draw(st.sampled_from([1, 2, 4, 8]))
+        value = data.draw(st.integers(0, (1 << 8 * size) - 1) | st.sampled_from([0, (1 << 8 * size) - 1]))
+        content[at : at + size] = value.to_bytes(size, "little")
+    content = content[: data.draw(st.sampled_from([len(content), len(content) - 1, len(content) // 2]))]
+    path = tmp_path_factory.mktemp("damage") / "m"
+    path.write_bytes(content)
+    with contextlib.suppress(DynQuantError):
+        model = open_model(path)
+        for name in model.names:
+            with contextlib.suppress(DynQuantError):
+                model.rows(name)
+            with contextlib.suppress(DynQuantError):
+                model.linear(name)
+    with contextlib.suppress(DynQuantError):
+        for rows in read_rows(str(path)).values():
+            np.sum(rows.view(np.uint8)[:1])
+
+
 # Folders
 
 
@@ -296,8 +332,6 @@ def test_archives(tmp_path, content):
 
 
 def test_an_archive_is_not_read_whole(tmp_path):
-    from dynquant.models._calibration import read_rows
-
     arrays = {"a.b": np.arange(12.0).reshape(3, 4), "f": np.asfortranarray(X), "e": X[:0]}
     np.savez(tmp_path / "rows.npz", **arrays)
     rows = read_rows(str(tmp_path / "rows.npz"))
