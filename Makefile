@@ -75,7 +75,7 @@ lint: $(VENV)/installed-lint  ## ruff, cython-lint, mypy, stubs against the buil
 	$(BIN)/ruff format --check --quiet .
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint dynquant/*.pyx dynquant/*.pxd dynquant/core/*.pxi dynquant/kernels/*.pxi tests/embed/*/*.pyx
 	$(BIN)/mypy
-	$(BIN)/stubtest --ignore-missing-stub dynquant._core dynquant.capi
+	$(BIN)/stubtest --ignore-missing-stub --mypy-config-file pyproject.toml dynquant._core dynquant.capi
 
 docs: $(VENV)/installed-docs  ## build the documentation into docs/_build/html; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
