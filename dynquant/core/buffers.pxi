@@ -173,6 +173,33 @@ cdef bint views_disjoint(const Py_buffer* x, const Py_buffer* y) noexcept:
     return x.len == 0 or y.len == 0 or last_byte(x) < first_byte(y) or last_byte(y) < first_byte(x)
 
 
+# Whether an array is aligned, C-contiguous float32 whose last axis, of at least one, is n long. Its view has
+# strides and a format.
+cdef bint is_plain_f32(const Py_buffer* view, Py_ssize_t n) noexcept:
+    cdef Py_ssize_t stride = sizeof(float)
+    cdef int i
+    if view.ndim == 0 or view.itemsize != stride or view.format[0] != b"f" or view.format[1] != 0:
+        return False
+    if view.shape[view.ndim - 1] != n or <size_t> view.buf % <size_t> stride:
+        return False
+    for i in range(view.ndim - 1, -1, -1):
+        if view.strides[i] != stride and view.shape[i] != 1:
+            return False
+        stride *= view.shape[i]
+    return True
+
+
+# Whether all axes but the last are equal.
+cdef bint same_leading_axes(const Py_buffer* x, const Py_buffer* y) noexcept:
+    cdef int i
+    if x.ndim != y.ndim:
+        return False
+    for i in range(x.ndim - 1):
+        if x.shape[i] != y.shape[i]:
+            return False
+    return True
+
+
 cdef const char* first_byte(const Py_buffer* view) noexcept:
     cdef const char* first = <const char*> view.buf
     cdef int i
