@@ -68,6 +68,7 @@ cdef extern from "Python.h":
 
 cdef extern from "kernels/simd/simd.h" nogil:
     void dq_prefetch(const void* bytes, size_t n)
+    void dq_transpose_16(const int8_t* w, Py_ssize_t stride, uint8_t* out, Py_ssize_t out_stride)
     float dq_float(int32_t b)
     float DQ_BELOW_HALF
     enum: DQ_WIDE_ROWS

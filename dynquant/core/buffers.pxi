@@ -285,8 +285,9 @@ cdef Aligned aligned_memory(Py_ssize_t n) except *:
     return memory
 
 
-# Transposes in tiles of TILE_ROWS x TILE_COLUMNS, so that whole cache lines are read and written. Otherwise lines
-# that are a power of two apart would share a cache set, and evict each other before they are complete.
+# Transposes in tiles of TILE_ROWS x TILE_COLUMNS, so that whole cache lines are read and written. Otherwise
+# lines that are a power of two apart would share a cache set, and evict each other before they are complete.
+# The next tile is prefetched: the hardware does not follow such strides.
 cdef enum:
     TILE_ROWS = 16
     TILE_COLUMNS = 64
@@ -301,13 +302,27 @@ cdef void transpose_u32(const uint32_t* x, uint32_t* out, Py_ssize_t m, Py_ssize
         r0 = 0
         while r0 < m:
             rows = TILE_ROWS if m - r0 > TILE_ROWS else m - r0
-            for r in range(rows):
+            for r in range(TILE_ROWS):
+                dq_prefetch(x + (r0 + TILE_ROWS + r) * n + c0, TILE_COLUMNS * sizeof(uint32_t))
+            for r in range(rows // 4 * 4 if columns == TILE_COLUMNS else 0, rows):
                 for c in range(columns):
                     tile[c * TILE_ROWS + r] = x[(r0 + r) * n + c0 + c]
+            if columns == TILE_COLUMNS:
+                for r in range(0, rows // 4 * 4, 4):
+                    transpose_4_rows(x + (r0 + r) * n + c0, n, tile + r)
             for c in range(columns):
+                dq_prefetch(out + (c0 + c) * m + r0 + TILE_ROWS, TILE_ROWS * sizeof(uint32_t))
                 memcpy(out + (c0 + c) * m + r0, tile + c * TILE_ROWS, rows * sizeof(uint32_t))
             r0 += TILE_ROWS
         c0 += TILE_COLUMNS
+
+
+# Four rows of TILE_COLUMNS, n apart, to four columns of a tile.
+cdef inline void transpose_4_rows(const uint32_t* x, Py_ssize_t n, uint32_t* tile) noexcept nogil:
+    cdef Py_ssize_t c
+    for c in range(0, TILE_COLUMNS, 4):
+        dq_transpose_16(<const int8_t*> (x + c), n * <Py_ssize_t> sizeof(uint32_t),
+                        <uint8_t*> (tile + c * TILE_ROWS), TILE_ROWS * sizeof(uint32_t))
 
 
 def copy_transposed(x not None, out not None, Py_ssize_t m, Py_ssize_t n):
