@@ -26,6 +26,7 @@
 cimport cython
 from cpython.buffer cimport (
     PyBUF_C_CONTIGUOUS,
+    PyBUF_FORMAT,
     PyBUF_SIMPLE,
     PyBUF_STRIDES,
     PyBUF_WRITABLE,
@@ -67,8 +68,11 @@ cdef extern from "Python.h":
 
 cdef extern from "kernels/simd/simd.h" nogil:
     void dq_prefetch(const void* bytes, size_t n)
+    void dq_transpose_16(const int8_t* w, Py_ssize_t stride, uint8_t* out, Py_ssize_t out_stride)
     float dq_float(int32_t b)
     float DQ_BELOW_HALF
+    enum: DQ_WIDE_ROWS
+    enum: DQ_WIDE_DOTS
 
 
 kernels = NULL
@@ -147,6 +151,7 @@ include "core/hadamard.pxi"
 include "core/matmul_groups.pxi"
 include "core/matmul.pxi"
 include "core/inner.pxi"
+include "core/wide.pxi"
 include "core/linear.pxi"
 include "core/calibrate.pxi"
 include "core/top_k.pxi"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
+from numpy import ndarray
 
 from . import _core
 from ._batches import row_batches
@@ -455,6 +456,10 @@ class QuantLinear:
         DTypeError, NonFiniteError, LayoutError
             As from `w8a8_matmul`. After any of these `out` is as it was.
         """
+        if type(x) is ndarray and type(num_threads) is int and num_threads == 1:
+            y = self._multiply_plain(x, out)
+            if y is not None:
+                return y
         if isinstance(x, DynQuantTensor):
             return self._multiply_codes(x, out, num_threads)
         x = as_exported(x, "x")
@@ -469,6 +474,14 @@ class QuantLinear:
         else:
             y = multiply(self._layer, rows, into, threads, "x")
         return y.reshape(shape) if out is None else out
+
+    def _multiply_plain(self, x: NDArray[Any], out: Any) -> NDArray[np.float32] | None:
+        """The output for a few rows that are as they mostly are; None for others, after no change."""
+        layer = self._layer
+        if isinstance(layer, DynQuantTensor) or not (out is None or type(out) is ndarray):
+            return None
+        y = np.empty((*x.shape[:-1], self._n), F32) if out is None else out
+        return y if layer.multiply_plain(x, y, out is not None) else None
 
     def _multiply_floats(
         self, weight: DynQuantTensor, x: NDArray[Any], out: NDArray[np.float32] | None

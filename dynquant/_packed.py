@@ -115,9 +115,38 @@ def multiply(
 ) -> NDArray[np.float32]:
     """Rows of floats `x` (m, k) times packed weights."""
     m, k = x.shape
+    if layer.is_thin(m):
+        return _multiply_thin(layer, x, out, threads, name)
     y = np.empty((m, layer.n), F32) if out is None else out
     if not _multiply_rows(layer, layer.quantize, float_matrix(x, m, k), y, out is not None, threads):
         raise_bad_row(x, layer, name)
+    return y
+
+
+def _multiply_thin(
+    layer: _core.PackedLinear,
+    x: NDArray[Any],
+    out: NDArray[np.float32] | None,
+    threads: int,
+    name: str,
+) -> NDArray[np.float32]:
+    """`multiply` for a layer with few inputs or outputs, whose results are written as its rows are read.
+
+    A new array may be given up half written; the caller's may not. So it is filled from a new one, or where
+    the inputs are smaller they are checked first.
+    """
+    m, k = x.shape
+    rows = float_matrix(x, m, k)
+    if out is None or layer.factors is not None or layer.rotates or layer.n < k:
+        y = np.empty((m, layer.n), F32)
+    else:
+        check_finite(x, name, threads)
+        y = out
+    if not layer.multiply_thin(rows, y, threads):
+        raise_bad_row(x, layer, name)
+    if out is not None and y is not out:
+        out[:] = y
+        return out
     return y
 
 

@@ -1,6 +1,6 @@
 # The table of row kernels that one instruction set hands to _core. Pointers, lengths and plain numbers only.
 # What each kernel promises stands above it in kernels/*.pxi.
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 
 cdef enum:
@@ -110,6 +110,27 @@ ctypedef struct Kernels:
                                const float* bias, const uint8_t* a, const float* a_scales, float* out,
                                Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
                                Py_ssize_t group) noexcept nogil
+    # wide.pxi
+    Py_ssize_t thin_inputs
+    Py_ssize_t thin_outputs
+    Py_ssize_t (*wide_panel_len)(Py_ssize_t k) noexcept nogil
+    void (*widen_panel_s8)(const uint8_t* panel, int16_t* wide, Py_ssize_t k) noexcept nogil
+    void (*widen_panel_u4)(const uint8_t* panel, const uint8_t* zero_points, int16_t* wide, Py_ssize_t k,
+                           Py_ssize_t group) noexcept nogil
+    void (*widen_rows_s8)(const uint8_t* panel, int16_t* rows, Py_ssize_t stride, Py_ssize_t n,
+                          Py_ssize_t k) noexcept nogil
+    bint (*quantize_rows_f32_s16)(const float* x, int16_t* codes, Py_ssize_t stride, float* scales,
+                                  Py_ssize_t m, Py_ssize_t k) noexcept nogil
+    void (*gemm_wide_f32)(const int16_t* wide, const float* w_scales, const float* bias,
+                          const int16_t* codes, Py_ssize_t stride, const float* a_scales, float* out,
+                          Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k) noexcept nogil
+    void (*gemm_wide_groups_f32)(const int16_t* wide, const float* scales, const float* bias,
+                                 const int16_t* codes, Py_ssize_t stride, const float* a_scales, float* out,
+                                 Py_ssize_t out_stride, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
+                                 Py_ssize_t group) noexcept nogil
+    void (*dots_wide_f32)(const int16_t* w, const float* w_scales, const float* bias, const int16_t* codes,
+                          Py_ssize_t stride, const float* a_scales, float* out, Py_ssize_t m, Py_ssize_t n,
+                          Py_ssize_t k) noexcept nogil
     # scale.pxi, calibrate.pxi, metrics.pxi
     void (*min_max_row_f32)(const float* x, float* x_min, float* x_max, Py_ssize_t n) noexcept nogil
     double (*sum_row_f32_f64)(const float* x, Py_ssize_t n) noexcept nogil

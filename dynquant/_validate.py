@@ -112,6 +112,8 @@ def as_floats(x: Any, name: str) -> NDArray[Any]:
         raise DTypeError(f"{name}: expected a float array, got dtype {dtype}{source}{hint}")
     try:
         with np.errstate(all="ignore", over="raise"):
+            if array.ndim == 2 and flags.f_contiguous and not flags.c_contiguous:
+                return _transposed(array.astype(F32, "F"))
             return array.astype(F32, "C")
     except FloatingPointError:
         with np.errstate(all="ignore"):

@@ -296,3 +296,17 @@ def test_weights_of_a_convolution_have_a_scale_for_each_output_channel():
         quantize_weights(w)
     q = quantize_weights(w.reshape(len(w), -1))
     assert_same_bits(q.scales, np.abs(w).max(axis=(1, 2, 3)) / F32(127))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1), (64, 1), (64, 3), (63, 5), (65, 15), (64, 16), (130, 18), (200, 33), (31, 300), (300, 64)],
+)
+def test_tiles_of_weights_in_the_order_of_columns(shape):
+    """Whole tiles of 16 by 64 are transposed four by four, others one by one."""
+    w = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    expected = quantize_weights(w, bits=4)
+    for dtype in (np.float32, np.float64):
+        actual = quantize_weights(np.asfortranarray(w.astype(dtype)), bits=4)
+        for field in ("data", "scales", "zero_points"):
+            assert getattr(actual, field).tobytes() == getattr(expected, field).tobytes()

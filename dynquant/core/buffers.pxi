@@ -173,6 +173,33 @@ cdef bint views_disjoint(const Py_buffer* x, const Py_buffer* y) noexcept:
     return x.len == 0 or y.len == 0 or last_byte(x) < first_byte(y) or last_byte(y) < first_byte(x)
 
 
+# Whether an array is aligned, C-contiguous float32 whose last axis, of at least one, is n long. Its view has
+# strides and a format.
+cdef bint is_plain_f32(const Py_buffer* view, Py_ssize_t n) noexcept:
+    cdef Py_ssize_t stride = sizeof(float)
+    cdef int i
+    if view.ndim == 0 or view.itemsize != stride or view.format[0] != b"f" or view.format[1] != 0:
+        return False
+    if view.shape[view.ndim - 1] != n or <size_t> view.buf % <size_t> stride:
+        return False
+    for i in range(view.ndim - 1, -1, -1):
+        if view.strides[i] != stride and view.shape[i] != 1:
+            return False
+        stride *= view.shape[i]
+    return True
+
+
+# Whether all axes but the last are equal.
+cdef bint same_leading_axes(const Py_buffer* x, const Py_buffer* y) noexcept:
+    cdef int i
+    if x.ndim != y.ndim:
+        return False
+    for i in range(x.ndim - 1):
+        if x.shape[i] != y.shape[i]:
+            return False
+    return True
+
+
 cdef const char* first_byte(const Py_buffer* view) noexcept:
     cdef const char* first = <const char*> view.buf
     cdef int i
@@ -259,8 +286,8 @@ cdef Aligned aligned_memory(Py_ssize_t n) except *:
 
 
 # Transposes in tiles of TILE_ROWS x TILE_COLUMNS, so that whole cache lines are read and written. Otherwise
-# lines that are a power of two apart would share a cache set, and evict each other before they are
-# complete.
+# lines that are a power of two apart would share a cache set, and evict each other before they are complete.
+# The next tile is prefetched: the hardware does not follow such strides.
 cdef enum:
     TILE_ROWS = 16
     TILE_COLUMNS = 64
@@ -275,13 +302,27 @@ cdef void transpose_u32(const uint32_t* x, uint32_t* out, Py_ssize_t m, Py_ssize
         r0 = 0
         while r0 < m:
             rows = TILE_ROWS if m - r0 > TILE_ROWS else m - r0
-            for r in range(rows):
+            for r in range(TILE_ROWS):
+                dq_prefetch(x + (r0 + TILE_ROWS + r) * n + c0, TILE_COLUMNS * sizeof(uint32_t))
+            for r in range(rows // 4 * 4 if columns == TILE_COLUMNS else 0, rows):
                 for c in range(columns):
                     tile[c * TILE_ROWS + r] = x[(r0 + r) * n + c0 + c]
+            if columns == TILE_COLUMNS:
+                for r in range(0, rows // 4 * 4, 4):
+                    transpose_4_rows(x + (r0 + r) * n + c0, n, tile + r)
             for c in range(columns):
+                dq_prefetch(out + (c0 + c) * m + r0 + TILE_ROWS, TILE_ROWS * sizeof(uint32_t))
                 memcpy(out + (c0 + c) * m + r0, tile + c * TILE_ROWS, rows * sizeof(uint32_t))
             r0 += TILE_ROWS
         c0 += TILE_COLUMNS
+
+
+# Four rows of TILE_COLUMNS, n apart, to four columns of a tile.
+cdef inline void transpose_4_rows(const uint32_t* x, Py_ssize_t n, uint32_t* tile) noexcept nogil:
+    cdef Py_ssize_t c
+    for c in range(0, TILE_COLUMNS, 4):
+        dq_transpose_16(<const int8_t*> (x + c), n * <Py_ssize_t> sizeof(uint32_t),
+                        <uint8_t*> (tile + c * TILE_ROWS), TILE_ROWS * sizeof(uint32_t))
 
 
 def copy_transposed(x not None, out not None, Py_ssize_t m, Py_ssize_t n):

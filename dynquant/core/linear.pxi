@@ -156,7 +156,7 @@ cdef class PackedLinear:
     cdef const float* input_factors
     cdef readonly Py_ssize_t n, panel_count, weight_bytes
     cdef readonly object factors
-    cdef readonly bint divide, symmetric
+    cdef readonly bint divide, symmetric, rotates
 
     def __cinit__(self, Py_ssize_t n, Py_ssize_t k, Py_ssize_t group, const float[::1] bias,
                   factors, bint divide, Py_ssize_t block, bint int8_groups=False, bint symmetric=True,
@@ -165,6 +165,7 @@ cdef class PackedLinear:
         self.w.int8_groups, self.symmetric, self.w.minimums = int8_groups, symmetric, minimums
         self.w.table, self.w.n, self.w.k, self.w.group = packing_kernels(), n, k, group
         self.n, self.bias, self.factors, self.divide, self.block = n, bias, factors, divide, block
+        self.rotates = block != 0
         self.factors_view, self.input_factors = factors, NULL
         if factors is not None:
             check_size(self.factors_view.shape[0], k)
@@ -356,4 +357,73 @@ cdef class PackedLinear:
                 return False
             self.multiply_into(a, <float*> out, num_threads)
             first += a.m
+        return True
+
+    def is_thin(self, Py_ssize_t m):
+        """Whether `multiply_thin` is for this layer and m rows."""
+        return is_thin(&self.w, m)
+
+    def multiply_thin(self, FloatMatrix x not None, out not None, int num_threads=1):
+        """out (m, n) = x . weights + bias, for a layer with few inputs or outputs.
+
+        Returns whether the rows are finite; where they are not, some of `out` may be written.
+        """
+        cdef RawBuffer y = RawBuffer(out)
+        check_size(x.k, self.w.k)
+        check_size(y.view.len, x.m * self.w.n * <Py_ssize_t> sizeof(float))
+        return self.multiply_thin_rows(x.flat(), x.m, <float*> y.view.buf, num_threads)
+
+    cdef bint multiply_thin_rows(self, Floats x, Py_ssize_t m, float* out, int num_threads) except -1:
+        cdef WideProduct p
+        cdef Py_ssize_t ns = m * self.w.k * (8 + self.w.n) // 16
+        cdef Aligned memory
+        if m == 0:
+            return True
+        p.x, p.m, p.k, p.w, p.out = x, m, self.w.k, &self.w, out
+        p.factors, p.divide, p.block = self.input_factors, self.divide, self.block
+        plan_wide(&p)
+        p.parts = max(1, threads_for((m + p.chunk - 1) // p.chunk, ns, num_threads))
+        memory = aligned_memory(p.shared_bytes + p.parts * p.scratch_bytes)
+        p.wide, p.scratch = <int16_t*> memory.data, memory.data + p.shared_bytes
+        try:
+            if p.shared_bytes:
+                widen_weights(&p)
+            return parallel_ranges(multiply_wide_part_range, &p, p.parts, ns, num_threads)
+        finally:
+            PyMem_RawFree(memory.block)
+
+    def multiply_plain(self, x not None, out not None, bint given):
+        """out (..., n) = x . weights + bias for arrays as they mostly are, in less time than checking others.
+
+        Returns whether it is done: x has to be finite and, as `out`, C-contiguous float32, and there may not
+        be many rows. An `out` that is `given` by the caller is not written where it is not done.
+        """
+        cdef RawBuffer a, y
+        cdef Py_ssize_t m
+        cdef Floats flat
+        cdef Activations activations
+        try:
+            a = RawBuffer(x, PyBUF_STRIDES | PyBUF_FORMAT)
+            y = RawBuffer(out, PyBUF_STRIDES | PyBUF_FORMAT | PyBUF_WRITABLE)
+        except (BufferError, ValueError):
+            return False
+        if not (is_plain_f32(&a.view, self.w.k) and is_plain_f32(&y.view, self.w.n)):
+            return False
+        m = a.view.len // (self.w.k * <Py_ssize_t> sizeof(float))
+        if m * self.w.k > PLAIN_FLOATS or not same_leading_axes(&a.view, &y.view):
+            return False
+        flat.data, flat.kind, flat.n = <const char*> a.view.buf, F32, m * self.w.k
+        if given and not views_disjoint(&a.view, &y.view):
+            return False
+        if is_thin(&self.w, m):
+            if given and (self.input_factors != NULL or self.block or amax_bits(&flat) >= NON_FINITE):
+                return False
+            return self.multiply_thin_rows(flat, m, <float*> y.view.buf, 1)
+        if not 0 < m <= PLAIN_ROWS:
+            return False
+        activations = Activations(self, m)
+        activations.begin(0, m, m)
+        if not self.fill_from(&flat, activations, 1):
+            return False
+        self.multiply_into(activations, <float*> y.view.buf, 1)
         return True

@@ -12,6 +12,10 @@ cdef extern from "kernels/simd/simd.h" nogil:
     enum: DQ_QUANTIZE_STEP
     float DQ_MAGIC
     float DQ_BELOW_HALF
+    float DQ_BELOW_1
+    float DQ_ABOVE_1
+    float DQ_MIN_SCALE
+    float DQ_MAX_SCALE
     enum: DQ_DOT_STEP
     enum: DQ_CONCURRENT_PANELS
     enum: DQ_PREFETCH_FROM
@@ -102,6 +106,22 @@ cdef extern from "kernels/simd/simd.h" nogil:
     dq_floats dq_group_add(dq_floats acc, dq_acc s, dq_floats zero_points, float a_sum, dq_floats scales)
     enum: DQ_FOUR_K_BLOCKS
     void dq_four_k_blocks(const uint8_t* w, const uint8_t* a, dq_acc* s0, dq_acc* s1)
+    dq_floats dq_scaled(dq_acc s, dq_floats scales)
+    ctypedef struct dq_wide_weights:
+        pass
+    enum: DQ_WIDE_ROWS
+    enum: DQ_WIDE_BATCH
+    enum: DQ_WIDE_DOTS
+    enum: DQ_THIN_INPUTS
+    enum: DQ_THIN_OUTPUTS
+    int dq_quantize_rows(const float* x, Py_ssize_t rows, Py_ssize_t k, int16_t* codes, Py_ssize_t stride,
+                         float* scales)
+    void dq_wide_dots(const int16_t* a, Py_ssize_t stride, const int16_t* w, Py_ssize_t w_stride,
+                      Py_ssize_t n, Py_ssize_t k, int32_t* sums)
+    dq_wide_weights dq_wide_load(const int16_t* w)
+    dq_acc dq_wide_step(dq_acc acc, dq_wide_weights w, dq_broadcast_act a)
+    void dq_widen_k_step(const uint8_t* w, int16_t* wide)
+    void dq_widen_k_block(const uint8_t* w, const uint8_t* zero_points, int16_t* wide)
     enum: DQ_KEPT_ROWS
     dq_floats dq_group_add_minimums(dq_floats acc, dq_acc s, dq_floats minimums, float a_sum,
                                     dq_floats scales)
@@ -138,6 +158,7 @@ include "matmul_s8.pxi"
 include "forms.pxi"
 include "matmul_u4.pxi"
 include "matmul_s8_groups.pxi"
+include "wide.pxi"
 include "sums.pxi"
 include "metrics.pxi"
 include "weights.pxi"
@@ -199,6 +220,16 @@ kernels.unpack_panel_s8_groups = unpack_panel_s8_groups
 kernels.quantize_row_f32_u8_away = quantize_row_f32_u8_away
 kernels.pack_activation_groups = pack_activation_groups
 kernels.gemm_s8_groups_f32 = gemm_s8_groups_f32
+kernels.thin_inputs = DQ_THIN_INPUTS
+kernels.thin_outputs = DQ_THIN_OUTPUTS
+kernels.wide_panel_len = wide_panel_len
+kernels.widen_panel_s8 = widen_panel_s8
+kernels.widen_panel_u4 = widen_panel_u4
+kernels.widen_rows_s8 = widen_rows_s8
+kernels.quantize_rows_f32_s16 = quantize_rows_f32_s16
+kernels.gemm_wide_f32 = gemm_wide_f32
+kernels.gemm_wide_groups_f32 = gemm_wide_groups_f32
+kernels.dots_wide_f32 = dots_wide_f32
 kernels.min_max_row_f32 = min_max_row_f32
 kernels.sum_row_f32_f64 = sum_row_f32_f64
 kernels.square_deviation_row_f32_f64 = square_deviation_row_f32_f64

@@ -55,13 +55,12 @@ cdef void quantize_row_f32_s8(const float* x, float scale, int32_t clip, bint in
                               int8_t* codes, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t start = 0
     cdef float r, lo, hi
-    if n < DQ_QUANTIZE_STEP or not (scale >= <float> 2.3509887016445750e-38
-                                    and scale <= <float> 4.2535295865117308e+37):
+    if n < DQ_QUANTIZE_STEP or not DQ_MIN_SCALE <= scale <= DQ_MAX_SCALE:
         divide_round_row(x, scale, clip, codes, n)
         return
     r = <float> 1.0 / scale
-    lo = r * <float> (1.0 - 4.76837158203125e-07)
-    hi = r * <float> (1.0 + 4.76837158203125e-07)
+    lo = r * DQ_BELOW_1
+    hi = r * DQ_ABOVE_1
     if n < 8 * DQ_QUANTIZE_STEP:
         nontemporal = False
     else:

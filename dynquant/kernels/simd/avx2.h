@@ -116,6 +116,17 @@ static inline __m256i dq_multiply_add(__m256i acc, __m256i w, __m256i a) {
 #endif
 }
 
+/* acc + the products of pairs of int16, added up in each int32. */
+static inline __m256i dq_multiply_add_wide(__m256i acc, __m256i w, __m256i a) {
+#if defined(__AVX512VNNI__)
+    return _mm256_dpwssd_epi32(acc, w, a);
+#elif defined(__AVXVNNI__)
+    return _mm256_dpwssd_avx_epi32(acc, w, a);
+#else
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(w, a));
+#endif
+}
+
 #ifndef DQ_DOT_STEP
 #define DQ_DOT_STEP 32
 typedef __m256i dq_dot_acc;
@@ -194,6 +205,21 @@ static inline dq_weights dq_weights_load(const uint8_t* w) { return _mm256_loadu
 static inline dq_acc dq_acc_step(dq_acc acc, dq_weights w, dq_broadcast_act a) {
     return dq_multiply_add(acc, w, a);
 }
+typedef __m256i dq_wide_weights;
+static inline dq_wide_weights dq_wide_load(const int16_t* w) { return _mm256_loadu_si256((const __m256i*)w); }
+static inline dq_acc dq_wide_step(dq_acc acc, dq_wide_weights w, dq_broadcast_act a) {
+    return dq_multiply_add_wide(acc, w, a);
+}
+static inline void dq_widen_k_step(const uint8_t* w, int16_t* wide) {
+    /* Of each output the even k, and the odd ones; then pairs of both. */
+    const __m256i v = _mm256_loadu_si256((const __m256i*)w);
+    const __m256i even = _mm256_sub_epi16(_mm256_and_si256(v, _mm256_set1_epi16(0xFF)), _mm256_set1_epi16(128));
+    const __m256i odd = _mm256_sub_epi16(_mm256_set1_epi16(127), _mm256_srli_epi16(v, 8));
+    const __m256 a = _mm256_castsi256_ps(_mm256_unpacklo_epi16(even, odd));
+    const __m256 b = _mm256_castsi256_ps(_mm256_unpackhi_epi16(even, odd));
+    _mm256_storeu_ps((float*)wide, _mm256_shuffle_ps(a, b, 0x88));
+    _mm256_storeu_ps((float*)(wide + 4 * DQ_LANES), _mm256_shuffle_ps(a, b, 0xDD));
+}
 #endif
 
 #define DQ_BIASES
@@ -263,6 +289,7 @@ static inline dq_floats dq_hadamard_lanes(dq_floats x) {
     x = _mm256_fmadd_ps(x, sign2, _mm256_permute_ps(x, 0x4E));
     return _mm256_fmadd_ps(x, sign4, _mm256_permute2f128_ps(x, x, 1));
 }
+static inline dq_floats dq_scaled(dq_acc s, dq_floats scales) { return _mm256_mul_ps(_mm256_cvtepi32_ps(s), scales); }
 static inline dq_floats dq_group_add(dq_floats acc, dq_acc s, dq_floats zero_points, float a_sum,
                                      dq_floats scales) {
     const __m256 sum = _mm256_fnmadd_ps(zero_points, _mm256_set1_ps(a_sum), _mm256_cvtepi32_ps(s));
@@ -274,6 +301,10 @@ static inline dq_floats dq_group_add_minimums(dq_floats acc, dq_acc s, dq_floats
     return _mm256_add_ps(acc, _mm256_add_ps(sum, _mm256_mul_ps(minimums, _mm256_set1_ps(a_sum))));
 }
 #endif
+
+/* ---- Thin layers: kernels/wide.pxi ------------------------------------------------------------------------ */
+
+#include "avx2_thin.h"
 
 #if !defined(__AVX512BW__) && !defined(__AVXVNNI__)
 #include "avx2_matmul.h"

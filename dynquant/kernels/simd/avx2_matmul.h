@@ -4,11 +4,9 @@
    kernels/forms.pxi and split.pxi, why no int32 sum can in kernels/matmul_s8.pxi and matmul_u4.pxi. */
 
 #if defined(__GNUC__)
-#define DQ_INLINE static inline __attribute__((always_inline)) /* or the weights are passed in memory */
 #define DQ_IN_ORDER(x) __asm__("" : "+x"(x)) /* or gcc reorders the additions, and spills the weights for it */
 #define DQ_UNROLL_2 _Pragma("GCC unroll 2")
 #else
-#define DQ_INLINE static inline
 #define DQ_UNROLL_2
 #define DQ_IN_ORDER(x) (void)(x)
 #endif

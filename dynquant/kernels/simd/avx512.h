@@ -106,6 +106,26 @@ static inline dq_acc dq_acc_step(dq_acc acc, dq_weights w, dq_broadcast_act a) {
 }
 #endif
 
+typedef __m512i dq_wide_weights;
+static inline dq_wide_weights dq_wide_load(const int16_t* w) { return _mm512_loadu_si512(w); }
+static inline dq_acc dq_wide_step(dq_acc acc, dq_wide_weights w, dq_broadcast_act a) {
+#if defined(__AVX512VNNI__)
+    return _mm512_dpwssd_epi32(acc, w, a);
+#else
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(w, a));
+#endif
+}
+static inline void dq_widen_k_step(const uint8_t* w, int16_t* wide) {
+    /* Of each output the even k, and the odd ones; then pairs of both. */
+    const __m512i v = _mm512_loadu_si512(w);
+    const __m512i even = _mm512_sub_epi16(_mm512_and_si512(v, _mm512_set1_epi16(0xFF)), _mm512_set1_epi16(128));
+    const __m512i odd = _mm512_sub_epi16(_mm512_set1_epi16(127), _mm512_srli_epi16(v, 8));
+    const __m512 a = _mm512_castsi512_ps(_mm512_unpacklo_epi16(even, odd));
+    const __m512 b = _mm512_castsi512_ps(_mm512_unpackhi_epi16(even, odd));
+    _mm512_storeu_ps(wide, _mm512_shuffle_ps(a, b, 0x88));
+    _mm512_storeu_ps(wide + 4 * DQ_LANES, _mm512_shuffle_ps(a, b, 0xDD));
+}
+
 #if defined(__AVX512VNNI__) && !defined(DQ_AMX)
 #define DQ_TILE_ROWS 8
 #define DQ_5_ROWS(of) of(0) of(1) of(2) of(3) of(4)
@@ -192,6 +212,7 @@ static inline dq_floats dq_hadamard_lanes(dq_floats x) {
     x = _mm512_fmadd_ps(x, _mm512_mask_blend_ps(0xF0F0, ones, minus), _mm512_shuffle_f32x4(x, x, 0xB1));
     return _mm512_fmadd_ps(x, _mm512_mask_blend_ps(0xFF00, ones, minus), _mm512_shuffle_f32x4(x, x, 0x4E));
 }
+static inline dq_floats dq_scaled(dq_acc s, dq_floats scales) { return _mm512_mul_ps(_mm512_cvtepi32_ps(s), scales); }
 static inline dq_floats dq_group_add(dq_floats acc, dq_acc s, dq_floats zero_points, float a_sum,
                                      dq_floats scales) {
     const __m512 sum = _mm512_fnmadd_ps(zero_points, _mm512_set1_ps(a_sum), _mm512_cvtepi32_ps(s));

@@ -115,6 +115,80 @@ static inline dq_weights dq_weights_load(const uint8_t* w) { return (dq_weights)
 static inline dq_acc dq_acc_step(dq_acc acc, dq_weights w, dq_broadcast_act a) {
     return acc + w.k0 * a.k0 + w.k1 * a.k1;
 }
+typedef dq_weights dq_wide_weights;
+static inline dq_wide_weights dq_wide_load(const int16_t* w) { return (dq_weights){w[0], w[1]}; }
+static inline dq_acc dq_wide_step(dq_acc acc, dq_wide_weights w, dq_broadcast_act a) {
+    return dq_acc_step(acc, w, a);
+}
+#endif
+
+#if !defined(DQ_SSE2) && DQ_LANES > 1 /* layers are never thin there */
+typedef int dq_wide_weights;
+static inline dq_wide_weights dq_wide_load(const int16_t* w) { return *w; }
+static inline dq_acc dq_wide_step(dq_acc acc, dq_wide_weights w, dq_broadcast_act a) { return (void)w, (void)a, acc; }
+static inline void dq_widen_k_step(const uint8_t* w, int16_t* wide) { (void)w, (void)wide; }
+static inline dq_floats dq_scaled(dq_acc s, dq_floats scales) { return (void)s, scales; }
+#elif DQ_DEPTH == 2
+static inline void dq_widen_k_step(const uint8_t* w, int16_t* wide) {
+    for (int i = 0; i < 2 * DQ_LANES; i += 2) {
+        wide[i] = (int16_t)(w[i] - 128);
+        wide[i + 1] = (int16_t)(127 - w[i + 1]);
+    }
+}
+#endif
+
+static inline void dq_widen_k_block(const uint8_t* w, const uint8_t* zero_points, int16_t* wide) {
+#if defined(DQ_SSE2)
+    /* The codes of an output are a number of 32 bits, two of which make a pair. As a loop over numbers it vectorizes. */
+    uint32_t codes[2 * DQ_LANES], pairs[2 * DQ_LANES];
+    memcpy(codes, w, sizeof codes);
+    for (int j = 0; j < 4; j++) {
+        for (int c = 0; c < 2 * DQ_LANES; c++) {
+            const uint32_t low = (codes[c] >> 8 * j & 0x0F) - zero_points[c];
+            const uint32_t high = (codes[c] >> (8 * j + 4) & 0x0F) - zero_points[c];
+            pairs[c] = (low & 0xFFFF) | high << 16;
+        }
+        memcpy(wide + 4 * DQ_LANES * j, pairs, sizeof pairs);
+    }
+#else
+    for (int j = 0; j < 4; j++)
+        for (int c = 0; c < 2 * DQ_LANES; c++) {
+            wide[4 * DQ_LANES * j + 2 * c] = (int16_t)((w[4 * c + j] & 0x0F) - zero_points[c]);
+            wide[4 * DQ_LANES * j + 2 * c + 1] = (int16_t)((w[4 * c + j] >> 4) - zero_points[c]);
+        }
+#endif
+}
+
+#ifndef DQ_THIN
+static inline int dq_quantize_rows(const float* x, ptrdiff_t rows, ptrdiff_t k, int16_t* codes, ptrdiff_t stride,
+                                   float* scales) {
+    for (ptrdiff_t r = 0; r < rows; r++, x += k, codes += stride) {
+        int32_t amax = 0;
+        for (ptrdiff_t i = 0; i < k; i++) {
+            const int32_t b = dq_bits(x[i]) & 0x7FFFFFFF;
+            amax = b > amax ? b : amax;
+        }
+        if (amax > 0x7F7FFFFF) return 0;
+        scales[r] = dq_float(amax) / 127;
+        const float scale = scales[r] > 0 ? scales[r] : 1; /* of scale 0 are zeros, and floats near them */
+        for (ptrdiff_t i = 0; i < k; i++) {
+            float v = x[i] / scale;
+            v = v < -127 ? -127 : v;
+            v = v > 127 ? 127 : v;
+            codes[i] = (int16_t)(int32_t)(v + copysignf(DQ_BELOW_HALF, v));
+        }
+    }
+    return 1;
+}
+static inline void dq_wide_dots(const int16_t* a, ptrdiff_t stride, const int16_t* w, ptrdiff_t w_stride, ptrdiff_t n,
+                                ptrdiff_t k, int32_t* sums) {
+    for (ptrdiff_t r = 0; r < DQ_WIDE_ROWS; r++)
+        for (ptrdiff_t c = 0; c < n; c++) {
+            int32_t sum = 0;
+            for (ptrdiff_t i = 0; i < k; i++) sum += a[r * stride + i] * w[c * w_stride + i];
+            sums[r * n + c] = sum;
+        }
+}
 #endif
 
 #ifndef DQ_TRANSPOSES
@@ -199,6 +273,7 @@ static inline dq_floats dq_floats_add(dq_floats x, dq_floats y) { return x + y; 
 static inline dq_floats dq_floats_sub(dq_floats x, dq_floats y) { return x - y; }
 static inline dq_floats dq_floats_scale(dq_floats x, float scale) { return x * scale; }
 static inline dq_floats dq_hadamard_lanes(dq_floats x) { return x; }
+static inline dq_floats dq_scaled(dq_acc s, dq_floats scales) { return (float)s * scales; }
 static inline dq_floats dq_group_add(dq_floats acc, dq_acc s, dq_floats zero_points, float a_sum,
                                      dq_floats scales) {
     return acc + ((float)s - zero_points * a_sum) * scales;

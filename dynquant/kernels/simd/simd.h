@@ -50,6 +50,13 @@
 #pragma fp_contract(off)
 #endif
 
+/* Inlined, because arguments are then constants, or stay in registers. */
+#if defined(__GNUC__)
+#define DQ_INLINE static inline __attribute__((always_inline))
+#else
+#define DQ_INLINE static inline
+#endif
+
 /* ---- Memory and bits ---------------------------------------------------------------------------------- */
 
 /* Fetches n bytes into the caches. Any address will do, also one outside of all arrays. */
@@ -101,6 +108,13 @@ static inline int dq_lowest_bit(uint32_t bits) {
 /* The float below 0.5. Adding it, with the sign of v, and truncating rounds halves away from zero, exactly for
    |v| < 2**22: the sum reaches the next integer for every v from the half up, and for none below it. */
 #define DQ_BELOW_HALF 0.499999970197677612f
+
+/* A quotient by a scale in this range lies between the products with fl(r * DQ_BELOW_1) and fl(r * DQ_ABOVE_1),
+   r = fl(1 / scale): kernels/quantize.pxi. */
+#define DQ_BELOW_1 (float)(1.0 - 4.76837158203125e-07)
+#define DQ_ABOVE_1 (float)(1.0 + 4.76837158203125e-07)
+#define DQ_MIN_SCALE 2.3509887016445750e-38f
+#define DQ_MAX_SCALE 4.2535295865117308e+37f
 
 /* int dq_quantize_step(const float* x, float lo, float hi, int32_t clip, int in_range, int nontemporal,
                         int8_t* codes)
@@ -307,6 +321,37 @@ enum { DQ_PAIRS, DQ_EIGHTS, DQ_CENTERED, DQ_WIDE };
    codes `prefetch_distance` bytes on are prefetched. DQ_KEPT_ROWS is 1 where there is no such form. */
 #define DQ_K_BLOCK 8
 
+/* ---- Thin layers ---------------------------------------------------------------------------------------- */
+
+/* int dq_quantize_rows(const float* x, ptrdiff_t rows, ptrdiff_t k, int16_t* codes, ptrdiff_t stride, float* scales)
+
+   Scales and int16 codes of at most DQ_WIDE_BATCH rows of k floats, which lie one after the other: scale = max|x| / 127,
+   code = clamp(round half away(x / scale), -127, 127). Rows of codes are `stride` apart: 8 for k <= 8, otherwise k
+   rounded up to a multiple of 16; what is written there after k codes is arbitrary. Returns 0, with results arbitrary, unless all floats are finite.
+
+   void dq_wide_dots(const int16_t* a, ptrdiff_t stride, const int16_t* w, ptrdiff_t w_stride, ptrdiff_t n, ptrdiff_t k,
+                     int32_t* sums)
+
+   sums (DQ_WIDE_ROWS, n) = rows of codes times n <= DQ_WIDE_DOTS rows of weights, which are 0 from k to the next
+   multiple of 16; strides are multiples of that.
+
+   dq_acc dq_wide_step(dq_acc acc, dq_wide_weights w, dq_broadcast_act a)
+
+   acc[lane] += the sum over a pair of k of w[lane][k] * a[k], both int16. dq_wide_load reads DQ_LANES pairs.
+
+   void dq_widen_k_step(const uint8_t* w, int16_t* wide)
+
+   Biased weights of a k-step of DQ_LANES outputs -> pairs of int16, those of the next two k 4 * DQ_LANES further.
+
+   void dq_widen_k_block(const uint8_t* w, const uint8_t* zero_points, int16_t* wide)
+
+   Codes of a k-block of 2 * DQ_LANES outputs, less their zero points -> four times as many pairs of int16.
+
+   dq_floats dq_scaled(dq_acc s, dq_floats scales): float(s) * scales. */
+#define DQ_WIDE_ROWS 8
+#define DQ_WIDE_BATCH 64
+#define DQ_WIDE_DOTS 4
+
 /* ---- Rotation ------------------------------------------------------------------------------------------- */
 
 /* dq_floats dq_hadamard_lanes(dq_floats x)
@@ -353,6 +398,21 @@ enum { DQ_PAIRS, DQ_EIGHTS, DQ_CENTERED, DQ_WIDE };
 #else
 #define DQ_CONCURRENT_PANELS 4
 #define DQ_PREFETCH_FROM 0
+#endif
+
+/* Layers with at most so many inputs or outputs are multiplied by the kernels of kernels/wide.pxi. */
+#if defined(__AVX512BW__) || defined(__AVXVNNI__)
+#define DQ_THIN_INPUTS 64
+#define DQ_THIN_OUTPUTS 16
+#elif defined(__AVX2__)
+#define DQ_THIN_INPUTS 128
+#define DQ_THIN_OUTPUTS 32
+#elif defined(DQ_SSE2)
+#define DQ_THIN_INPUTS 64
+#define DQ_THIN_OUTPUTS 8
+#else
+#define DQ_THIN_INPUTS 0
+#define DQ_THIN_OUTPUTS 0
 #endif
 
 /* Products of integers that a core adds up in a nanosecond, roughly: what says whether a layer is worth a second

@@ -50,6 +50,11 @@ static inline dq_weights dq_weights_load(const uint8_t* w) {
 static inline dq_acc dq_acc_step(dq_acc acc, dq_weights w, dq_broadcast_act a) {
     return _mm_add_epi32(acc, _mm_madd_epi16(w, a));
 }
+typedef __m128i dq_wide_weights;
+static inline dq_wide_weights dq_wide_load(const int16_t* w) { return _mm_loadu_si128((const __m128i*)w); }
+static inline dq_acc dq_wide_step(dq_acc acc, dq_wide_weights w, dq_broadcast_act a) {
+    return dq_acc_step(acc, w, a);
+}
 #endif
 
 #ifndef DQ_ACC16_STEPS
@@ -94,6 +99,7 @@ static inline dq_floats dq_hadamard_lanes(dq_floats x) {
     x = _mm_add_ps(_mm_mul_ps(x, sign1), _mm_shuffle_ps(x, x, 0xB1));
     return _mm_add_ps(_mm_mul_ps(x, sign2), _mm_shuffle_ps(x, x, 0x4E));
 }
+static inline dq_floats dq_scaled(dq_acc s, dq_floats scales) { return _mm_mul_ps(_mm_cvtepi32_ps(s), scales); }
 static inline dq_floats dq_group_add(dq_floats acc, dq_acc s, dq_floats zero_points, float a_sum,
                                      dq_floats scales) {
     const __m128 sum = _mm_sub_ps(_mm_cvtepi32_ps(s), _mm_mul_ps(zero_points, _mm_set1_ps(a_sum)));
