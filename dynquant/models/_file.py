@@ -20,7 +20,7 @@ from ..errors import DTypeError, NonFiniteError, ParameterError, ShapeMismatchEr
 from ._gguf import GgufHeader, read_gguf
 from ._modules import QuantizedLayer, check_supported, quantized_layers
 from ._safetensors import read_safetensors
-from ._stored import PLAIN, Stored, bad_file, is_float, plain_array, rows_of
+from ._stored import PLAIN, Stored, bad_file, block_rows, is_float, plain_array, rows_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -316,7 +316,7 @@ class ModelFile:
         try:
             if layer.layout == "gguf":
                 stored = layer.tensors["data"]
-                data = self._bytes(stored).reshape(stored.shape[0], -1)
+                data = block_rows(stored, self._map(stored.path))
                 return DynQuantTensor.from_layout("gguf", {"data": data, "type": _number_of(stored)})
             arrays = {key: self.array(stored.name) for key, stored in layer.tensors.items()}
             return DynQuantTensor.from_layout(layer.layout, arrays)

@@ -165,8 +165,9 @@ def _rows_of_blocks(stored: Stored, memory: NDArray[np.uint8], first: int, end: 
 
 def block_rows(stored: Stored, memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A tensor of blocks as (rows, bytes)."""
-    rows = math.prod(stored.shape[:-1])
-    return memory[stored.start : stored.start + stored.n_bytes].reshape(rows, -1)
+    width = bytes_of(stored.dtype, stored.shape[-1:]) or 0
+    data = memory[stored.start : stored.start + stored.n_bytes]
+    return data.reshape(math.prod(stored.shape[:-1]), width)
 
 
 def round_scales(scales: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:

@@ -167,7 +167,7 @@ def test_every_changed_byte_of_a_header(tmp_path):
                     pass
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_random_damage(tmp_path_factory, data):
     """A model whose tensors can be read, or a typed error; never more memory than the file and its header."""
