@@ -294,4 +294,6 @@ def _add_row_errors(
         power[here] += np.square(exact).sum(axis=1)
         for layer, row_errors in zip(layers, errors, strict=True):
             with np.errstate(all="ignore"):
-                row_errors[here] += np.square(layer(x, num_threads=threads) - exact).sum(axis=1)
+                # Without astype NumPy would convert in a buffer, and crash where there is no memory for it.
+                y = layer(x, num_threads=threads).astype(np.float64)
+                row_errors[here] += np.square(y - exact).sum(axis=1)

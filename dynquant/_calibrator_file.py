@@ -179,8 +179,9 @@ def _top_bins(state: CalibratorArrays) -> NDArray[np.int64]:
     """The highest bin of each channel that anything is in."""
     top = np.zeros(state.channels, np.int64)
     for octave, counts in zip(state.octaves.tolist(), state.channel_counts, strict=True):
-        seen = counts.any(axis=1)
-        highest = OCTAVE_BINS - 1 - np.argmax(counts[:, ::-1] > 0, axis=1)
+        used = counts > 0
+        seen = used.any(axis=1)
+        highest = OCTAVE_BINS - 1 - np.argmax(used[:, ::-1], axis=1)
         top[seen] = octave * OCTAVE_BINS + highest[seen]
     return top
 

@@ -416,7 +416,7 @@ def test_inputs_that_were_quantized_otherwise():
     with pytest.raises(ParameterError, match="num_threads"):
         layer.quantize_input(X, num_threads=0)
     huge = np.full((1, 64), 1e38, F32) * reference.signs(64)
-    with pytest.raises(ParameterError, match="rotated"):
+    with pytest.raises(ParameterError, match="after rotation"):
         QuantLinear.from_float(W, hadamard=True).quantize_input(huge)
 
 
@@ -877,7 +877,7 @@ def test_rotation_that_overflows_float32(smooth, rows, bits):
     x, out = np.ones((rows, k), F32), np.full((rows, 3), 7, F32)
     x[-1] = F32(2e37) * reference.signs(k)
     for options in ({}, {"out": out}, {"out": out, "num_threads": 2}):
-        with pytest.raises(ParameterError, match="x: expected rows within float32 when rotated"):
+        with pytest.raises(ParameterError, match="x: expected rows within float32 after rotation"):
             layer(x, **options)
     assert (out == 7).all()
     # A non-finite input is reported as such, and so is a non-finite quotient.

@@ -19,6 +19,8 @@ static inline __m256i emulated_dpbusd(__m256i acc, __m256i a, __m256i b) {
     return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
 }
 
+#define _mm256_dpwssd_avx_epi32(acc, a, b) _mm256_add_epi32(acc, _mm256_madd_epi16(a, b))
+
 #else
 
 #include <math.h>
@@ -70,6 +72,7 @@ static inline __m512 _mm512_set1_ps(float x) { return (__m512){0} + x; }
 /* As unsigned: the instructions wrap. */
 #define EMULATED_SUM(type, a, op, b) ((__m512i)((type)(a) op (type)(b)))
 static inline __m512i _mm512_add_epi32(__m512i a, __m512i b) { return EMULATED_SUM(emulated_u32, a, +, b); }
+static inline __m512i _mm512_sub_epi16(__m512i a, __m512i b) { return EMULATED_SUM(emulated_u16, a, -, b); }
 static inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) { return EMULATED_SUM(emulated_u32, a, -, b); }
 static inline __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
 static inline __m512i _mm512_xor_si512(__m512i a, __m512i b) { return a ^ b; }
@@ -90,6 +93,31 @@ static inline __m512 _mm512_fmsub_ps(__m512 a, __m512 b, __m512 c) {
 static inline __m512 _mm512_fnmadd_ps(__m512 a, __m512 b, __m512 c) {
     EMULATED_EACH(16) a[i] = fmaf(-a[i], b[i], c[i]);
     return a;
+}
+static inline __m512 _mm512_castsi512_ps(__m512i a) { return (__m512)a; }
+/* Each of four elements of a lane, the first two of a, by two bits of `at`. */
+static inline __m512 _mm512_shuffle_ps(__m512 a, __m512 b, int at) {
+    __m512 r;
+    EMULATED_EACH(16) r[i] = (i & 2 ? b : a)[(i & ~3) | (at >> 2 * (i & 3) & 3)];
+    return r;
+}
+/* Words of two bytes of the lower and the upper halves of lanes in turns. */
+static inline __m512i _mm512_unpacklo_epi16(__m512i a, __m512i b) {
+    emulated_s16 r;
+    EMULATED_EACH(32) r[i] = ((emulated_s16)(i & 1 ? b : a))[i / 8 * 8 + i % 8 / 2];
+    return (__m512i)r;
+}
+static inline __m512i _mm512_unpackhi_epi16(__m512i a, __m512i b) {
+    emulated_s16 r;
+    EMULATED_EACH(32) r[i] = ((emulated_s16)(i & 1 ? b : a))[i / 8 * 8 + 4 + i % 8 / 2];
+    return (__m512i)r;
+}
+/* Products of pairs of int16, added in int32 without saturation. */
+static inline __m512i _mm512_dpwssd_epi32(__m512i acc, __m512i a, __m512i b) {
+    const emulated_s16 x = (emulated_s16)a, y = (emulated_s16)b;
+    emulated_u32 sums = (emulated_u32)acc;
+    EMULATED_EACH(32) sums[i / 2] += (uint32_t)(x[i] * y[i]);
+    return (__m512i)sums;
 }
 static inline __m512 _mm512_cvtepi32_ps(__m512i a) { __m512 r; EMULATED_EACH(16) r[i] = (float)a[i]; return r; }
 static inline __m512i _mm512_cvtepi8_epi32(__m128i a) { __m512i r; EMULATED_EACH(16) r[i] = (int8_t)a[i]; return r; }

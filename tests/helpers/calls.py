@@ -220,6 +220,10 @@ CALLS = {
     "a calibrator's sizes": lambda: (CALIBRATOR.channels, CALIBRATOR.count, repr(CALIBRATOR), SAMPLED.rows),
     "a calibrator's pickle": lambda: pickle.loads(pickle.dumps(CALIBRATOR)),
     "calibrator's file": lambda: (CALIBRATOR.save(SAVED), Calibrator.load(SAVED)),
+    "layouts": lambda: [
+        DynQuantTensor.from_layout("compressed-tensors", weight.to_layout("compressed-tensors"))
+        for weight in (INT8, INT4_ROWS)
+    ],
     "simd_info": simd_info,
     "get_include": get_include,
 }
