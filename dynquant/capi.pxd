@@ -13,6 +13,9 @@ cdef enum:
     DYNQUANT_OK = 0
     DYNQUANT_NON_FINITE = 1
     DYNQUANT_BAD_ARGUMENT = 2
+    DYNQUANT_DOT = 0
+    DYNQUANT_COSINE = 1
+    DYNQUANT_L2 = 2
 
 
 # DYNQUANT_API_VERSION of the dynquant that was imported, where that of the pxd is the one compiled against.
@@ -68,3 +71,10 @@ cdef int dynquant_int8_inner_s32(const int8_t* a, const int8_t* b, int64_t m, in
                                  void* scratch, int32_t* out) noexcept nogil
 cdef int dynquant_int8_inner_s64(const int8_t* a, const int8_t* b, int64_t m, int64_t n, int64_t k,
                                  void* scratch, int64_t* out) noexcept nogil
+cdef int64_t dynquant_top_k_scratch_bytes(int64_t m, int64_t n, int64_t d, int32_t bits, int64_t group_size,
+                                          int64_t k) noexcept nogil
+cdef int dynquant_top_k(const float* queries, const void* codes, const float* scales,
+                        const uint8_t* zero_points, const float* bias, const uint8_t* allowed,
+                        int64_t allowed_stride, int64_t m, int64_t n, int64_t d, int32_t bits,
+                        int64_t group_size, int32_t metric, int64_t k, void* scratch, float* found,
+                        int64_t* indices) noexcept nogil

@@ -10,19 +10,24 @@
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.pyport cimport PY_SSIZE_T_MAX
 from libc.float cimport FLT_MAX
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uintptr_t
+from libc.math cimport INFINITY
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint64_t, uintptr_t
 from libc.string cimport memchr, memset
 
 from dynquant._core cimport (
     F32,
+    METRIC_DOT,
+    METRIC_L2,
     Floats,
     PackedWeights,
     QuantRow,
+    TopKSearch,
     activation_bytes,
     dequantize_row,
     int8_inner_bytes,
     int8_inner_rows,
     kernels,
+    lay_out_search,
     multiply_panels,
     pack_int8_groups,
     pack_weights,
@@ -31,11 +36,14 @@ from dynquant._core cimport (
     panel_scales,
     panels_of,
     percentile_rank,
+    plan_search,
     quantize_activation,
     quantize_group_row,
     quantize_row,
     scale_columns_of_rows,
     scale_of,
+    score_of_key,
+    search_in_order,
 )
 from dynquant._table cimport NON_FINITE, Kernels, groups_of
 
@@ -89,6 +97,12 @@ cdef extern from "include/dynquant.h" nogil:
                               void* scratch, int32_t* out) noexcept
         int (*int8_inner_s64)(const int8_t* a, const int8_t* b, int64_t m, int64_t n, int64_t k,
                               void* scratch, int64_t* out) noexcept
+        int64_t (*top_k_scratch_bytes)(int64_t m, int64_t n, int64_t d, int32_t bits, int64_t group_size,
+                                       int64_t k) noexcept
+        int (*top_k)(const float* queries, const void* codes, const float* scales, const uint8_t* zero_points,
+                     const float* bias, const uint8_t* allowed, int64_t allowed_stride, int64_t m, int64_t n,
+                     int64_t d, int32_t bits, int64_t group_size, int32_t metric, int64_t k, void* scratch,
+                     float* found, int64_t* indices) noexcept
 
 
 cdef extern from "kernels/simd/simd.h" nogil:
@@ -477,12 +491,13 @@ cdef int64_t dynquant_w4a8_minimums_packed_bytes(int64_t n, int64_t k, int64_t g
     return packed_4_bit_bytes(n, k, group_size, sizeof(float))
 
 
-cdef inline bint are_nibbles(const uint8_t* codes, int64_t n) noexcept nogil:
+# Whether all bytes are in [0, largest], which is a power of two less 1.
+cdef inline bint are_within(const uint8_t* codes, int64_t n, uint8_t largest) noexcept nogil:
     cdef Py_ssize_t i
     cdef uint8_t bits = 0
     for i in range(n):
         bits |= codes[i]
-    return bits <= 15
+    return bits <= largest
 
 
 cdef int dynquant_w4a8_pack(const uint8_t* w, const float* w_scales, const uint8_t* zero_points, int64_t n,
@@ -493,7 +508,7 @@ cdef int dynquant_w4a8_pack(const uint8_t* w, const float* w_scales, const uint8
     n_scales = scales_of(n, k, group_size)
     if not all_finite(w_scales, n_scales):
         return DYNQUANT_NON_FINITE
-    if zero_points != NULL and not are_nibbles(zero_points, n_scales):
+    if zero_points != NULL and not are_within(zero_points, n_scales, 15):
         return DYNQUANT_BAD_ARGUMENT
     pack_4_bit(w, w_scales, zero_points, n, k, group_size, PLAIN, packed)
     return DYNQUANT_OK
@@ -671,6 +686,89 @@ cdef int dynquant_int8_inner_s64(const int8_t* a, const int8_t* b, int64_t m, in
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Search
+
+
+# The last bound is more than a query's codes, reservoir and hits take, so that no size overflows.
+cdef inline bint is_search(int64_t m, int64_t n, int64_t d, int32_t bits, int64_t group_size,
+                           int64_t k) noexcept nogil:
+    return (d > 0 and (bits == 4 and group_size > 0 or bits == 8 and group_size >= d)
+            and n < <int64_t> 1 << 32 and is_shape(n, d) and is_shape(d, 64 * LINE) and is_shape(m, k)
+            and is_shape(m, 32 * LINE * d + 32 * (n + LINE)))
+
+
+cdef inline TopKSearch search_of(int64_t m, int64_t n, int64_t d, int32_t bits, int64_t group_size,
+                                 int64_t k) noexcept nogil:
+    cdef TopKSearch s
+    s.table, s.corpus.packed = packing_kernels(), bits == 4
+    s.corpus.k, s.corpus.group = d, group_of(d, group_size)
+    s.m, s.n, s.k, s.keep, s.parts = m, n, d, k if k < n else n, 1
+    plan_search(&s)
+    return s
+
+
+# What a search takes, then the hits, and the scales and codes of the queries.
+cdef int64_t dynquant_top_k_scratch_bytes(int64_t m, int64_t n, int64_t d, int32_t bits, int64_t group_size,
+                                          int64_t k) noexcept nogil:
+    cdef TopKSearch s
+    if not is_search(m, n, d, bits, group_size, k):
+        return -1
+    s = search_of(m, n, d, bits, group_size, k)
+    return (LINE - 1 + lay_out_search(&s, NULL)
+            + m * (s.keep * <int64_t> sizeof(uint64_t) + <int64_t> sizeof(float) + d))
+
+
+cdef int dynquant_top_k(const float* queries, const void* codes, const float* scales,
+                        const uint8_t* zero_points, const float* bias, const uint8_t* allowed,
+                        int64_t allowed_stride, int64_t m, int64_t n, int64_t d, int32_t bits,
+                        int64_t group_size, int32_t metric, int64_t k, void* scratch, float* found,
+                        int64_t* indices) noexcept nogil:
+    cdef TopKSearch s
+    cdef Py_ssize_t q
+    cdef int64_t n_scales
+    cdef float* q_scales
+    cdef int8_t* q_codes
+    if not (is_search(m, n, d, bits, group_size, k) and METRIC_DOT <= metric <= METRIC_L2
+            and (bias == NULL or metric == METRIC_DOT) and (zero_points == NULL or bits == 4)
+            and (allowed == NULL or allowed_stride == 0 or allowed_stride == n and is_shape(m, n))):
+        return DYNQUANT_BAD_ARGUMENT
+    n_scales = scales_of(n, d, group_size)
+    if not (all_finite(queries, m * d) and all_finite(scales, n_scales)
+            and (bias == NULL or all_finite(bias, n))):
+        return DYNQUANT_NON_FINITE
+    if not ((zero_points == NULL or are_within(zero_points, n_scales, 15))
+            and (allowed == NULL or are_within(allowed, m * n if allowed_stride else n, 1))):
+        return DYNQUANT_BAD_ARGUMENT
+    s = search_of(m, n, d, bits, group_size, k)
+    s.corpus.codes, s.corpus.scales = <int8_t*> codes, <float*> scales
+    s.corpus.zero_points, s.corpus.minimums = <uint8_t*> zero_points, NULL
+    s.metric, s.bias, s.allowed, s.allowed_stride = metric, bias, allowed, allowed_stride
+    s.hits = <uint64_t*> (line_of(scratch) + lay_out_search(&s, <uint8_t*> line_of(scratch)))
+    q_scales = <float*> (s.hits + m * s.keep)
+    q_codes = <int8_t*> (q_scales + m)
+    for q in range(m):
+        quantize_dynamic(queries + q * d, d, 127, False, q_codes + q * d, &q_scales[q])
+    s.codes = q_codes
+    if m and s.keep and not search_in_order(&s, q_scales):
+        return DYNQUANT_BAD_ARGUMENT
+    for q in range(m):
+        read_hits(s.hits + q * s.keep, s.keep, k, metric == METRIC_L2, found + q * k, indices + q * k)
+    return DYNQUANT_OK
+
+
+# Scores and indices (k,) of n keys, in their order; distances are negative in keys.
+cdef inline void read_hits(const uint64_t* keys, int64_t n, int64_t k, bint distances, float* found,
+                           int64_t* indices) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef float score
+    for i in range(k):
+        score, indices[i] = -INFINITY, -1
+        if i < n and keys[i] != <uint64_t> -1:
+            score, indices[i] = score_of_key(keys[i]), <int64_t> (keys[i] & <uint64_t> 0xFFFFFFFF)
+        found[i] = <float> 0 - score if distances else score
+
+
+# ---------------------------------------------------------------------------------------------------------
 # The table
 
 
@@ -708,5 +806,7 @@ table.w8a8_groups_matmul = dynquant_w8a8_groups_matmul
 table.int8_inner_scratch_bytes = dynquant_int8_inner_scratch_bytes
 table.int8_inner_s32 = dynquant_int8_inner_s32
 table.int8_inner_s64 = dynquant_int8_inner_s64
+table.top_k_scratch_bytes = dynquant_top_k_scratch_bytes
+table.top_k = dynquant_top_k
 
 _C_API = PyCapsule_New(&table, "dynquant.capi._C_API", NULL)

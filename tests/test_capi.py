@@ -55,12 +55,12 @@ def test_signatures_equal_the_snapshot():
 
 def test_pxd_and_header_agree():
     assert pxd_signatures() == header_signatures()
-    constants = ["API_VERSION", "OK", "NON_FINITE", "BAD_ARGUMENT"]
+    constants = {"API_VERSION": VERSION, "OK": OK, "NON_FINITE": NON_FINITE, "BAD_ARGUMENT": BAD_ARGUMENT}
     pxd, header = (
         read(capi.__file__.partition(".cpython")[0] + ".pxd"),
         read(dynquant.get_include() + "/dynquant.h"),
     )
-    for name, value in zip(constants, [VERSION, OK, NON_FINITE, BAD_ARGUMENT], strict=True):
+    for name, value in {**constants, "DOT": 0, "COSINE": 1, "L2": 2}.items():
         assert f"    DYNQUANT_{name} = {value}\n" in pxd
         assert f"#define DYNQUANT_{name} {value}\n" in header
 
@@ -341,6 +341,119 @@ def test_int8_inner_refuses_sums_beyond_int32():
     assert (wide == 2**14 * k).all()
 
 
+SEARCHES = [  # bits, group_size, symmetric
+    (8, None, True),
+    (4, None, False),
+    (4, 32, False),
+    (4, 32, True),
+    (4, 1, False),
+    (4, 7, True),
+]
+
+
+def corpus_of(vectors, bits, group_size, symmetric):
+    if bits == 8:
+        return dynquant.dynamic_quantize(vectors)
+    return dynquant.quantize_weights(vectors, bits=4, group_size=group_size, symmetric=symmetric)
+
+
+def searched(queries, corpus, k, metric=0, allowed=None, bias=None, offset=0):
+    """What top_k of the table finds, with scratch in which no byte outside is written."""
+    (m, d), n = queries.shape, len(corpus)
+    bits, group = (4, corpus.format.group_of(d)) if corpus.format.packed else (8, d)
+    scratch = Guarded(FUNCTIONS["top_k_scratch_bytes"](m, n, d, bits, group, k), offset)
+    scores, indices = np.full((m, k), 77, F32), np.full((m, k), 77, np.int64)
+    stride = n if allowed is not None and allowed.ndim == 2 else 0
+    arrays = queries, corpus.data, corpus.scales, corpus.zero_points, bias, allowed, stride
+    call("top_k", *arrays, m, n, d, bits, group, metric, k, scratch.result, scores, indices)
+    scratch.check(scratch.result)
+    return scores, indices
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), SEARCHES)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 700, 67), (5, 700, 67), (70, 700, 40), (3, 0, 9), (0, 9, 9)]
+)
+def test_top_k(isa, bits, group_size, symmetric, shape):
+    """The same bits as the Python function, in every mode of the driver, and with fewer vectors than k."""
+    m, n, d = shape
+    rng = np.random.default_rng(n)
+    half, queries = (rng.standard_normal((rows, d)).astype(F32) for rows in ((n + 2) // 2, m))
+    vectors = np.concatenate([half, half])  # equal scores
+    corpus = corpus_of(vectors, bits, group_size, symmetric)[:n]
+    masks = [None, rng.random(n) < 0.3, rng.random((m, n)) < 0.02, np.zeros(n, bool)]
+    for number_, metric in enumerate(["dot", "cosine", "l2"]):
+        for i, allowed in enumerate(masks):
+            for k in (0, 1, 10, n + 3):
+                found = searched(queries, corpus, k, number_, allowed, offset=37 * (i % 2))
+                expected = dynquant.top_k(queries, corpus, max(k, 1), metric=metric, allowed=allowed)
+                for mine, theirs in zip(found, expected, strict=True):
+                    assert_same_bits(mine, theirs[:, :k])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("m", [1, 9])
+def test_top_k_of_a_centered_index(isa, bits, m, tmp_path):
+    """From the files of the index: its bias is added to the products with the centered queries."""
+    rng = np.random.default_rng(0)
+    vectors, queries = (rng.standard_normal((n, 20)).astype(F32) for n in (300, m))
+    index = dynquant.EmbeddingIndex(20, bits=bits, center="mean")
+    index.add(vectors + 1)
+    index.save(tmp_path / "index")
+    arrays = {path.name.split("-")[0]: np.load(path, mmap_mode="r") for path in tmp_path.glob("index/*.npy")}
+    corpus = corpus_of(vectors, bits, None, False)
+    corpus.data[:], corpus.scales[:] = arrays["codes"], arrays["scales"]
+    if bits == 4:
+        corpus.zero_points[:] = arrays["zero_points"]
+    center = arrays["center"]
+    scores, indices = searched(queries - center, corpus, 7, bias=arrays["bias"])
+    expected = index.search(queries, 7)
+    assert_same_bits(indices, expected[1])
+    np.testing.assert_allclose(scores + (queries @ center)[:, None], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_top_k_refuses_what_it_cannot_search():
+    def refused(changes, status=BAD_ARGUMENT):
+        arguments = arguments_of("top_k")
+        for position, value in changes.items():
+            arguments[position] = value
+        check_refused("top_k", arguments, status)
+
+    zeros = np.zeros(2, np.uint8)
+    refused({3: zeros})  # zero points with 8 bits
+    refused({4: None, 3: zeros + 16, 10: 4})  # above 15
+    for metric in (1, 2):  # only dot products take a bias
+        refused({12: metric})
+    for flags in ([0, 0, 0, 2], [255, 1, 1, 1]):
+        refused({5: np.array(flags, np.uint8)})
+
+
+def test_top_k_refuses_infinities_of_both_signs(isa):
+    """In the distance of a query from a vector, both too long for float32: inf + inf - inf."""
+    x = np.full((1, 4), 1e30, F32)
+    corpus = dynquant.dynamic_quantize(x)
+    with pytest.raises(dynquant.ParameterError, match="infinities"):
+        dynquant.top_k(x, corpus, 1, metric="l2")
+    scratch = memory(FUNCTIONS["top_k_scratch_bytes"](1, 1, 4, 8, 4, 1), 0)
+    found, indices = np.full(1, 77, F32), np.full(1, 77, np.int64)
+    arrays = x, corpus.data, corpus.scales, None, None, None, 0
+    assert FUNCTIONS["top_k"](*arrays, 1, 1, 4, 8, 4, 2, 1, scratch, found, indices) == BAD_ARGUMENT
+    assert (found[0], indices[0]) == (77, 77)
+
+
+def test_sizes_of_top_k():
+    size = FUNCTIONS["top_k_scratch_bytes"]
+    huge = [2**63 - 1, 2**62, 2**50]
+    bad = [(-1, 1, 1, 1), (1, -1, 1, 1), (1, 1, 0, 1), (1, 1, 1, -1), (1, 2**32, 1, 1)]
+    for m, n, d, k in [*bad, *((a, 2**31, b, 2**31) for a in huge for b in huge), (2**40, 2**31, 8, 2**31)]:
+        assert size(m, n, d, 8, 2**63 - 1, k) == -1, (m, n, d, k)
+    assert size(1, 1, 4, 8, 3, 1) == -1
+    # Grows with the queries and not with the vectors.
+    one, more, long = (size(m, n, 384, 8, 384, 10) for m, n in [(1000, 10**6), (2000, 10**6), (1000, 10**9)])
+    assert one == long
+    assert 0.9 < (more - one) / 1000 / (2048 + 24 * 10 + 3 * 384) < 1.1
+
+
 def test_4_bit_products_over_no_inputs_and_groups_longer_than_the_row(isa):
     packed, scratch = (memory(FUNCTIONS[f"w4a8_{name}_bytes"](2, 0, 8), 0) for name in ("packed", "scratch"))
     out, bias = np.full((2, 2), 77, F32), floats(2)
@@ -497,6 +610,11 @@ BAD_NUMBERS = {
     ("dequantize_row_s8_f32", 2): BAD_SCALES[:3],
     ("dequantize_row_s4_f32", 2): BAD_SCALES[:3],
     ("w8a8_matvec", 5): BAD_SCALES[:3],
+    ("top_k", 6): [-1, 1, 3],  # a stride that is neither 0 nor n
+    ("top_k", 9): [0],
+    ("top_k", 10): [0, 2, 5, 16],
+    ("top_k", 11): [0, 2, -1],
+    ("top_k", 12): [-1, 3],
 }
 # Inputs that are arrays of floats: (function, argument) to number of elements.
 FLOATS = {
@@ -513,6 +631,9 @@ FLOATS = {
     ("w8a8_groups_matmul", 2): 6,
     ("w4a8_matmul", 1): 2,
     ("w4a8_matmul", 2): 6,
+    ("top_k", 0): 6,
+    ("top_k", 2): 2,
+    ("top_k", 4): 2,
     **{
         (name, position): n
         for name in ("divide_rows_f32", "multiply_rows_f32")
@@ -531,6 +652,7 @@ LENGTH_ARGUMENTS = [
     *(("w8a8_groups_pack", position) for position in (2, 3)),
     *(("w8a8_groups_matmul", position) for position in (3, 4, 5)),
     *((name, position) for name in ("int8_inner_s32", "int8_inner_s64") for position in (2, 3, 4)),
+    *(("top_k", position) for position in (7, 8, 9, 13)),
 ]
 # Where the scratch of a function stands, which a refusal may change.
 SCRATCH = {
@@ -539,6 +661,7 @@ SCRATCH = {
     "w8a8_groups_matmul": 8,
     "int8_inner_s32": 5,
     "int8_inner_s64": 5,
+    "top_k": 14,
 }
 
 

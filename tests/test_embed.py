@@ -203,17 +203,48 @@ def test_table_of_another_release(byte_rows_folder, change, message):
     assert (message == "works") == (found.strip() == "works")
 
 
-# The C program
+# The C programs
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no python3-config")
-def test_c_program(tmp_path):
-    command, program = compiler("CC"), str(tmp_path / "program")
-    source = os.path.join(EXAMPLES, "c_program", "quantize_own_buffer.c")
+def c_program(name, folder):
+    """Build a program of c_program/; a function that runs it with arguments and returns what it prints."""
+    if sys.platform == "win32":
+        pytest.skip("Windows has no python3-config")
+    command, program = compiler("CC"), str(folder / "program")
+    source = os.path.join(EXAMPLES, "c_program", f"{name}.c")
     folders = ["-isystem", INCLUDE, "-I", dynquant.get_include()]
     run([*command, "-std=c99", *STRICT, *folders, source, "-o", program, *library_flags()])
     home = os.pathsep.join(dict.fromkeys([sys.base_prefix, sys.base_exec_prefix]))
-    lines = run([program], env=environment(PYTHONHOME=home), cwd=tmp_path).splitlines()
+    return lambda *arguments: run(
+        [program, *arguments], env=environment(PYTHONHOME=home), cwd=folder
+    ).splitlines()
+
+
+def test_c_program(tmp_path):
+    lines = c_program("quantize_own_buffer", tmp_path)()
     expected = dynquant.dynamic_quantize_int8_per_row(((np.arange(15, dtype=F32) - 7) / 4).reshape(3, 5))
     assert lines[0] == str(expected.scales.tolist())
     assert [[int(code) for code in line.split()] for line in lines[1:]] == expected.data.tolist()
+
+
+def test_search_of_an_index_in_c(tmp_path):
+    rng = np.random.default_rng(0)
+    vectors, queries = (rng.standard_normal((n, 48)).astype(F32) for n in (1000, 9))
+    index = dynquant.EmbeddingIndex(48)
+    index.add(vectors, ids=rng.permutation(1000) + 5)
+    index.save(tmp_path / "index")
+    np.save(tmp_path / "queries.npy", queries)
+    files = [glob.glob(f"{tmp_path}/index/{name}-*.npy")[0] for name in ("codes", "scales", "ids")]
+    search = c_program("search_index", tmp_path)
+    for k in ("0", "10", "1003"):
+        lines = search(*files, "queries.npy", k)
+        expected = index.search(queries, max(int(k), 1))
+        assert len(lines) == 9
+        for line, scores, ids in zip(lines, *expected, strict=True):
+            found = line.split()
+            assert [int(text) for text in found[::2]] == ids[ids >= 0][: int(k)].tolist()
+            assert_same_bits(np.array(found[1::2], F32), scores[ids >= 0][: int(k)])
+    with open(files[0], "r+b") as file:
+        file.truncate(os.path.getsize(files[0]) - 1)
+    with pytest.raises(AssertionError, match=r"codes-\w+\.npy: expected a \.npy file of"):
+        search(*files, "queries.npy", "3")

@@ -92,16 +92,6 @@ cdef class CodeMatrix:
         return rows
 
 
-# The memory of a CodeMatrix; zero_points and minimums are NULL where there are none.
-cdef struct CodeRows:
-    int8_t* codes
-    float* scales
-    uint8_t* zero_points
-    float* minimums
-    Py_ssize_t k, group
-    bint packed
-
-
 cdef inline QuantRow code_row(const CodeRows* rows, Py_ssize_t r) noexcept nogil:
     cdef QuantRow row
     cdef Py_ssize_t groups = groups_of(rows.k, rows.group)

@@ -17,29 +17,6 @@ cdef enum:
     PACK_FROM = 6  # queries from which packing a block of int8 codes pays
     PACK_NIBBLES_FROM = 2  # the same of 4-bit codes
 
-    METRIC_DOT = 0
-    METRIC_COSINE = 1
-    METRIC_L2 = 2
-
-
-# All that the threads of one search share. `factors` are the scales of the queries or, for the cosine, 1 over
-# the norms of their codes; `norms` their squared norms, for distances.
-cdef struct TopKSearch:
-    const Kernels* table
-    CodeRows corpus
-    const float* bias  # of each vector, or NULL
-    const uint8_t* allowed  # a byte for each vector, or NULL
-    Py_ssize_t allowed_stride  # from one query to the next; 0 where they share one mask
-    const int8_t* codes
-    float* factors
-    float* norms
-    uint8_t* a
-    uint64_t* hits  # (parts, m, keep), filled with NO_HIT
-    uint8_t* parts_memory
-    Py_ssize_t n, m, k, group, keep, capacity, block, parts, part_bytes, query_bytes
-    int metric
-    bint packs
-
 
 # Scratch and results of one part.
 cdef struct TopKPart:
@@ -217,7 +194,7 @@ cdef bint collect_hits(const TopKSearch* s, const TopKPart* part, Py_ssize_t q, 
 
 
 # The inverse of hit_key.
-cdef inline float score_of_key(uint64_t key) noexcept nogil:
+cdef float score_of_key(uint64_t key) noexcept nogil:
     cdef uint32_t bits = ~<uint32_t> (key >> 32)
     return dq_float(<int32_t> (bits ^ (<uint32_t> 0x80000000 if bits >> 31 else <uint32_t> 0xFFFFFFFF)))
 
@@ -331,20 +308,14 @@ def top_k(CodeMatrix corpus not None, const int8_t[:, ::1] queries not None, con
     was NaN.
     """
     cdef TopKSearch s
-    cdef TopKPart part
     cdef Aligned memory
-    cdef Py_ssize_t at = 0, ns, a_bytes
+    cdef Py_ssize_t ns
     cdef bint finite
     s.table, s.corpus, s.metric = packing_kernels(), corpus.rows(), metric
     s.n, s.m, s.k, s.keep = corpus.m, queries.shape[0], corpus.k, hits.shape[2]
-    s.group = corpus.group if corpus.packed else 0
     check_size(queries.shape[1], s.k)
     check_size(scales.shape[0], s.m)
     check_size(hits.shape[1], s.m)
-    if s.group:
-        s.packs = s.m >= PACK_NIBBLES_FROM or not s.table.nibble_rows_fit(s.k, s.group)
-    else:
-        s.packs = s.m >= PACK_FROM
     s.bias, s.allowed, s.allowed_stride = NULL, NULL, 0
     if bias is not None:
         check_size(bias.shape[0], s.n)
@@ -353,19 +324,12 @@ def top_k(CodeMatrix corpus not None, const int8_t[:, ::1] queries not None, con
         check_size(allowed.shape[1], s.n)
         s.allowed, s.allowed_stride = &allowed[0, 0], s.n if allowed.shape[0] > 1 else 0
         check_size(allowed.shape[0], s.m if s.allowed_stride else 1)
-    s.block = block_vectors(s.table, s.k, s.group)
-    s.capacity = 2 * min(s.keep, s.n) + s.block
+    plan_search(&s)
     ns = s.n * s.k * s.m // s.table.products_per_ns
     s.parts = max(1, threads_for(min(panels_of(s.table, s.n), hits.shape[0]), ns, num_threads))
-    s.part_bytes = lay_out_part(&s, NULL, &part)
-    s.query_bytes = query_bytes(&s)
-    a_bytes = s.m * s.query_bytes
-    memory = aligned_memory(s.parts * s.part_bytes + a_bytes + 2 * (s.m + 16) * <Py_ssize_t> sizeof(float))
-    s.parts_memory, s.hits, s.codes = memory.data, &hits[0, 0, 0], &queries[0, 0]
-    at = s.parts * s.part_bytes
-    s.a = carve(memory.data, &at, a_bytes)
-    s.factors = <float*> carve(memory.data, &at, s.m * <Py_ssize_t> sizeof(float))
-    s.norms = <float*> carve(memory.data, &at, s.m * <Py_ssize_t> sizeof(float))
+    s.hits, s.codes = &hits[0, 0, 0], &queries[0, 0]
+    memory = aligned_memory(lay_out_search(&s, NULL))
+    lay_out_search(&s, memory.data)
     try:
         with nogil:
             prepare_queries(&s, &scales[0])
@@ -373,6 +337,67 @@ def top_k(CodeMatrix corpus not None, const int8_t[:, ::1] queries not None, con
     finally:
         PyMem_RawFree(memory.block)
     return s.parts if finite else 0
+
+
+# Fills in what follows from the table, the corpus, n, m, k and keep.
+cdef void plan_search(TopKSearch* s) noexcept nogil:
+    cdef TopKPart part
+    s.group = s.corpus.group if s.corpus.packed else 0
+    if s.group:
+        s.packs = s.m >= PACK_NIBBLES_FROM or not s.table.nibble_rows_fit(s.k, s.group)
+    else:
+        s.packs = s.m >= PACK_FROM
+    s.block = block_vectors(s.table, s.k, s.group)
+    s.capacity = 2 * min(s.keep, s.n) + s.block
+    s.query_bytes = query_bytes(s)
+    s.part_bytes = lay_out_part(s, NULL, &part)
+
+
+# Carves the memory of a planned search with so many parts; returns its size, to be counted with base NULL.
+cdef Py_ssize_t lay_out_search(TopKSearch* s, uint8_t* base) noexcept nogil:
+    cdef Py_ssize_t at = s.parts * s.part_bytes
+    s.parts_memory = base
+    s.a = carve(base, &at, s.m * s.query_bytes)
+    s.factors = <float*> carve(base, &at, s.m * <Py_ssize_t> sizeof(float))
+    s.norms = <float*> carve(base, &at, s.m * <Py_ssize_t> sizeof(float))
+    return at
+
+
+# A search by the calling thread alone, as one part: the keys of each query ascend, and NO_HIT fills up.
+# Returns whether no score was NaN.
+cdef bint search_in_order(const TopKSearch* s, const float* scales) noexcept nogil:
+    cdef Py_ssize_t q
+    memset(s.hits, 0xFF, s.m * s.keep * sizeof(uint64_t))
+    prepare_queries(s, scales)
+    if not search_part(s, 0):
+        return False
+    for q in range(s.m):
+        sort_keys(s.hits + q * s.keep, s.keep)
+    return True
+
+
+# Heapsort, ascending: in place, and never slow.
+cdef void sort_keys(uint64_t* keys, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t root = n // 2, end = n
+    while root > 0:
+        root -= 1
+        sift_down(keys, root, n)
+    while end > 1:
+        end -= 1
+        keys[0], keys[end] = keys[end], keys[0]
+        sift_down(keys, 0, end)
+
+
+# Moves keys[root] down in a heap of n, to where neither child is larger.
+cdef void sift_down(uint64_t* keys, Py_ssize_t root, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t child = 2 * root + 1
+    while child < n:
+        if child + 1 < n and keys[child + 1] > keys[child]:
+            child += 1
+        if keys[root] >= keys[child]:
+            return
+        keys[root], keys[child] = keys[child], keys[root]
+        root, child = child, 2 * child + 1
 
 
 # Bytes of a query as the product takes it, in lines of the cache; none where it takes its codes as they are.

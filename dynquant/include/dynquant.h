@@ -50,6 +50,11 @@ extern "C" {
 #define DYNQUANT_NON_FINITE 1
 #define DYNQUANT_BAD_ARGUMENT 2
 
+/* Metrics of top_k. */
+#define DYNQUANT_DOT 0
+#define DYNQUANT_COSINE 1
+#define DYNQUANT_L2 2
+
 typedef struct dynquant_api {
     int32_t version; /* DYNQUANT_API_VERSION of the dynquant that was imported */
     int32_t size;    /* bytes of its table */
@@ -195,6 +200,28 @@ typedef struct dynquant_api {
                           int32_t *out);
     int (*int8_inner_s64)(const int8_t *a, const int8_t *b, int64_t m, int64_t n, int64_t k, void *scratch,
                           int64_t *out);
+
+    /* ---- Search ---- */
+
+    /* Bytes of scratch that top_k needs; -1 for lengths, bits and group_size that cannot be. For
+       each query some 2 KiB + 24 k + 3 d bytes; no more for more vectors. */
+    int64_t (*top_k_scratch_bytes)(int64_t m, int64_t n, int64_t d, int32_t bits, int64_t group_size, int64_t k);
+
+    /* For each of the queries (m, d) the k of n quantized vectors with the best scores, best first: `found` and
+       `indices` (m, k), of equal scores the lower index first. Where there are fewer than k, the score is
+       -INFINITY, or INFINITY for DYNQUANT_L2, and the index -1. Scores are those of dynquant.top_k.
+       bits 8: codes are int8 (n, d), scales (n,), zero_points NULL, and group_size is d or more. bits 4: codes,
+       scales and zero_points are as w4a8_pack has them for (n, d, group_size). These are the files of a folder of
+       EmbeddingIndex or quantize_array, which may be memory-mapped: they are read as they lie, never copied whole.
+       1 <= d, 0 <= n < 2**32. metric is DYNQUANT_DOT, DYNQUANT_COSINE or DYNQUANT_L2, for squared distances. bias
+       (n,) is added to dot products; otherwise NULL. allowed is NULL, or bytes of 0 or 1 that say which vectors may
+       be found: (n,) with allowed_stride 0, or (m, n), for each query its own, with allowed_stride n. scratch is at
+       any address, each thread its own. DYNQUANT_BAD_ARGUMENT also for a zero point above 15, for another byte in
+       allowed, and if infinities of both signs meet in a score. */
+    int (*top_k)(const float *queries, const void *codes, const float *scales, const uint8_t *zero_points,
+                 const float *bias, const uint8_t *allowed, int64_t allowed_stride, int64_t m, int64_t n, int64_t d,
+                 int32_t bits, int64_t group_size, int32_t metric, int64_t k, void *scratch, float *found,
+                 int64_t *indices);
 } dynquant_api;
 
 /* The table of the installed dynquant, which is imported if it is not yet; with the GIL held. NULL with

@@ -129,6 +129,8 @@ def arguments_of(name):
     packed_8 = packed_groups(np.ones((2, 3), np.int8), scales, 3, 0)
     scratch_8 = memory(FUNCTIONS["w8a8_groups_scratch_bytes"](2, 3, 3), 0)
     inner = memory(FUNCTIONS["int8_inner_scratch_bytes"](2, 2, 3), 0)
+    search = memory(FUNCTIONS["top_k_scratch_bytes"](2, 2, 3, 8, 3, 1), 0)
+    found, indices = np.full(2, 77, F32), np.full(2, 77, np.int64)
     out = np.full(6, 77, F32)
     return {
         "dot_s8s8_s64": [codes, codes, 6],
@@ -160,6 +162,11 @@ def arguments_of(name):
         "int8_inner_scratch_bytes": [2, 2, 3],
         "int8_inner_s32": [codes, codes, 2, 2, 3, inner, np.full(4, 77, np.int32)],
         "int8_inner_s64": [codes, codes, 2, 2, 3, inner, np.full(4, 77, np.int64)],
+        "top_k_scratch_bytes": [2, 2, 3, 8, 3, 1],
+        "top_k": [
+            *(x, codes, scales, None, scales.copy(), np.ones(4, np.uint8), 2),
+            *(2, 2, 3, 8, 3, 0, 1, search, found, indices),
+        ],
         "divide_rows_f32": [x, np.ones(3, F32), 2, 3, out],
         "multiply_rows_f32": [x, np.ones(3, F32), 2, 3, out],
     }[name]
