@@ -52,7 +52,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises
     ------
     ParameterError
-        If the model has no quantized layer or no data, or `folder` is no path.
+        If the model has no quantized layer or no data, its state is not of tensors alone, or `folder` is no
+        path.
     ImportError
         Without safetensors.
     OSError
@@ -153,7 +154,7 @@ def _content(model: nn.Module, layers: dict[str, QuantLinear]) -> tuple[dict[str
     own = {f"{name}.{key}" for name in layers for key in TENSORS}
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
-            continue
+            raise ParameterError(f"model: expected a state of tensors, got {shown(tensor)} in {name}")
         if tensor.is_meta:
             raise ParameterError(f"model: expected data in {name}, got a tensor on meta")
         identity = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
@@ -352,13 +353,13 @@ def _standard_layers(
         try:
             arrays = {key: _array(tensors[f"{name}.{key}"]) for key in keys}
             codes = DynQuantTensor.from_layout(_LAYOUT, arrays)
+            bias = tensors.get(f"{name}.bias")
+            symmetric = codes.format.bits == 4 or _has_symmetric_activations(section, name)
+            layers[name] = QuantLinear.of_codes(codes, None if bias is None else bias.float(), symmetric)
         except DynQuantError as error:
             raise ParameterError(
                 f"folder: expected the tensors of a quantized layer in {name}: {error}"
             ) from error
-        bias = tensors.get(f"{name}.bias")
-        symmetric = codes.format.bits == 4 or _has_symmetric_activations(section, name)
-        layers[name] = QuantLinear.of_codes(codes, None if bias is None else bias.float(), symmetric)
         used.update(f"{name}.{key}" for key in (*keys, "bias"))
     if not layers:
         raise ParameterError("folder: expected quantized layers in the checkpoint, got none")
@@ -372,8 +373,13 @@ def _array(tensor: Tensor) -> Any:
 def _has_symmetric_activations(section: dict[str, Any], name: str) -> bool:
     groups = section.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():
-        if any(_is_target(target, name) for target in group.get("targets", ())):
-            return bool((group.get("input_activations") or {}).get("symmetric", True))
+        try:
+            if any(_is_target(target, name) for target in group.get("targets", ())):
+                return bool((group.get("input_activations") or {}).get("symmetric", True))
+        except (AttributeError, TypeError, re.error) as error:
+            raise ParameterError(
+                f"folder: expected groups with targets and activations in config_groups, got {shown(group)}"
+            ) from error
     return True
 
 
@@ -393,17 +399,35 @@ def _own_layers(
     layers: _Layers = {}
     used: set[str] = set()
     for name, options in described.items():
-        place_of(model, name)
-        try:
-            layer = QuantLinear(**options)
-        except (TypeError, DynQuantError) as error:
-            raise ParameterError(f"folder: expected options of a layer in {name}: {error}") from error
+        layer = made_of_options(model, name, options)
         state = {key: tensors[f"{name}.{key}"] for key in TENSORS if f"{name}.{key}" in tensors}
         _check_state(layer, name, state)
         layer.load_state_dict(state, assign=True)
+        try:
+            layer.check_values()
+        except DynQuantError as error:
+            raise ParameterError(
+                f"folder: expected values of a quantized layer in {name}: {error}"
+            ) from error
         layers[name] = layer
         used.update(f"{name}.{key}" for key in state)
     return layers, used
+
+
+def made_of_options(model: nn.Module, name: str, options: Any) -> QuantLinear:
+    """A layer for the place `name` of a model, by what config.json says; its weights are all zero."""
+    place_of(model, name)
+    expected = _shape_of(model.get_submodule(name))
+    # Before memory is taken for a layer of any size.
+    got = tuple(map(options.get, ("out_features", "in_features"))) if isinstance(options, dict) else None
+    if got != expected:
+        raise ParameterError(
+            f"folder: expected (out_features, in_features) {expected} in {name}, got {shown(got)}"
+        )
+    try:
+        return QuantLinear(**options)
+    except (TypeError, DynQuantError) as error:
+        raise ParameterError(f"folder: expected options of a layer in {name}: {error}") from error
 
 
 def _check_state(layer: QuantLinear, name: str, state: dict[str, Tensor]) -> None:
@@ -436,26 +460,29 @@ def place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def _check_fits(model: nn.Module, name: str, layer: QuantLinear) -> None:
     """Raise unless a layer has the shape of the one that it replaces, and a bias where that has one."""
     old = model.get_submodule(name)
-    if isinstance(old, QuantLinear):
-        shape = old.out_features, old.in_features
-    else:
-        weight = old.get_parameter("weight")
-        shape = tuple(weight.shape[::-1] if is_conv1d(old) else weight.shape)
-    expected, got = (*shape, old.bias is not None), (*_shape_of(layer), layer.bias is not None)
+    expected, got = (*_shape_of(old), old.bias is not None), (*_shape_of(layer), layer.bias is not None)
     if expected != got:
         raise ParameterError(
             f"folder: expected (out_features, in_features, has a bias) {expected} in {name}, got {got}"
         )
 
 
-def _shape_of(layer: QuantLinear) -> tuple[int, int]:
-    return layer.out_features, layer.in_features
+def _shape_of(layer: nn.Module) -> tuple[int, ...]:
+    """(out_features, in_features) of a linear layer."""
+    if isinstance(layer, QuantLinear):
+        return layer.out_features, layer.in_features
+    weight = layer.get_parameter("weight")
+    return tuple(weight.shape[::-1] if is_conv1d(layer) else weight.shape)
 
 
 def _assignments(model: nn.Module, layers: _Layers, rest: dict[str, Tensor]) -> list[Callable[[], Any]]:
     """What fills in the tensors of a model besides the quantized layers; all of it can be done."""
     prefixes = tuple(f"{name}." for name in layers)
-    own = {name: t for name, t in model.state_dict(keep_vars=True).items() if not name.startswith(prefixes)}
+    own = {
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor) and not name.startswith(prefixes)
+    }
     # One of several names of a tensor is enough.
     given = {id(own[name]) for name in rest if name in own}
     missing = [name for name, tensor in own.items() if name not in rest and id(tensor) not in given]

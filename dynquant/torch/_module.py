@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +14,10 @@ from .._linear import as_activations, moments_of, transform_of
 from .._smooth import as_factors
 from .._tensor import DynQuantTensor
 from .._transform import InputTransform
-from .._validate import F32, as_count, as_finite_vector, as_flag, as_matrix, as_thread_count
+from .._validate import F32, as_count, as_finite_vector, as_flag, as_matrix, as_thread_count, check_finite
 from .._weights import quantize_matrix, weight_format
 from ..errors import DTypeError, ParameterError
-from ._ops import TENSORS, Packed, check_input, codes_of, packed_of, version_of
+from ._ops import TENSORS, Packed, check_graph_input, check_input, codes_of, is_watched, packed_of, version_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -229,6 +229,16 @@ class QuantLinear(nn.Module):
         fmt = weight_format(self.bits, self.group_size, None)[0]
         return codes_of(self.weight, self.weight_scale, self.weight_zero_point, self.in_features, fmt)
 
+    def check_values(self) -> None:
+        """Raise unless the tensors hold what those of a layer can hold."""
+        check_finite(self.codes().scales, "weight_scale")
+        if self.bias is not None:
+            as_finite_vector(_array_of(self.bias), "bias", self.out_features)
+        if self.smooth is not None:
+            as_factors(_array_of(self.smooth), "smooth", self.in_features)
+        if self.signs is not None and not bool((self.signs.abs() == 1).all()):
+            raise ParameterError("signs: expected 1 and -1, got another number")
+
     def options(self) -> dict[str, Any]:
         """What the constructor makes a module of the same kind from."""
         return {
@@ -279,9 +289,10 @@ class QuantLinear(nn.Module):
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()
             or (x.requires_grad and torch.is_grad_enabled())
+            or is_watched()
         ):
             return self._traced(x)
-        if not x.is_cpu or x.layout is not torch.strided:
+        if not x.is_cpu or x.layout is not torch.strided or x.is_nested:
             if x.is_meta and self.weight.is_meta:
                 return self._traced(x)
             check_input(x)
@@ -307,6 +318,8 @@ class QuantLinear(nn.Module):
         """The same by the operator, which graphs and autograd see."""
         if not isinstance(x, (Tensor, torch.fx.Proxy)):
             raise DTypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+        if isinstance(x, Tensor):
+            check_graph_input(x)
         tensors = (self.weight, self.weight_scale, self.weight_zero_point, self.bias, self.smooth, self.signs)
         options = (self.bits, self.in_features, self.group_size, self.activation_symmetric, self.num_threads)
         return torch.ops.dynquant.linear(x, *tensors, *options)
@@ -326,6 +339,29 @@ class QuantLinear(nn.Module):
         finally:
             self._buffers.update(kept)
         return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Refuse tensors of other dtypes: float weights, for one, would be cut to integers without a word."""
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        wrong = [
+            f"{prefix}{name}: expected {own.dtype}, got {given.dtype}"
+            for name, own, given in ((t, self._buffers[t], state_dict.get(prefix + t)) for t in TENSORS)
+            if own is not None and isinstance(given, Tensor) and not _can_load(own, given, assign)
+        ]
+        error_msgs.extend(wrong)
+        if not wrong:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A tensor in place of None is not among those that `forward` looks at."""
@@ -352,6 +388,13 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, bits={self.bits}{group}{options}"
         )
+
+
+def _can_load(own: Tensor, given: Tensor, assign: bool) -> bool:
+    """Whether `given` can take the place of `own`: floats are converted, but only where they are copied."""
+    if own.is_floating_point() and not assign:
+        return given.is_floating_point()
+    return given.dtype == own.dtype
 
 
 def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:

@@ -45,7 +45,7 @@ def observe(
     Yields
     ------
     dict
-        Filled when the ``with`` ends: for the qualified name of each layer that was called, an array (rows,
+        Filled when the ``with`` ends: for the qualified name of each layer that had rows, an array (rows,
         in_features) of float32; or with ``rows=0`` a `dynquant.Calibrator` with channels. Layers that read
         one tensor, such as those for query, key and value, have one object together, and are smoothed by the
         same factors.
@@ -137,4 +137,6 @@ class _Watch:
     def result(self) -> dict[str, Any]:
         self._last = None, 0, None
         results = {id(kept): kept.result() if self._rows else kept for kept in self._kept.values()}
-        return {name: results[id(kept)] for name, kept in self._kept.items()}
+        # Such as an expert that no row was sent to: it is quantized as if it had not been called.
+        empty = {key for key, kept in results.items() if not (len(kept) if self._rows else kept.count)}
+        return {name: results[id(kept)] for name, kept in self._kept.items() if id(kept) not in empty}

@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _linear
 from .._format import DynQuantFormat
 from .._packed import raise_bad_row, rows_of_part
 from .._tensor import DynQuantTensor
 from ..errors import DTypeError, ParameterError, ShapeMismatchError
+
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.maybe_current_level
 
 # Numbers of the input formats in _core.pxd.
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -83,6 +86,9 @@ def pack(
     """
     weight, scale, zero_point, *vectors = tensors
     assert weight is not None and scale is not None
+    for name, tensor in zip(TENSORS, tensors, strict=True):
+        if tensor is not None and tensor.is_meta:
+            raise ParameterError(f"{name}: expected a tensor on the CPU, got one on meta, which has no data")
     fmt = DynQuantFormat(bits, "per_row" if group_size is None else "per_group", group_size, bits == 4)
     codes = codes_of(weight, scale, zero_point, in_features, fmt)
     bias, smooth, signs = (None if tensor is None else tensor.detach().numpy() for tensor in vectors)
@@ -190,18 +196,49 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, *(None,) * (len(TENSORS) + len(options))
 
 
+def _second_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """For gradients of gradients: `linear_backward` is a product with the same weights."""
+    options = ctx.bits, ctx.in_features, ctx.group_size, ctx.symmetric
+    linear = packed_of(list(ctx.saved_tensors), *options).linear
+    weight = torch.from_numpy(linear.weight_dequantized())
+    return (grad.float() @ weight.T).to(grad.dtype), *(None,) * (len(TENSORS) + len(options) + 1)
+
+
 _library.impl("linear", _linear_cpu, "CPU")
 _library.impl("linear_backward", _backward_cpu, "CPU")
 torch.library.register_fake("dynquant::linear", _linear_fake, lib=_library)
 torch.library.register_fake("dynquant::linear_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("dynquant::linear", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd(
+    "dynquant::linear_backward", _second_backward, setup_context=_setup_context, lib=_library
+)
+
+
+def is_watched() -> bool:
+    """Whether something looks at PyTorch's operators: a mode that traces or counts them, forward-mode
+    gradients, or a transform of ``torch.func``. A call that goes past them would be lost to it.
+    """
+    return _modes() > 0 or forward_ad._current_level >= 0 or _transforms() is not None
+
+
+def check_graph_input(x: Tensor) -> None:
+    """Raise for what the operator cannot take, and would refuse in its own words or not at all."""
+    if torch.compiler.is_compiling():
+        return
+    if x.is_nested:
+        check_input(x)
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise ParameterError(
+            "x: expected a tensor without a tangent, got one of forward-mode differentiation; use backward"
+        )
 
 
 def check_input(x: Any) -> None:
     """Raise unless `x` is a strided tensor on the CPU."""
     if not isinstance(x, Tensor):
         raise DTypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
-    if x.layout is not torch.strided:
-        raise DTypeError(f"x: expected a strided tensor, got layout {x.layout}")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "a nested one" if x.is_nested else f"layout {x.layout}"
+        raise DTypeError(f"x: expected a strided tensor, got {kind}")
     if x.device.type != "cpu":
         raise ParameterError(f"x: expected a tensor on the CPU, got one on {x.device}")

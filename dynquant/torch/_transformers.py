@@ -9,8 +9,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .._weights import weight_format
-from ..errors import DynQuantError, ParameterError
-from ._files import options_of, place_of
+from ..errors import ParameterError
+from ._files import made_of_options, options_of, place_of
 from ._module import QuantLinear
 from ._replace import quantize
 
@@ -85,10 +85,7 @@ class DynQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
                 raise ParameterError("quantization_config: expected the layers of the checkpoint, got none")
             for name, options in layers.items():
                 parent, attribute = place_of(model, name)
-                try:
-                    parent._modules[attribute] = QuantLinear(**options)
-                except (TypeError, DynQuantError) as error:
-                    raise ParameterError(f"quantization_config: {name}: {error}") from error
+                parent._modules[attribute] = made_of_options(model, name, options)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

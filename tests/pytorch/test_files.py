@@ -144,6 +144,10 @@ def changed(name, **changes):
     return change
 
 
+def groups_are(group):
+    return lambda tensors, section: section.update(config_groups={"group_0": group})
+
+
 def without_layers(tensors, section):
     section.clear()
 
@@ -168,6 +172,12 @@ def other_method(tensors, section):
         ({}, changed("norm", weight_scale=torch.ones(3, 1)), "expected a linear layer as norm"),
         ({}, other_method, "expected the quantization method compressed-tensors or dynquant, got 'gptq'"),
         ({}, without_layers, "expected a quantization_config"),
+        ({}, changed("up", bias=torch.full((96,), torch.nan)), "layer in up: bias: expected finite values"),
+        ({}, groups_are(1), "expected groups with targets and activations"),
+        ({}, groups_are({"targets": None}), "expected groups with targets and activations"),
+        ({}, groups_are({"targets": [1]}), "expected groups with targets and activations"),
+        ({}, groups_are({"targets": ["re:("]}), "expected groups with targets and activations"),
+        ({}, groups_are({"targets": ["Linear"], "input_activations": "x"}), "expected groups with targets"),
         (
             {"hadamard": True},
             changed("up", signs=None),
@@ -178,6 +188,27 @@ def other_method(tensors, section):
         ({"hadamard": True}, lambda t, s: s.update(layers={}), "expected layers in the quantization_config"),
         ({"hadamard": True}, lambda t, s: s["layers"]["up"].update(bits=3), "options of a layer in up"),
         ({"hadamard": True}, lambda t, s: s["layers"]["up"].update(x=3), "options of a layer in up"),
+        ({"hadamard": True}, lambda t, s: s["layers"].update(up=[3]), r"\(96, 64\) in up, got None"),
+        (
+            {"hadamard": True},
+            lambda t, s: s["layers"]["up"].update(in_features=10**12),
+            r"\(96, 64\) in up, got \(96, 1000000000000\)",
+        ),
+        (
+            {"hadamard": True},
+            changed("up", weight_scale=torch.full((96, 1), torch.inf)),
+            "layer in up: weight_scale: expected finite values",
+        ),
+        (
+            {"hadamard": True},
+            changed("up", bias=torch.full((96,), torch.nan)),
+            "layer in up: bias: expected finite values",
+        ),
+        (
+            {"hadamard": True},
+            changed("up", signs=torch.full((64,), 7, dtype=torch.int8)),
+            "layer in up: signs: expected 1 and -1",
+        ),
     ],
 )
 def test_checkpoints_with_missing_or_strange_tensors(recipe, change, message, tmp_path):
@@ -242,3 +273,23 @@ def test_loading_maps_the_weights(tmp_path):
     assert stored.weight.data_ptr() == model.up.weight.data_ptr()
     with open("/proc/self/maps") as maps:
         assert "model.safetensors" in maps.read()
+
+
+def test_states_of_other_things_than_tensors_are_refused(tmp_path):
+    """A file of tensors cannot hold them, and `load_into` would miss them."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(64, 96)
+
+        def get_extra_state(self):
+            return {"step": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    model = quantize(Net())
+    with pytest.raises(ParameterError, match=r"expected a state of tensors, got .* in _extra_state"):
+        save(model, tmp_path)
+    assert os.listdir(tmp_path) == []

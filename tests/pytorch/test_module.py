@@ -389,3 +389,73 @@ def test_traced_models_compute_the_same():
 def test_symbolic_traces_compute_the_same():
     model, x = nn.Sequential(layer(), nn.ReLU()), inputs(4)
     assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+@pytest.mark.filterwarnings("error")
+def test_gradients_of_gradients():
+    module = layer(k=64)
+    weight, x = module.weight_dequantized(), inputs(3, k=64).requires_grad_()
+    y = module(x)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    assert torch.allclose(second, 2 * (torch.ones(3, 64) @ weight.T @ weight), rtol=1e-4, atol=1e-4)
+
+
+def test_modes_that_watch_operators_see_the_layer():
+    make_fx = pytest.importorskip("torch.fx.experimental.proxy_tensor").make_fx
+    module, x = layer(), inputs(3)
+    graph = make_fx(module)(inputs(3) + 1)
+    assert torch.equal(graph(x), module(x))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_vmap(axis):
+    module, x = layer(), inputs(3, 5)
+    y = torch.func.vmap(module, in_dims=axis, out_dims=axis)(x)
+    assert torch.equal(y, module(x))
+
+
+@pytest.mark.filterwarnings("ignore")  # of PyTorch about itself
+def test_forward_mode_is_refused():
+    """A tangent that is dropped without a word would count as a derivative of zero."""
+    module, x = layer(), inputs(3)
+    with torch.autograd.forward_ad.dual_level():
+        assert torch.equal(module(x), module(x.clone()))
+        with pytest.raises(ParameterError, match="without a tangent"):
+            module(torch.autograd.forward_ad.make_dual(x, x))
+    with pytest.raises(ParameterError, match="without a tangent"):
+        torch.func.jvp(module, (x,), (x,))
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.filterwarnings("ignore")  # of PyTorch about itself
+def test_nested_tensors_are_refused(layout, requires_grad):
+    x = torch.nested.nested_tensor([inputs(2), inputs(3)], layout=layout, requires_grad=requires_grad)
+    with pytest.raises(DTypeError, match=r"^x: expected a strided tensor, got a nested one"):
+        layer()(x)
+
+
+def test_weights_on_meta_have_no_outputs():
+    with pytest.raises(ParameterError, match=r"^weight: .* on meta"):
+        layer().to("meta")(inputs(2))
+
+
+@pytest.mark.parametrize("options", [{}, {"strict": False}, {"assign": True}])
+def test_states_of_float_layers_are_refused(options):
+    """They have the same names and shapes; copied into int8 they would be cut to zeros."""
+    model, x = nn.Sequential(layer()), inputs(2)
+    y = model(x)
+    with pytest.raises(RuntimeError, match=r"0\.weight: expected torch\.int8, got torch\.float32"):
+        model.load_state_dict(nn.Sequential(nn.Linear(96, 64)).state_dict(), **options)
+    assert torch.equal(model(x), y)
+
+
+def test_states_in_other_float_dtypes_can_be_copied():
+    module = layer()
+    state = {key: t.double() if t.is_floating_point() else t for key, t in module.state_dict().items()}
+    other = QuantLinear(96, 64)
+    other.load_state_dict(state)
+    assert torch.equal(other(inputs(2)), module(inputs(2)))
+    with pytest.raises(RuntimeError, match=r"weight_scale: expected torch\.float32, got torch\.float64"):
+        other.load_state_dict(state, assign=True)

@@ -211,3 +211,16 @@ def test_rows_may_be_tensors():
     model, rows = attention(), torch.cat(batches(1)).reshape(-1, 64)
     quantize(model, calibration={"out": rows.bfloat16(), "query": rows.reshape(2, 16, 64)})
     assert isinstance(model.out, QuantLinear) and summary(model).layers[0].sqnr_db > 20
+
+
+@pytest.mark.parametrize("options", [{"rows": 512}, {"rows": 0}])
+def test_layers_without_rows_are_quantized_without_calibration(options):
+    """Such as an expert that no row was sent to."""
+    model = attention()
+    with observe(model, **options) as seen, torch.no_grad():
+        model.query(batches(1)[0])
+        model.out(torch.empty(0, 64))
+    assert list(seen) == ["query"]
+    quantize(model, calibration=seen, smooth=0.5)
+    assert type(model.out) is QuantLinear and model.out.smooth is None
+    assert model.query.smooth is not None

@@ -291,3 +291,16 @@ def test_summary_as_a_table():
     assert skipped(copy.deepcopy(model)) == skipped(model)
     with pytest.raises(ParameterError, match=r"^model: expected an nn\.Module"):
         summary(3)
+
+
+def test_hooks_of_gradients_get_what_they_got():
+    def gradients(model, before):
+        got = []
+        model[0].register_full_backward_hook(lambda module, of_x, of_y: got.append((of_x[0], of_y[0])))
+        before(model)
+        model(torch.ones(2, 96, requires_grad=True)).sum().backward()
+        return got
+
+    ((of_x, of_y),) = gradients(block(), quantize)
+    ((float_x, float_y),) = gradients(block(), lambda model: None)
+    assert torch.allclose(of_x, float_x, atol=0.02) and torch.allclose(of_y, float_y, atol=0.02)
