@@ -18,6 +18,7 @@ errors             all derive from DynQuantError and from the built-in exception
 C, Cython, CPU     get_include, from dynquant.capi cimport ..., simd_info
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -29,13 +30,11 @@ except ImportError as error:
     ) from error
 
 from ._alpha_search import AlphaSearch, search_alpha
-from ._array_file import quantize_array
 from ._calibrate import CalibStats
 from ._calibrator import Calibrator
 from ._format import DynamicScaleMode, DynQuantFormat, MaxAbs, Percentile
 from ._hadamard import hadamard_transform
 from ._include import get_include
-from ._index import EmbeddingIndex
 from ._inner import int8_inner
 from ._isa import simd_info
 from ._linear import QuantLinear
@@ -50,7 +49,6 @@ from ._quantize import (
     dynamic_quantize_linear,
     quantize,
 )
-from ._recall import RecallReport, RecallRow, recall_report
 from ._smooth import (
     SmoothQuantConfig,
     compute_smooth_factors,
@@ -77,6 +75,9 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from ._array_file import quantize_array
+    from ._index import EmbeddingIndex
+    from ._recall import RecallReport, RecallRow, recall_report
     from .models import (
         LayerView,
         ModelFile,
@@ -155,27 +156,31 @@ __all__ = [
     "w8a8_matvec",
 ]
 
-# Of `dynquant.models`, which is imported when one of them is first used: most programs read no model files.
-_MODELS = {
-    "LayerView",
-    "ModelFile",
-    "ModelReport",
-    "RecipeRow",
-    "RecipeTable",
-    "TensorReport",
-    "compare_recipes",
-    "open_model",
-    "quantize_model",
+# Modules that are imported when one of their names is first used: most programs search no index on disk and
+# read no model files, and to import these takes as long as all the others.
+_LAZY = {
+    "EmbeddingIndex": "_index",
+    "LayerView": "models",
+    "ModelFile": "models",
+    "ModelReport": "models",
+    "RecallReport": "_recall",
+    "RecallRow": "_recall",
+    "RecipeRow": "models",
+    "RecipeTable": "models",
+    "TensorReport": "models",
+    "compare_recipes": "models",
+    "open_model": "models",
+    "quantize_array": "_array_file",
+    "quantize_model": "models",
+    "recall_report": "_recall",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODELS:
-        from . import models
-
-        return getattr(models, name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODELS})
+    return sorted({*globals(), *_LAZY})

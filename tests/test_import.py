@@ -263,8 +263,9 @@ def test_all_is_sorted_and_complete():
         for name, value in vars(dynquant).items()
         if not name.startswith("_") and not inspect.ismodule(value)
     }
-    assert not visible & dynquant._MODELS
-    assert set(dynquant.__all__) == visible - {"Any", "TYPE_CHECKING"} | dynquant._MODELS
+    lazy = set(dynquant._LAZY)
+    assert not visible & lazy
+    assert set(dynquant.__all__) == visible - {"Any", "TYPE_CHECKING"} | lazy
 
 
 def members():
