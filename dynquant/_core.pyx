@@ -82,6 +82,7 @@ cdef Kernels* without_amx = NULL
 cdef bint amx_is_refused = False
 
 BINS_PER_OCTAVE = OCTAVE_BINS
+MAX_PLAIN_FLOATS = PLAIN_FLOATS
 
 
 def set_table(table not None, instead=None):

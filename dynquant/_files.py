@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import stat
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._validate import as_path
 from .errors import ParameterError
 
 if TYPE_CHECKING:
@@ -33,20 +35,37 @@ def sync_folder(path: str) -> None:
 
 
 @contextlib.contextmanager
-def replaced(path: str) -> Iterator[IO[bytes]]:
-    """A new file that replaces the one at `path` when the block ends, whole or not at all."""
-    partial = f"{path}.{os.urandom(8).hex()}.partial"
+def replaced(path: str, durable: bool = True) -> Iterator[IO[bytes]]:
+    """A new file that replaces the one at `path` when the block ends, whole or not at all.
+
+    A link stays one, and a file keeps its mode. With `durable` it is on the disk when the block has ended.
+    """
+    target = os.path.realpath(path) if os.path.islink(path) else path
+    # In the same folder, under a name that no other process and no other file has.
+    partial = os.path.join(os.path.dirname(target), f".{os.urandom(8).hex()}.partial")
     try:
         with open(partial, "xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(partial, stat.S_IMODE(os.stat(target).st_mode))
+        os.replace(partial, target)
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(partial)
+        if isinstance(error, OSError) and error.filename is not None:
+            raise OSError(error.errno, error.strerror, path) from error
         raise
-    sync_folder(os.path.dirname(path) or ".")
+    if durable:
+        sync_folder(os.path.dirname(target) or ".")
+
+
+def write_text(path: Any, text: str) -> None:
+    """Replace the file at `path`, a str or os.PathLike, by a text."""
+    with replaced(as_path(path)) as file:
+        file.write(text.encode())
 
 
 def write_json(path: str, content: dict[str, Any], indent: int = 1) -> None:

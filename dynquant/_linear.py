@@ -480,6 +480,8 @@ class QuantLinear:
         layer = self._layer
         if isinstance(layer, DynQuantTensor) or not (out is None or type(out) is ndarray):
             return None
+        if x.size > _core.MAX_PLAIN_FLOATS:  # before memory is taken for the results
+            return None
         y = np.empty((*x.shape[:-1], self._n), F32) if out is None else out
         return y if layer.multiply_plain(x, y, out is not None) else None
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import struct
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._files import replaced
 from .errors import ParameterError
 
 if TYPE_CHECKING:
@@ -27,26 +27,10 @@ _DIRECTORY_BYTES = 4096
 
 
 def write_npz(path: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write arrays to an uncompressed archive, little-endian, which replaces the file when complete.
-
-    A link stays one, and a file keeps its mode.
-    """
+    """Write arrays to an uncompressed archive, little-endian, which replaces the file when complete."""
     members: dict[str, Any] = {n: a.astype(a.dtype.newbyteorder("<"), copy=False) for n, a in arrays.items()}
-    target = os.path.realpath(path) if os.path.islink(path) else path
-    # In the same folder, under a name that no other process and no other file has.
-    partial = os.path.join(os.path.dirname(target), f".{os.urandom(8).hex()}.partial")
-    try:
-        with open(partial, "xb") as file:
-            np.savez(file, **members)
-        with contextlib.suppress(FileNotFoundError):
-            os.chmod(partial, stat.S_IMODE(os.stat(target).st_mode))
-        os.replace(partial, target)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-        if isinstance(error, OSError) and error.filename is not None:
-            raise OSError(error.errno, error.strerror, path) from error
-        raise
+    with replaced(path, durable=False) as file:
+        np.savez(file, **members)
 
 
 class NpzReader:

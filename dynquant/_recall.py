@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._files import write_text
 from ._index import EmbeddingIndex
 from ._top_k import as_queries, checked_metric
-from ._validate import F32, as_count, as_matrix, as_path, as_thread_count, check_finite
+from ._validate import F32, as_count, as_matrix, as_thread_count, check_finite
 from .errors import ParameterError, shown
 
 if TYPE_CHECKING:
@@ -99,8 +100,7 @@ class RecallReport:
         OSError
             If it cannot be written.
         """
-        with open(as_path(path), "w", encoding="utf-8") as file:
-            file.write(_page(self))
+        write_text(path, _page(self))
 
 
 def recall_report(

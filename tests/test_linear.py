@@ -950,3 +950,10 @@ def test_missing_arrays():
     # Without zero points the codes are symmetric.
     symmetric = QuantLinear.from_arrays({k: v for k, v in GOOD.items() if k != "weight_zero_points"})
     assert "zero points" not in repr(symmetric)
+
+
+def test_no_memory_is_taken_for_what_is_refused():
+    layer = QuantLinear.from_float(np.ones((64, 32), F32))
+    x = np.broadcast_to(np.zeros(32, np.int8), (1 << 50, 32))
+    with pytest.raises(DTypeError, match="x: expected a float array, got dtype int8"):
+        layer(x)

@@ -317,39 +317,21 @@ cdef class PackedLinear:
         parallel_ranges(multiply_range, &p, self.panel_count, self.multiply_ns(a.m), num_threads)
         return 0
 
-    # For callers whose arrays are not NumPy's: a FloatMatrix or an array to make one of would cost them more
-    # than a short row does. They vouch for the memory at the addresses.
-
-    def quantize_at(self, size_t x, int kind, Py_ssize_t m, Py_ssize_t max_rows, int num_threads=1):
-        """The m rows of floats at address x, quantized at most `max_rows` at a time; None if not finite."""
-        cdef Floats rows
-        cdef Activations a
-        cdef Py_ssize_t first = 0
-        cdef list parts = []
-        rows.data, rows.kind, rows.n = <const char*> x, kind, m * self.w.k
-        while first < m:
-            a = Activations(self, min(max_rows, m - first), num_threads)
-            a.begin(first, first + a.capacity, m)
-            if not self.fill_from(&rows, a, num_threads):
-                return None
-            parts.append(a)
-            first += a.m
-        return parts
-
-    def multiply_at(self, list parts not None, size_t out, int num_threads=1):
-        """The outputs (m, n) at address `out` for what `quantize_at` gave."""
-        cdef Activations a
-        for a in parts:
-            self.multiply_into(a, <float*> out, num_threads)
-
     def apply_at(self, size_t x, int kind, Py_ssize_t m, size_t out, Py_ssize_t max_rows, int num_threads=1):
-        """`quantize_at` and `multiply_at` with memory for one part of the rows; False if not finite."""
+        """The outputs (m, n) at address `out` for m rows of floats at address x, `max_rows` at a time.
+
+        For callers whose arrays are not NumPy's: a FloatMatrix, or an array to make one of, would cost them
+        more than a short row does. They vouch for the memory. Returns whether the rows are finite; where they
+        are not, some outputs may be written.
+        """
         cdef Floats rows
         cdef Activations a
         cdef Py_ssize_t first = 0
         if m <= 0:
             return True
         rows.data, rows.kind, rows.n = <const char*> x, kind, m * self.w.k
+        if is_thin(&self.w, m):
+            return self.multiply_thin_rows(rows, m, <float*> out, num_threads)
         a = Activations(self, min(max_rows, m), num_threads)
         while first < m:
             a.begin(first, first + a.capacity, m)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from ..errors import EmptyInputError, ParameterError, shown
 from ._file import ModelFile, open_model
 from ._measure import ratio_db
 from ._quantize import chosen_layers
-from ._report import decibels, layer_of, plain, printable, size, table, write_text
+from ._report import Written, decibels, layer_of, plain, printable, size, table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -128,7 +127,7 @@ class LayerView:
 
 
 @dataclass(frozen=True)
-class RecipeTable:
+class RecipeTable(Written):
     """What `compare_recipes` measured. ``str()`` is a table.
 
     Attributes
@@ -189,35 +188,10 @@ class RecipeTable:
         result: dict[str, Any] = plain(content)
         return result
 
-    def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON.
-
-        Parameters
-        ----------
-        path : str or os.PathLike
-
-        Raises
-        ------
-        OSError
-            If it cannot be written.
-        """
-        write_text(path, json.dumps(self.to_dict(), indent=1))
-
-    def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write a page with tables and plots, which needs no other file and no network.
-
-        Parameters
-        ----------
-        path : str or os.PathLike
-
-        Raises
-        ------
-        OSError
-            If it cannot be written.
-        """
+    def _page(self) -> str:
         from ._html import recipes_page
 
-        write_text(path, recipes_page(self))
+        return recipes_page(self)
 
 
 def compare_recipes(

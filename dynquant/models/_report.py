@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .._validate import as_path
+from .._files import write_text
 
 # Layers that the table of str() shows, the worst first.
 _SHOWN = 10
@@ -53,8 +53,46 @@ class TensorReport:
     output_sqnr_db: float | None = None
 
 
+class Written:
+    """What the reports have in common: files of themselves."""
+
+    def to_dict(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _page(self) -> str:
+        raise NotImplementedError
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the content of `to_dict` as JSON.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+
+        Raises
+        ------
+        OSError
+            If it cannot be written.
+        """
+        write_text(path, json.dumps(self.to_dict(), indent=1))
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write a page with tables and plots, which needs no other file and no network.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+
+        Raises
+        ------
+        OSError
+            If it cannot be written.
+        """
+        write_text(path, self._page())
+
+
 @dataclass(frozen=True)
-class ModelReport:
+class ModelReport(Written):
     """What `quantize_model` wrote, or would write. ``str()`` is a table.
 
     Attributes
@@ -121,35 +159,10 @@ class ModelReport:
         result: dict[str, Any] = plain(content)
         return result
 
-    def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as JSON.
-
-        Parameters
-        ----------
-        path : str or os.PathLike
-
-        Raises
-        ------
-        OSError
-            If it cannot be written.
-        """
-        write_text(path, json.dumps(self.to_dict(), indent=1))
-
-    def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write a page with tables and plots, which needs no other file and no network.
-
-        Parameters
-        ----------
-        path : str or os.PathLike
-
-        Raises
-        ------
-        OSError
-            If it cannot be written.
-        """
+    def _page(self) -> str:
         from ._html import model_page
 
-        write_text(path, model_page(self))
+        return model_page(self)
 
 
 def layer_of(name: str) -> str:
@@ -173,14 +186,6 @@ def plain(content: Any) -> Any:
     if isinstance(content, float) and not math.isfinite(content):
         return None
     return content
-
-
-def write_text(path: Any, text: str) -> None:
-    """Replace a file by a text, whole or not at all."""
-    from .._files import replaced
-
-    with replaced(as_path(path)) as file:
-        file.write(text.encode())
 
 
 def printable(text: str) -> str:

@@ -59,8 +59,8 @@ def observe(
 
     Notes
     -----
-    Memory is bounded: ``4 * rows * in_features`` bytes for each distinct input, or 512 KiB and 364 bytes for
-    each channel. The same batches in the same order give the same rows.
+    Memory is bounded: ``4 * rows * in_features`` bytes for each distinct input, or with ``rows=0`` what a
+    `dynquant.Calibrator` takes. The same batches in the same order give the same rows.
     """
     kept = 0 if type(rows) is int and rows == 0 else as_count(rows, "rows", " or 0")
     layers = [layer for layer in select_layers(model, include, exclude) if layer.reason is None]
