@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -175,14 +176,16 @@ def _details(summary: str, content: str, open_first: bool = False) -> str:
 
 def _exclude_lists(quality: dict[str, float], when: str) -> str:
     """Options to paste: the layers below some decibels."""
-    parts = []
+    lists: dict[str, tuple[float, int]] = {}  # where several limits leave out the same, the lowest tells
     for least in _EXCLUDE_BELOW:
         names = sorted((q, name) for name, q in quality.items() if q < least)
         if names and len(names) < len(quality):
-            options = " ".join(f"--exclude '{name}'" for _, name in names)
-            parts.append(
-                f"<p>Below {least:.0f} dB {_text(when)}, {len(names)}:</p><pre>{_text(options)}</pre>"
-            )
+            # Names come from a file, and the line goes to a shell.
+            lists[" ".join(f"--exclude {shlex.quote(name)}" for _, name in names)] = least, len(names)
+    parts = [
+        f"<p>Below {least:.0f} dB {_text(when)}, {count}:</p><pre>{_text(options)}</pre>"
+        for options, (least, count) in lists.items()
+    ]
     return "<h2>Layers to leave out</h2>" + "".join(parts) if parts else ""
 
 
@@ -405,7 +408,11 @@ def _dots(
         parts.append(f'<path class="grid" d="M{left + 12} {y:.1f}h{plot_width}"/>')
         for name, value, picked in points:
             told = f"{layer}, {name}: {_db(value)} dB" + (", picked" if picked else "")
-            parts.append(_mark(list(names).index(name), at(value), y, told, picked))
+            if value != math.inf:
+                parts.append(_mark(list(names).index(name), at(value), y, told, picked))
+        exact = [name for name, value, _ in points if value == math.inf]  # beyond every scale
+        if exact:
+            parts.append(_label(width - 24, y + 4, f"exact: {', '.join(exact)}", "end"))
     return _svg(width, top + height + 10, title, "".join(parts))
 
 

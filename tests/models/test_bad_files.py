@@ -1,9 +1,12 @@
 """Files that are damaged, or made to do harm: one clear error each, and nothing left behind."""
 
 import contextlib
+import html
 import io
 import json
 import os
+import re
+import shlex
 import struct
 import zipfile
 
@@ -285,6 +288,22 @@ def test_names_that_a_terminal_would_obey(tmp_path):
     report.to_html(tmp_path / "r.html")
     assert "\x1b" not in (tmp_path / "r.html").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.safetensors", "q.safetensors", "r.html"]
+
+
+def test_names_that_a_shell_would_obey(tmp_path):
+    """The options to paste are quoted; layers that several limits leave out are listed once."""
+    rng = np.random.default_rng(0)
+    names = {
+        "it's; rm x.weight": rng.standard_normal((64, 64)).astype(F32),
+        "exact.weight": np.ones((8, 8), F32),
+    }
+    models.write_safetensors(tmp_path / "m.safetensors", names)
+    report = quantize_model(tmp_path / "m.safetensors", tmp_path / "q.safetensors", bits=4)
+    report.to_html(tmp_path / "r.html")
+    page = html.unescape((tmp_path / "r.html").read_text())
+    options = re.findall(r"<pre>(.*?)</pre>", page)
+    assert [shlex.split(line) for line in options] == [["--exclude", "it's; rm x"]]
+    assert "exact: weights" in page
 
 
 # Archives of calibration rows
