@@ -1,5 +1,6 @@
 """Side effects of the import, selection of the instruction set, public names and docstring examples."""
 
+import contextlib
 import doctest
 import importlib.util
 import inspect
@@ -108,6 +109,20 @@ def test_works_without_ml_dtypes():
         import dynquant, numpy as np
         assert dynquant.dynamic_quantize_int8(np.ones(3, np.float16)).data.tolist() == [127] * 3
     """)
+
+
+def test_pytorch_works_without_transformers():
+    pytest.importorskip("torch", exc_type=ImportError)
+    error = run("""if True:
+        import sys
+        sys.modules["transformers"] = None
+        import dynquant.torch
+        try:
+            dynquant.torch.DynQuantConfig
+        except ImportError as error:
+            print(error)
+    """)
+    assert error == "DynQuantConfig needs transformers: pip install transformers"
 
 
 # Instruction sets
@@ -345,7 +360,10 @@ def test_examples_in_the_documentation():
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
     tried = set()
     for module in [dynquant, *modules()]:
-        own = {name: getattr(module, name) for name in getattr(module, "__all__", ())}
+        own = {}
+        for name in getattr(module, "__all__", ()):
+            with contextlib.suppress(ImportError):  # a name that needs a library which is not installed
+                own[name] = getattr(module, name)
         for test in finder.find(module, globs={**public(), **own, "np": np}):
             if test.examples:
                 output = []

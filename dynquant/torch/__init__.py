@@ -42,6 +42,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """What needs transformers, imported when it is first asked for."""
     if name == "DynQuantConfig":
+        try:
+            import transformers  # noqa: F401
+        except ImportError as error:
+            raise ImportError("DynQuantConfig needs transformers: pip install transformers") from error
         from ._transformers import DynQuantConfig
 
         return DynQuantConfig
