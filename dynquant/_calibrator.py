@@ -55,8 +55,8 @@ class Calibrator:
     Raises
     ------
     ParameterError
-        If `channels` or `rows` is no int above 0, or `channels` more than can be addressed; or if there are
-        `rows` without `channels`.
+        If `channels` or `rows` is no int above 0, or more than can be addressed; or if there are `rows`
+        without `channels`.
 
     Notes
     -----
@@ -115,6 +115,8 @@ class Calibrator:
         if k > _MOST_CHANNELS:
             raise ParameterError(f"channels: expected an int <= {_MOST_CHANNELS}, got {shown(channels)}")
         capacity = 0 if rows is None else as_count(rows, "rows")
+        if capacity > _MOST_ELEMENTS:
+            raise ParameterError(f"rows: expected an int <= {_MOST_ELEMENTS}, got {shown(rows)}")
         if capacity and not k:
             raise ParameterError(f"rows: expected None without channels, got {shown(rows)}")
         self._hold(

@@ -12,7 +12,7 @@ import numpy as np
 from . import _core
 from ._files import open_folder, save_folder
 from ._format import DynQuantFormat
-from ._hadamard import hadamard_transform
+from ._hadamard import rotate_named
 from ._quantize import dynamic_quantize
 from ._tensor import DynQuantTensor, tensor_of_checked
 from ._top_k import TopK, as_queries, checked_metric, float_scores, raise_overflow, search
@@ -29,8 +29,9 @@ from ._validate import (
     as_thread_count,
     check_finite,
     float_matrix,
+    is_integer,
 )
-from ._weights import quantize_weights
+from ._weights import quantize_matrix
 from .errors import DTypeError, ParameterError, ShapeMismatchError, shown
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class EmbeddingIndex:
         metric: str = "dot",
     ) -> None:
         self._dim = as_count(dim, "dim")
-        if bits not in (4, 8) or isinstance(bits, bool):
+        if not is_integer(bits) or bits not in (4, 8):
             raise ParameterError(f"bits: expected 4 or 8, got {shown(bits)}")
         if bits == 8 and group_size is not None:
             raise ParameterError(f"group_size: expected None with 8 bits, got {shown(group_size)}")
@@ -210,6 +211,10 @@ class EmbeddingIndex:
 
     def _as_ids(self, ids: ArrayLike | None, n: int) -> NDArray[np.int64]:
         if ids is None:
+            if self._next_id + n > np.iinfo(_I64).max:
+                raise ParameterError(
+                    f"ids: expected ints, for above {self._next_id - 1} fewer than {n} are left, got None"
+                )
             return np.arange(self._next_id, self._next_id + n, dtype=_I64)
         labels = as_array(ids, "ids")
         if labels.dtype.kind not in "iu" and labels.size:
@@ -226,6 +231,12 @@ class EmbeddingIndex:
             return x
         norms = np.empty(len(x), F32)
         _core.row_norms(float_matrix(x, *x.shape), norms)
+        far = (norms > 0) & ~((norms >= np.finfo(F32).tiny) & (norms < np.inf))
+        if far.any():  # float32 cannot hold such norms, or not with all digits
+            x = x.astype(F32)
+            _, exponents = np.frexp(np.abs(x[far]).max(axis=1, keepdims=True))
+            x[far] = np.ldexp(x[far], -exponents)
+            _core.row_norms(float_matrix(x, *x.shape), norms)
         np.copyto(norms, 1, where=norms == 0)
         return x.astype(F32, copy=False) / norms.reshape(-1, 1)
 
@@ -235,7 +246,7 @@ class EmbeddingIndex:
         """x - center, and center . (x - center), which a score lacks without it; none for distances."""
         if center is None:
             return x, None
-        x = x.astype(F32, copy=False) - center
+        x = _differences(x, center, "vectors")
         if self._metric == "l2":
             return x, None
         bias = float_products(center, x)
@@ -246,14 +257,17 @@ class EmbeddingIndex:
             )
         return x, bias
 
-    def _rotated(self, x: NDArray[Any]) -> NDArray[Any]:
-        return hadamard_transform(x.astype(F32, copy=False) * fixed_signs(self._dim)) if self._hadamard else x
+    def _rotated(self, x: NDArray[Any], name: str) -> NDArray[Any]:
+        if not self._hadamard:
+            return x
+        return rotate_named(x.astype(F32, copy=False) * fixed_signs(self._dim), None, None, name)
 
     def _quantized(self, x: NDArray[Any]) -> DynQuantTensor:
-        x = self._rotated(x)
+        x = self._rotated(x, "vectors")
         if self._bits == 8:
             return dynamic_quantize(x)
-        return quantize_weights(x, bits=4, group_size=self._group_size)
+        fmt = _format(self._bits, self._group_size)
+        return quantize_matrix(x, fmt, False, False, None, 1, "vectors")
 
     def remove(self, ids: ArrayLike) -> int:
         """Remove all vectors that have one of `ids`; returns how many.
@@ -334,8 +348,8 @@ class EmbeddingIndex:
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Scores, and positions in all segments; distances come negative."""
         x = self._unit(x)
-        queries = x if self._center is None else x.astype(F32, copy=False) - self._center
-        queries = self._rotated(queries)
+        queries = x if self._center is None else _differences(x, self._center, "queries")
+        queries = self._rotated(queries, "queries")
         metric = 2 if self._metric == "l2" else 0
         scores = [np.full((len(x), k), -np.inf, F32)]
         positions = [np.full((len(x), k), -1, _I64)]
@@ -474,6 +488,18 @@ class EmbeddingIndex:
             tensor = DynQuantTensor(arrays["codes"], arrays["scales"], zero_points, shape, fmt)
             index._segments = (_Segment(tensor, arrays["ids"], arrays.get("bias")),)
         return index
+
+
+def _differences(x: NDArray[Any], center: NDArray[np.float32], name: str) -> NDArray[np.float32]:
+    """x - center."""
+    with np.errstate(over="ignore"):
+        differences = x.astype(F32, copy=False) - center
+    if not _core.all_finite(float_matrix(differences, *differences.shape)):
+        raise ParameterError(
+            f"{name}: expected differences from the center within float32, got vectors that are too long: "
+            "divide them by a constant"
+        )
+    return differences
 
 
 def float_products(x: NDArray[np.float32], rows: NDArray[Any]) -> NDArray[np.float32]:

@@ -45,12 +45,7 @@ def to_layout(tensor: DynQuantTensor, name: str, scale_dtype: DTypeLike | None) 
         raise EmptyInputError(f"tensor: expected at least one element, got shape {tensor.shape}")
     if scale_dtype is None:
         return layout.write(tensor, tensor.scales)
-    dtype = _float_dtype(scale_dtype)
-    with np.errstate(over="ignore", under="ignore"):
-        scales = tensor.scales.astype(dtype)
-    if not np.isfinite(scales).all():
-        raise ParameterError(f"scale_dtype: expected one with a range for the scales, got {dtype}")
-    return layout.write(tensor, scales)
+    return layout.write(tensor, _rounded(tensor.scales, _float_dtype(scale_dtype)))
 
 
 def from_layout(name: str, arrays: Mapping[str, Any]) -> DynQuantTensor:
@@ -78,6 +73,17 @@ def _float_dtype(value: Any) -> np.dtype[Any]:
         if dtype in (F32, F16) or dtype.name == "bfloat16":
             return dtype
     raise ParameterError(f"scale_dtype: expected float32, float16 or bfloat16, got {shown(value)}")
+
+
+def _rounded(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Scales or minimums in the dtype to store."""
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = values.astype(dtype)
+    if not np.isfinite(rounded).all():
+        raise ParameterError(
+            f"scale_dtype: expected one with a range for the scales and minimums, got {dtype}"
+        )
+    return rounded
 
 
 # ---- Nibbles and words ----
@@ -433,7 +439,7 @@ def _write_gguf(tensor: DynQuantTensor, scales: NDArray[Any]) -> Arrays:
         blocks[..., 2:] = tensor.data.reshape(n, -1, BLOCK).view(U8)
         return {"data": blocks.reshape(n, -1), "type": np.array(number)}
     if tensor.minimums is not None:
-        blocks[..., 2:4] = _halves(tensor.minimums.astype(scales.dtype))
+        blocks[..., 2:4] = _halves(_rounded(tensor.minimums, scales.dtype))
     codes = nibbles(unsigned(tensor)).reshape(n, -1, BLOCK)
     blocks[..., -BLOCK // 2 :] = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << U8.type(4)
     return {"data": blocks.reshape(n, -1), "type": np.array(number)}

@@ -110,11 +110,11 @@ def top_k(
 
     Notes
     -----
-    With an int8 corpus a dot product is ``float32(sum) * corpus_scale * query_scale``, in that order, the sum
-    being the exact integer; with 4 bits it is that of `w4a8_matmul`. The cosine divides by the norms of the
-    codes: ``float32(sum) * c * q``, where ``c`` and ``q`` are ``1 / sqrt(sum of squares)``, computed in
-    float64 and rounded once, 0 for a vector of zeros. The squared distance is ``(q2 + c2) - 2 * dot`` in
-    float32, at least 0, with ``q2`` and ``c2`` the squared norms.
+    With an int8 corpus a dot product is ``float32(sum) * corpus_scale * query_scale``, in that order, the
+    sum being the exact integer; with 4 bits it is that of `w4a8_matmul`. The cosine divides by the norms
+    of the codes: ``float32(sum) * c * q``, where ``c`` and ``q`` are ``1 / sqrt(sum of squares)``,
+    computed in float64 and rounded once, 0 for a vector of zeros or one shorter than 2**-128. The squared
+    distance is ``(q2 + c2) - 2 * dot`` in float32, at least 0, with ``q2`` and ``c2`` the squared norms.
 
     With `rescore` sums are taken in float64, in one order, and rounded once.
 

@@ -367,9 +367,12 @@ def _scales_of_row(tensors: list[DynQuantTensor]) -> NDArray[np.float32]:
     return tensors[0].scales
 
 
-def _observed(block: NDArray[Any], channels: int | None) -> Calibrator:
+def _observed(block: NDArray[Any], channels: int | None, block_info: Any = None) -> Calibrator:
     calibrator = Calibrator(channels)
-    calibrator.update(block)
+    try:
+        calibrator.update(block)
+    except NonFiniteError as error:
+        raise _at_place(error, block_info) from error
     return calibrator
 
 

@@ -459,6 +459,8 @@ def test_samples_need_channels_and_one_size():
     for rows in (0, -1, 1.5, True, "5"):
         with pytest.raises(ParameterError, match="rows: expected an int >= 1"):
             Calibrator(3, rows=rows)
+    with pytest.raises(ParameterError, match="rows: expected an int <= 9223372036854775807, got"):
+        Calibrator(3, rows=2**63)  # more than its file could say
     with pytest.raises(ParameterError, match="rows: expected a Calibrator made with rows"):
         Calibrator(3).sample()
     with pytest.raises(ParameterError, match="other: expected rows=5, got None"):

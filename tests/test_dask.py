@@ -183,8 +183,10 @@ def test_what_is_not_finite_is_found_where_it_is(x):
         dask.compute(dd.quantize(da.from_array(x, chunks=(100, 10))))
     assert (caught.value.position, caught.value.index) == ((777, 30), 777 * 41 + 30)
     assert pickle.loads(pickle.dumps(caught.value)).position == (777, 30)
-    with pytest.raises(dq.NonFiniteError):
-        dd.calibrate(da.from_array(x, chunks=(100, 10))).compute()
+    for channels in (False, True):
+        with pytest.raises(dq.NonFiniteError, match=r"^a: expected finite values") as caught:
+            dd.calibrate(da.from_array(x, chunks=(100, 10)), channels).compute()
+        assert (caught.value.position, caught.value.index) == ((777, 30), 777 * 41 + 30)
 
 
 ONES = np.ones((4, 3), F32)

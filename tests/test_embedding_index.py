@@ -154,6 +154,9 @@ def test_ids_count_on_and_may_repeat():
     assert index.remove(7) == 2
     index.add(np.eye(2, dtype=F32), ids=np.array([-5, 2**63 - 2], np.int64))
     assert index.ids.tolist() == [8, 9, -5, 2**63 - 2]
+    with pytest.raises(ParameterError, match=r"ids: expected ints, for above .* fewer than 2 are left"):
+        index.add(np.eye(2, dtype=F32))
+    assert index.ids.tolist() == [8, 9, -5, 2**63 - 2]
 
 
 @pytest.mark.parametrize("removed", [False, True])
@@ -351,6 +354,11 @@ def filled():
 BAD_CALLS = {
     "dim": (lambda: EmbeddingIndex(0), ParameterError, "dim: expected"),
     "bits": (lambda: EmbeddingIndex(3, bits=2), ParameterError, "bits: expected 4 or 8"),
+    "several bits": (
+        lambda: EmbeddingIndex(3, bits=np.array([4, 8])),
+        ParameterError,
+        "bits: expected 4 or 8",
+    ),
     "group": (lambda: EmbeddingIndex(3, group_size=8), ParameterError, "group_size: expected None"),
     "hadamard": (lambda: EmbeddingIndex(3, hadamard=1), ParameterError, "hadamard: expected a bool"),
     "center": (lambda: EmbeddingIndex(3, center="median"), ParameterError, "center: expected"),
@@ -418,3 +426,42 @@ def test_products_with_the_center_beyond_float32_are_refused():
     with pytest.raises(ParameterError, match="vectors: expected products with the center within float32"):
         index.add([[1e30, 0], [-1e30, 0]])
     assert len(index) == 0
+
+
+@pytest.mark.parametrize("metric", ["dot", "cosine", "l2"])
+def test_differences_from_the_center_beyond_float32_are_refused(metric):
+    index = EmbeddingIndex(2, center=[-3e38, 0.0], metric=metric)
+    if metric != "cosine":
+        with pytest.raises(ParameterError, match="vectors: expected differences from the center within"):
+            index.add([[3e38, 0.0]])
+        with pytest.raises(ParameterError, match="queries: expected differences from the center within"):
+            index.search([[3e38, 0.0]], 1)
+    assert len(index) == 0
+
+
+@pytest.mark.parametrize("options", [{"hadamard": True}, {"bits": 4}])
+def test_vectors_too_long_for_an_index_are_refused_by_name(options):
+    index = EmbeddingIndex(2, **options)
+    with pytest.raises(ParameterError, match="vectors: expected"):
+        index.add([[3e38, -3e38]])
+    assert len(index) == 0
+    if "hadamard" in options:
+        index.add([[1, 1]])
+        with pytest.raises(ParameterError, match="queries: expected"):
+            index.search([[3e38, -3e38]], 1)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_cosines_of_vectors_whose_norms_float32_cannot_hold(bits):
+    """They are those of the directions, of vectors and of queries."""
+    index = EmbeddingIndex(3, metric="cosine", bits=bits)
+    x = np.array([[1, 1, 0], [1, 0, 0], [0, 0, 0], [-1, 1, 1]], F32)
+    lengths = np.array([[3e38], [2**-149], [1], [2**-140]], F32)
+    index.add(x * lengths)
+    usual = EmbeddingIndex(3, metric="cosine", bits=bits)
+    usual.add(x)
+    queries = np.array([[1, 1, 1], [0, 1, 1]], F32)
+    for length in (3e38, 2**-149, 1):
+        found, expected = index.search(queries * F32(length), 4), usual.search(queries, 4)
+        assert found.indices.tolist() == expected.indices.tolist()
+        np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-6)

@@ -281,6 +281,9 @@ def test_q4_1_has_minimums():
     for name in set(LAYOUTS) - {"gguf"}:
         with pytest.raises(ParameterError, match="tensor: expected codes without minimums"):
             tensor.to_layout(name)
+    tensor.minimums[0, 0] = 70_000
+    with pytest.raises(ParameterError, match="scale_dtype: expected one with a range for the scales and min"):
+        tensor.to_layout("gguf", scale_dtype=np.float16)
     tensor.minimums[0, 0] = 0.1
     with pytest.raises(ParameterError, match="tensor: expected scales and minimums that are float16"):
         tensor.to_layout("gguf")

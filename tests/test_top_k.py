@@ -70,8 +70,9 @@ def square_norms(corpus):
 
 
 def reciprocal(squares):
-    with np.errstate(divide="ignore"):
-        return np.where(squares > 0, 1 / np.sqrt(squares), 0).astype(F32)
+    with np.errstate(divide="ignore", over="ignore"):
+        result = (1 / np.sqrt(squares)).astype(F32)
+    return np.where(np.isfinite(result), result, F32(0))
 
 
 def all_scores(queries, corpus, metric):
@@ -192,6 +193,19 @@ def test_scores_beyond_float32_are_infinite_hits(isa, shared, q):
     scores, indices = top_k(queries[:1], corpus, 5, allowed=np.isneginf(dots[0]))
     np.testing.assert_array_equal(indices[0], np.flatnonzero(np.isneginf(dots[0]))[:5])
     assert np.isneginf(scores).all()
+
+
+@pytest.mark.parametrize("group", [None, 8])
+@pytest.mark.parametrize("q", [1, 7])
+def test_cosines_of_vectors_next_to_zero(isa, q, group):
+    """A vector whose norm has no reciprocal in float32 counts as one of zeros."""
+    x = np.random.default_rng(10).standard_normal((5, 16)).astype(F32)
+    x[1:4] *= np.array([[1e-38], [1e-40], [1e-43]], F32)
+    corpus, queries = quantize_weights(x, bits=4, group_size=group), x[np.arange(q) % 2]
+    scores, indices = top_k(queries, corpus, 5, metric="cosine")
+    assert (np.abs(scores) < 1.01).all()
+    assert (scores[(indices == 2) | (indices == 3)] == 0).all()
+    assert (np.abs(scores[indices == 1]) > 0.1).all()
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -72,8 +72,12 @@ cdef double square_norm(const TopKSearch* s, Py_ssize_t i, int8_t* unpacked) noe
     return norm
 
 
+# 0 for a vector of zeros, or of a norm so small that float32 has no reciprocal of it.
 cdef inline float reciprocal_norm(double square) noexcept nogil:
-    return <float> (1 / sqrt(square)) if square > 0 else <float> 0
+    cdef float reciprocal = 0
+    if square > 0:
+        reciprocal = <float> (1 / sqrt(square))
+    return reciprocal if reciprocal < INFINITY else <float> 0
 
 
 # vector_norms of the n vectors from `first` on: squared norms for distances; 1 over the norm for the cosine,

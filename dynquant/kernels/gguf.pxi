@@ -132,7 +132,8 @@ cdef bint quantize_row_q4_0(const float* x, uint8_t* blocks, Py_ssize_t n) noexc
 
 
 # x (n,), finite, n a multiple of 32 -> blocks of 20 bytes: d, the minimum m, then codes (x - m) / d for the d
-# that maps the maximum to 15. Returns whether every d and m is finite in float16.
+# that maps the maximum to 15. Returns whether every d and m is finite in float16; where one is not, blocks
+# are arbitrary.
 cdef bint quantize_row_q4_1(const float* x, uint8_t* blocks, Py_ssize_t n) noexcept nogil:
     cdef int32_t codes[GGUF_BLOCK]
     cdef float d, r, x_min, x_max
@@ -144,6 +145,8 @@ cdef bint quantize_row_q4_1(const float* x, uint8_t* blocks, Py_ssize_t n) noexc
         if x_min == 0:
             x_min = first_equal(x + start, 0)  # of 0.0 and -0.0 the one that a comparison of floats keeps
         d = (x_max - x_min) / 15
+        if dq_bits(d) >= 0x7F800000:
+            return False  # codes would be those of infinity times 0
         r = reciprocal_or_0(d)
         finite &= put_half(d, blocks)
         finite &= put_half(x_min, blocks + 2)
